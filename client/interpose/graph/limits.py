@@ -1,0 +1,60 @@
+"""Bounds on one job. A server states its own in the manifest; a local run has none to speak of."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+
+from ..errors import LimitExceeded
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """Attributes count, or are in the unit their name ends with.
+
+    nodes, runs, invokes, rows, tokens: of one job; tokens are rows times the longest row.
+    payload_bytes: of the submission, inline attachments included.
+    attachments, attachment_bytes: number; size of each.
+    result_bytes: all saves of the job together.
+    memory_bytes: what its values may take while it runs, beyond the model's own.
+    flops: floating-point operations of its own nodes, beyond the model's.
+    wall_s: seconds from its start on a worker.
+    """
+
+    nodes: int = 20_000
+    runs: int = 1_000
+    invokes: int = 4_096
+    rows: int = 4_096
+    tokens: int = 131_072
+    payload_bytes: int = 32 << 20
+    attachments: int = 1_024
+    attachment_bytes: int = 1 << 30
+    result_bytes: int = 2 << 30
+    memory_bytes: int = 8 << 30
+    flops: int = 10**14
+    wall_s: float = 600.0
+
+    def check(self, name: str, asked: int) -> None:
+        """Raises LimitExceeded, with both figures, if `asked` is over the limit of that name."""
+        allowed = getattr(self, name)
+        if asked > allowed:
+            raise LimitExceeded(
+                f"{name}: {asked:,} asked for, {allowed:,} allowed",
+                details={"limit": name, "asked": asked, "allowed": allowed},
+            )
+
+    def as_dict(self) -> dict[str, int | float]:
+        return asdict(self)
+
+
+UNLIMITED = Limits(
+    *(1 << 40 for _ in range(4)),
+    tokens=1 << 50,
+    payload_bytes=1 << 60,
+    attachments=1 << 40,
+    attachment_bytes=1 << 60,
+    result_bytes=1 << 60,
+    memory_bytes=1 << 60,
+    flops=1 << 90,
+    wall_s=float("inf"),
+)
+"""For local runs: the machine is the user's own."""

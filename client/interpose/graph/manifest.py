@@ -1,0 +1,264 @@
+"""What a hosted model says of itself, measured at load: modules, order, layouts, parameters, limits.
+
+The client records, checks and draws from it without torch; the server validates every job against it.
+"""
+
+from __future__ import annotations
+
+import difflib
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any, TypeAlias
+
+from ..errors import InvalidGraph, UnknownModule
+from .values import DTYPES, TensorSpec
+
+BATCH, SEQ, KEY, BATCH_SEQ, UNKNOWN = "batch", "seq", "key", "batch*seq", "?"
+DIMS = (BATCH, SEQ, KEY, BATCH_SEQ, UNKNOWN)
+
+EVENT = {"output": "exit", "inputs": "enter"}
+"""The event of a module's call at which a point of that name exists; other names are their own event."""
+
+
+@dataclass(frozen=True, slots=True)
+class Leaf:
+    """A tensor's layout: for each dimension what it measures, or its constant size; and its dtype."""
+
+    dims: tuple[int | str, ...]
+    dtype: str
+
+    @property
+    def by_rows(self) -> bool:
+        """Whether every value in it belongs to one row, and which: what sharing a batch needs."""
+        return self.dims.count(BATCH) + self.dims.count(BATCH_SEQ) == 1 and UNKNOWN not in self.dims
+
+    def spec(self, batch: int, seq: int, key: int | None = None) -> TensorSpec | None:
+        """The tensor for so many rows and positions, or None if a dimension is unknown."""
+        sizes = {BATCH: batch, SEQ: seq, KEY: seq if key is None else key, BATCH_SEQ: batch * seq}
+        shape = []
+        for dim in self.dims:
+            if dim == UNKNOWN:
+                return None
+            shape.append(dim if isinstance(dim, int) else sizes[dim])
+        return TensorSpec(tuple(shape), self.dtype)
+
+
+Layout: TypeAlias = "Leaf | tuple[Layout, ...] | dict[str, Layout] | None"
+"""A nest of leaves; None stands for something that isn't a tensor."""
+
+
+@dataclass(frozen=True, slots=True)
+class Param:
+    shape: tuple[int, ...]
+    dtype: str
+
+
+@dataclass(frozen=True)
+class ModuleInfo:
+    """One module.
+
+    Attributes:
+        path: dotted, "" for the model itself.
+        cls: class name.
+        events: event -> its moments in the measured forward, one a call; "enter", "exit" and named points.
+        points: point name -> layout. "output", "inputs" = ((positional...), {keyword: ...}), and named points.
+        stands_for: (module, point) whose value is read and written in place of this module's input and output,
+            where the library no longer calls a module that published code reads.
+    """
+
+    path: str
+    cls: str
+    events: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
+    points: Mapping[str, Layout] = field(default_factory=dict)
+    params: Mapping[str, Param] = field(default_factory=dict)
+    stands_for: tuple[str, str] | None = None
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """Attributes:
+    model: the name it is served under.
+    revision: hash of what decides results: weights, config, dtype, library versions.
+    architecture: class name of the model.
+    dtype: of the weights.
+    modules: path -> module, in tree order; "" first.
+    blocks: paths of the decoder (or encoder) blocks, in order.
+    vocab: token ids are below this.
+    positions: most positions a row may have, None for no bound.
+    attention: "interpose" if the attention inside can be read, else why not.
+    row_independent: whether rows of different jobs may share a forward; `row_note` says why not.
+    tokenizer: SHA-256 of the tokenizer file the server hands out, None without one.
+    tokenizer_config: what turns text to ids beyond that file: special tokens, chat template.
+    config: figures for people: layers, heads, hidden size.
+    limits: the server's limits on a job, by name.
+    """
+
+    model: str
+    revision: str
+    architecture: str
+    dtype: str
+    modules: Mapping[str, ModuleInfo]
+    blocks: tuple[str, ...] = ()
+    vocab: int | None = None
+    positions: int | None = None
+    attention: str = "interpose"
+    row_independent: bool = True
+    row_note: str = ""
+    tokenizer: str | None = None
+    tokenizer_config: Mapping[str, Any] = field(default_factory=dict)
+    config: Mapping[str, Any] = field(default_factory=dict)
+    versions: Mapping[str, str] = field(default_factory=dict)
+    limits: Mapping[str, int | float] = field(default_factory=dict)
+
+    def module(self, path: str) -> ModuleInfo:
+        """The module at a path. Raises UnknownModule with the nearest names."""
+        found = self.modules.get(path)
+        if found is None:
+            raise UnknownModule(f"{self.model} has no module {path!r}{self.nearest(path)}")
+        return found
+
+    def nearest(self, path: str) -> str:
+        """"; did you mean ..." for a path that isn't there, or ""."""
+        parent, _, name = path.rpartition(".")
+        siblings = self.children.get(parent, ())
+        close = difflib.get_close_matches(name, siblings, 3, 0.5)
+        if not close and siblings:
+            shown = ", ".join(siblings[:8]) + (", ..." if len(siblings) > 8 else "")
+            return f"; {parent or 'the model'} has {shown}"
+        if not close:
+            close = difflib.get_close_matches(path, list(self.modules), 3, 0.6)
+            return f"; did you mean {' or '.join(close)}?" if close else ""
+        full = (f"{parent}.{name}" if parent else name for name in close)
+        return f"; did you mean {' or '.join(full)}?"
+
+    @cached_property
+    def children(self) -> Mapping[str, tuple[str, ...]]:
+        """Path -> names of its direct children, in tree order."""
+        found: dict[str, list[str]] = {path: [] for path in self.modules}
+        for path in self.modules:
+            if path:
+                parent, _, name = path.rpartition(".")
+                found[parent].append(name)
+        return {path: tuple(names) for path, names in found.items()}
+
+    def moment(self, module: str, name: str, call: int) -> int | None:
+        """When a point exists within a forward; None if the measured forward never came there."""
+        info = self.modules.get(module)
+        moments = info.events.get(EVENT.get(name, name), ()) if info else ()
+        return moments[call] if call < len(moments) else None
+
+
+def walk(layout: Layout, path: tuple[int | str, ...]) -> Layout:
+    """The part of a layout at a path. Raises KeyError if the path leads nowhere."""
+    for key in path:
+        if isinstance(layout, tuple) and type(key) is int and -len(layout) <= key < len(layout):
+            layout = layout[key]
+        elif isinstance(layout, dict) and key in layout:
+            layout = layout[str(key)]
+        else:
+            raise KeyError(key)
+    return layout
+
+
+def leaves(layout: Layout) -> list[Leaf]:
+    """All tensors of a layout, in order."""
+    if isinstance(layout, Leaf):
+        return [layout]
+    if isinstance(layout, tuple):
+        return [leaf for item in layout for leaf in leaves(item)]
+    if isinstance(layout, dict):
+        return [leaf for item in layout.values() for leaf in leaves(item)]
+    return []
+
+
+def encode_layout(layout: Layout) -> Any:
+    if isinstance(layout, Leaf):
+        return {"dtype": layout.dtype, "dims": list(layout.dims)}
+    if isinstance(layout, tuple):
+        return [encode_layout(item) for item in layout]
+    if isinstance(layout, dict):
+        return {"fields": {name: encode_layout(item) for name, item in layout.items()}}
+    return None
+
+
+def decode_layout(plain: Any, depth: int = 0) -> Layout:
+    """Raises InvalidGraph if malformed: a client doesn't trust a server's manifest either."""
+    if depth > 8:
+        raise InvalidGraph("a manifest's layout nests too deep")
+    if plain is None:
+        return None
+    if isinstance(plain, list):
+        return tuple(decode_layout(item, depth + 1) for item in plain)
+    if isinstance(plain, dict) and isinstance(plain.get("fields"), dict):
+        return {str(name): decode_layout(item, depth + 1) for name, item in plain["fields"].items()}
+    if isinstance(plain, dict) and plain.get("dtype") in DTYPES and isinstance(plain.get("dims"), list):
+        dims = tuple(plain["dims"])
+        if all(dim in DIMS or (type(dim) is int and dim >= 0) for dim in dims):
+            return Leaf(dims, plain["dtype"])
+    raise InvalidGraph("a manifest's layout is malformed")
+
+
+def encode_manifest(manifest: Manifest) -> dict[str, Any]:
+    """The plain form; equal layouts are stored once, as blocks repeat them."""
+    table: dict[str, int] = {}
+
+    def store(layout: Layout) -> int:
+        return table.setdefault(json.dumps(encode_layout(layout), sort_keys=False), len(table))
+
+    modules = [
+        {
+            "path": info.path,
+            "cls": info.cls,
+            "events": {name: list(moments) for name, moments in info.events.items()},
+            "points": {name: store(layout) for name, layout in info.points.items()},
+            "params": {name: [list(param.shape), param.dtype] for name, param in info.params.items()},
+            "stands_for": list(info.stands_for) if info.stands_for else None,
+        }
+        for info in manifest.modules.values()
+    ]
+    plain = {name: getattr(manifest, name) for name in _PLAIN}
+    return {
+        **plain,
+        "blocks": list(manifest.blocks),
+        "modules": modules,
+        "layouts": [json.loads(layout) for layout in table],
+    }
+
+
+_PLAIN = (
+    *("model", "revision", "architecture", "dtype", "vocab", "positions", "attention", "row_independent"),
+    *("row_note", "tokenizer", "tokenizer_config", "config", "versions", "limits"),
+)
+
+
+def decode_manifest(plain: Mapping[str, Any]) -> Manifest:
+    """Raises InvalidGraph if malformed."""
+    try:
+        layouts = [decode_layout(layout) for layout in plain["layouts"]]
+        modules = {
+            entry["path"]: ModuleInfo(
+                path=entry["path"],
+                cls=entry["cls"],
+                events={name: tuple(moments) for name, moments in entry["events"].items()},
+                points={name: layouts[index] for name, index in entry["points"].items()},
+                params={name: Param(tuple(shape), dtype) for name, (shape, dtype) in entry["params"].items()},
+                stands_for=tuple(entry["stands_for"]) if entry["stands_for"] else None,
+            )
+            for entry in plain["modules"]
+        }
+        return Manifest(
+            **{name: plain[name] for name in _PLAIN},
+            blocks=tuple(plain["blocks"]),
+            modules=modules,
+        )
+    except (KeyError, TypeError, ValueError, IndexError, AttributeError) as error:
+        raise InvalidGraph(f"a malformed manifest: {error!r}") from error
+
+
+def fingerprint(manifest: Manifest) -> str:
+    """SHA-256 of the plain form: the key under which a client caches it."""
+    plain = json.dumps(encode_manifest(manifest), sort_keys=True, default=str)
+    return hashlib.sha256(plain.encode()).hexdigest()
