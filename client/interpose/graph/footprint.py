@@ -1,0 +1,39 @@
+"""What a job asks of a batch: all the scheduler needs to know of it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields
+from typing import Any
+
+
+@dataclass(frozen=True, slots=True)
+class Footprint:
+    """Computed by validation, kept beside the queued job.
+
+    Attributes:
+        kind: "trace" or "generate"; a session of both is "mixed".
+        runs: executions of the model, one after another.
+        rows: most rows of one run.
+        longest: most positions of one row, new tokens included.
+        attention: it looks inside attention, so it runs on the eager path.
+        exclusive: it must run alone.
+        result_bytes, memory_bytes, flops: bounds from shapes alone.
+    """
+
+    kind: str = "trace"
+    runs: int = 1
+    rows: int = 1
+    longest: int = 1
+    attention: bool = False
+    exclusive: bool = False
+    result_bytes: int = 0
+    memory_bytes: int = 0
+    flops: int = 0
+
+    def to_plain(self) -> dict[str, Any]:
+        return asdict(self)
+
+    @classmethod
+    def from_plain(cls, plain: Mapping[str, Any]) -> Footprint:
+        return cls(**{field.name: plain[field.name] for field in fields(cls) if field.name in plain})
