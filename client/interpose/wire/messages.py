@@ -1,0 +1,316 @@
+"""What travels over the websocket: typed messages, and their frames.
+
+Every frame is binary. Its first byte says what follows: `MESSAGE`, a msgpack map with a "type"; `CHUNK`, a fixed
+header and raw bytes of a save. Events (status, save, log) carry a job's own sequence number, from 1, without gaps.
+
+Decoding is strict: an unknown type or field, or a mistyped one, is an InvalidPayload.
+"""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar, TypeAlias
+
+import msgpack
+
+from ..errors import InterposeError, InvalidPayload, from_wire
+from ..graph.values import TensorSpec
+from .fields import Fields, unpack
+from .protocol import CHUNK_BYTES, MAX_CHUNK_BYTES, PROTOCOL
+from .status import JobStatus
+from .tensors import Buffer, decode_spec, encode_spec, total
+from .trees import Tree
+
+MESSAGE, CHUNK = 0, 1
+
+_HEAD = struct.Struct(">B16sIQ")
+_MAX_SEQ = 2**32 - 1
+_MAX_ITEMS = 1 << 17
+_MAX_CONTAINERS = 1 << 19
+
+
+# Client to server
+
+
+@dataclass(frozen=True, slots=True)
+class Subscribe:
+    """Send a job's events after number `after`; of event after + 1, if a save, the bytes from `offset` on."""
+
+    type: ClassVar[str] = "subscribe"
+    job: str
+    after: int = 0
+    offset: int = 0
+
+    def to_plain(self) -> dict[str, Any]:
+        return {"job": self.job, "after": self.after, "offset": self.offset}
+
+    @classmethod
+    def read(cls, fields: Fields) -> Subscribe:
+        return cls(fields.job(), fields.whole("after", 0, _MAX_SEQ), fields.whole("offset"))
+
+
+@dataclass(frozen=True, slots=True)
+class Unsubscribe:
+    type: ClassVar[str] = "unsubscribe"
+    job: str
+
+    def to_plain(self) -> dict[str, Any]:
+        return {"job": self.job}
+
+    @classmethod
+    def read(cls, fields: Fields) -> Unsubscribe:
+        return cls(fields.job())
+
+
+@dataclass(frozen=True, slots=True)
+class Ack:
+    """The client has everything of the job; the server may drop its result."""
+
+    type: ClassVar[str] = "ack"
+    job: str
+
+    def to_plain(self) -> dict[str, Any]:
+        return {"job": self.job}
+
+    @classmethod
+    def read(cls, fields: Fields) -> Ack:
+        return cls(fields.job())
+
+
+# Server to client
+
+
+@dataclass(frozen=True, slots=True)
+class Hello:
+    """The server's first message. `chunk_bytes`: the most raw bytes of one chunk."""
+
+    type: ClassVar[str] = "hello"
+    protocol: int = PROTOCOL
+    chunk_bytes: int = CHUNK_BYTES
+
+    def to_plain(self) -> dict[str, Any]:
+        return {"protocol": self.protocol, "chunk_bytes": self.chunk_bytes}
+
+    @classmethod
+    def read(cls, fields: Fields) -> Hello:
+        return cls(fields.whole("protocol", 0, 2**31), fields.whole("chunk_bytes", 1, MAX_CHUNK_BYTES))
+
+
+@dataclass(frozen=True, slots=True)
+class Status:
+    """The job changed state. `error` is an InterposeError's wire form, on failed and cancelled jobs."""
+
+    type: ClassVar[str] = "status"
+    job: str
+    seq: int
+    attempt: int
+    status: JobStatus
+    error: Mapping[str, Any] | None = None
+
+    def to_plain(self) -> dict[str, Any]:
+        plain: dict[str, Any] = {**_event(self), "status": str(self.status)}
+        return plain if self.error is None else {**plain, "error": dict(self.error)}
+
+    @classmethod
+    def read(cls, fields: Fields) -> Status:
+        name, error = fields.text("status", 32), fields.maybe("error")
+        if name not in set(JobStatus) or (error is not None and not isinstance(error, dict)):
+            raise InvalidPayload("a status message has an unknown status or an error that isn't a map")
+        return cls(*_read_event(fields), JobStatus(name), error)
+
+
+@dataclass(frozen=True, slots=True)
+class Save:
+    """A saved value: its tree, and the tensors whose bytes follow, one after another, in chunks."""
+
+    type: ClassVar[str] = "save"
+    job: str
+    seq: int
+    attempt: int
+    node: int
+    tree: Tree
+    tensors: tuple[TensorSpec, ...]
+
+    @property
+    def nbytes(self) -> int:
+        return total(self.tensors)
+
+    def to_plain(self) -> dict[str, Any]:
+        tensors = [encode_spec(spec) for spec in self.tensors]
+        return {**_event(self), "node": self.node, "tree": self.tree, "tensors": tensors, "nbytes": self.nbytes}
+
+    @classmethod
+    def read(cls, fields: Fields) -> Save:
+        node, tree, claimed = fields.whole("node", 0, _MAX_SEQ), fields.take("tree"), fields.whole("nbytes")
+        tensors = tuple(decode_spec(plain) for plain in fields.list("tensors", _MAX_ITEMS))
+        if total(tensors) != claimed:
+            raise InvalidPayload(f"a save of {total(tensors):,} bytes says it has {claimed:,}")
+        return cls(*_read_event(fields), node, tree, tensors)
+
+
+@dataclass(frozen=True, slots=True)
+class Log:
+    """What a log node was given, as text."""
+
+    type: ClassVar[str] = "log"
+    job: str
+    seq: int
+    attempt: int
+    node: int
+    text: str
+
+    def to_plain(self) -> dict[str, Any]:
+        return {**_event(self), "node": self.node, "text": self.text}
+
+    @classmethod
+    def read(cls, fields: Fields) -> Log:
+        node, text = fields.whole("node", 0, _MAX_SEQ), fields.text("text", 1 << 16)
+        return cls(*_read_event(fields), node, text)
+
+
+@dataclass(frozen=True, slots=True)
+class Position:
+    """Place in the queue, 1 being next. No event: neither numbered nor kept."""
+
+    type: ClassVar[str] = "position"
+    job: str
+    position: int
+
+    def to_plain(self) -> dict[str, Any]:
+        return {"job": self.job, "position": self.position}
+
+    @classmethod
+    def read(cls, fields: Fields) -> Position:
+        return cls(fields.job(), fields.whole("position"))
+
+
+@dataclass(frozen=True, slots=True)
+class Refused:
+    """The server can't do what a message asked: about one job, or, without one, about the connection."""
+
+    type: ClassVar[str] = "error"
+    job: str | None
+    error: Mapping[str, Any]
+
+    def to_plain(self) -> dict[str, Any]:
+        plain = dict(self.error)
+        return plain if self.job is None else {**plain, "job": self.job}
+
+    @classmethod
+    def read(cls, fields: Fields) -> Refused:
+        job = fields.maybe("job")
+        error: dict[str, Any] = {"code": fields.text("code"), "message": fields.text("message", 1 << 16)}
+        for name in ("node", "op", "details"):
+            if (value := fields.maybe(name)) is not None:
+                error[name] = value
+        return cls(None if job is None else Fields({"job": job}, "an error").job(), error)
+
+    @classmethod
+    def of(cls, error: InterposeError, job: str | None = None) -> Refused:
+        return cls(job, error.to_wire())
+
+    def exception(self) -> InterposeError:
+        return from_wire(self.error)
+
+
+@dataclass(frozen=True, slots=True)
+class Chunk:
+    """Bytes of the save with number `seq`, starting at `offset` of all its tensors' bytes laid end to end."""
+
+    job: str
+    seq: int
+    offset: int
+    data: memoryview
+
+
+ClientMessage: TypeAlias = Subscribe | Unsubscribe | Ack
+Event: TypeAlias = Status | Save | Log
+ServerMessage: TypeAlias = Hello | Event | Position | Refused | Chunk
+
+_CLIENT: Mapping[str, type[ClientMessage]] = {cls.type: cls for cls in (Subscribe, Unsubscribe, Ack)}
+_SERVER: Mapping[str, type[Hello | Event | Position | Refused]] = {
+    Hello.type: Hello,
+    Status.type: Status,
+    Save.type: Save,
+    Log.type: Log,
+    Position.type: Position,
+    Refused.type: Refused,
+}
+
+
+def _event(event: Event) -> dict[str, Any]:
+    return {"job": event.job, "seq": event.seq, "attempt": event.attempt}
+
+
+def _read_event(fields: Fields) -> tuple[str, int, int]:
+    return fields.job(), fields.whole("seq", 1, _MAX_SEQ), fields.whole("attempt", 0, _MAX_SEQ)
+
+
+def encode(message: ClientMessage | Hello | Event | Position | Refused) -> bytes:
+    """The message's frame."""
+    body: bytes = msgpack.packb({"type": message.type, **message.to_plain()})
+    return bytes([MESSAGE]) + body
+
+
+def encode_chunk(job: str, seq: int, offset: int, data: Buffer) -> bytes:
+    return b"".join((_HEAD.pack(CHUNK, bytes.fromhex(job), seq, offset), data))
+
+
+def chunks(
+    job: str, seq: int, parts: Sequence[Buffer], offset: int = 0, size: int = CHUNK_BYTES
+) -> Iterator[bytes]:
+    """Frames of a save's bytes, in order, from `offset` on. None crosses from one part to the next.
+
+    Args:
+        parts: the bytes of the save's tensors, in order.
+        size: most raw bytes of a frame, as the server's hello said.
+    """
+    start = 0
+    for part in parts:
+        view = memoryview(part).cast("B") if memoryview(part).nbytes else memoryview(b"")
+        for low in range(max(offset - start, 0), view.nbytes, size):
+            yield encode_chunk(job, seq, start + low, view[low : low + size])
+        start += view.nbytes
+
+
+def decode_client(frame: Buffer) -> ClientMessage:
+    """What a client sent. Raises InvalidPayload."""
+    kind, body = _split(frame)
+    if kind != MESSAGE:
+        raise InvalidPayload("clients send no chunks")
+    message: ClientMessage = _read(body, _CLIENT, longest=64, containers=64)
+    return message
+
+
+def decode_server(frame: Buffer) -> ServerMessage:
+    """What a server sent; a chunk's data is a view into `frame`. Raises InvalidPayload."""
+    kind, body = _split(frame)
+    if kind == MESSAGE:
+        message: ServerMessage = _read(body, _SERVER, longest=_MAX_ITEMS, containers=_MAX_CONTAINERS)
+        return message
+    if body.nbytes + 1 < _HEAD.size:
+        raise InvalidPayload("a chunk ends within its header")
+    _, job, seq, offset = _HEAD.unpack_from(frame)
+    return Chunk(job.hex(), seq, offset, memoryview(frame)[_HEAD.size :])
+
+
+def _split(frame: Buffer) -> tuple[int, memoryview]:
+    if not isinstance(frame, (bytes, bytearray, memoryview)) or not len(frame):
+        raise InvalidPayload("a frame is binary and not empty")
+    view = memoryview(frame)
+    if view[0] not in (MESSAGE, CHUNK):
+        raise InvalidPayload(f"unknown kind of frame {view[0]}")
+    return view[0], view[1:]
+
+
+def _read(body: memoryview, classes: Mapping[str, type[Any]], *, longest: int, containers: int) -> Any:
+    fields = Fields(unpack(body, longest=longest, containers=containers), "a message")
+    name = fields.text("type", 32)
+    if name not in classes:
+        raise InvalidPayload(f"unknown message {name!r}")
+    fields.what = f"a {name} message"
+    message = classes[name].read(fields)
+    fields.done()
+    return message

@@ -1,0 +1,222 @@
+"""One job's stream as the client follows it: a state machine without I/O.
+
+Messages of one job go in, events come out. Whatever connection they came over, feeding what `resume()` asked for
+continues where the last message ended, in the middle of a save if need be.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, TypeAlias
+
+from ..errors import InterposeError, InvalidPayload, JobCancelled, LimitExceeded, from_wire
+from .messages import Chunk, Event, Hello, Log, Position, Refused, Save, ServerMessage, Status, Subscribe
+from .result import Saved
+from .status import JobStatus
+from .tensors import check_bytes, total
+from .trees import unflatten
+
+
+class OutOfStep(InvalidPayload):
+    """The stream skipped something. Subscribing again with `resume()` brings it back into step."""
+
+
+@dataclass(frozen=True, slots=True)
+class Changed:
+    """The job is in a new state. A higher attempt than before means that earlier saves are void."""
+
+    status: JobStatus
+    attempt: int
+    error: Mapping[str, Any] | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Moved:
+    """Place in the queue, 1 being next."""
+
+    position: int
+
+
+@dataclass(frozen=True, slots=True)
+class Logged:
+    node: int
+    text: str
+
+
+@dataclass(frozen=True, slots=True)
+class Received:
+    """Bytes of a save so far, of all it has."""
+
+    node: int
+    received: int
+    nbytes: int
+
+
+Happening: TypeAlias = Changed | Moved | Logged | Received | Saved
+
+
+class JobStream:
+    """Follows one job.
+
+    Attributes:
+        last: number of the last event fully received.
+        status, attempt, position: as the server last said.
+        saves: node -> value of the newest attempt.
+        error: why the job ended, if not by completing.
+    """
+
+    def __init__(self, job: str, *, most_bytes: int = 1 << 42) -> None:
+        """`most_bytes`: of all saves together; a server that announces more is not believed."""
+        self.job = job
+        self.last = 0
+        self.status = JobStatus.QUEUED
+        self.attempt = 0
+        self.position: int | None = None
+        self.saves: dict[int, Saved] = {}
+        self.error: InterposeError | None = None
+        self._most = most_bytes
+        self._open: _Incoming | None = None
+
+    @property
+    def done(self) -> bool:
+        return self.status.terminal or self.error is not None
+
+    def resume(self) -> Subscribe:
+        """The subscription that continues here."""
+        return Subscribe(self.job, self.last, self._open.received if self._open else 0)
+
+    def feed(self, message: ServerMessage) -> list[Happening]:
+        """Take one message; what it made happen. Repeated events and messages of other jobs change nothing.
+
+        Raises:
+            OutOfStep: something in between is missing; nothing of this message was taken.
+            InvalidPayload: the message contradicts itself or what came before.
+            LimitExceeded: a save of more bytes than this side takes.
+        """
+        if self.done or isinstance(message, Hello) or message.job != self.job:
+            return []
+        if isinstance(message, Position):
+            self.position = message.position
+            return [Moved(message.position)]
+        if isinstance(message, Refused):
+            self.error = message.exception()
+            return []
+        if isinstance(message, Chunk):
+            return self._chunk(message)
+        return self._event(message)
+
+    def _event(self, event: Event) -> list[Happening]:
+        if event.seq <= self.last:
+            return []
+        if event.seq != self.last + 1:
+            raise OutOfStep(f"event {event.seq} of job {self.job} came after event {self.last}")
+        if self._open is not None:
+            return self._repeated(event, self._open)
+        stale = event.attempt < self.attempt
+        if event.attempt > self.attempt:
+            self.attempt = event.attempt
+            self.saves.clear()
+        if isinstance(event, Save):
+            return self._begin(event, stale)
+        self.last = event.seq
+        if isinstance(event, Log):
+            return [] if stale else [Logged(event.node, event.text)]
+        return self._status(event, stale)
+
+    def _repeated(self, event: Event, incoming: _Incoming) -> list[Happening]:
+        """The head of the save in progress, sent again after a reconnect."""
+        if event == incoming.save:
+            return []
+        self._open = None
+        raise OutOfStep(f"event {event.seq} of job {self.job} came within another or changed in between")
+
+    def _status(self, event: Status, stale: bool) -> list[Happening]:
+        if stale and event.status not in (JobStatus.FAILED, JobStatus.CANCELLED):
+            return []
+        self.status = event.status
+        if event.status is not JobStatus.QUEUED:
+            self.position = None
+        if event.status in (JobStatus.FAILED, JobStatus.CANCELLED):
+            self.error = _ended(event)
+        return [Changed(event.status, event.attempt, event.error)]
+
+    def _begin(self, save: Save, stale: bool) -> list[Happening]:
+        held = sum(total(saved.specs) for saved in self.saves.values())
+        if held + save.nbytes > self._most:
+            raise LimitExceeded(f"the server announces {held + save.nbytes:,} bytes, {self._most:,} are taken")
+        unflatten(save.tree, save.tensors)
+        self._open = _Incoming(save, stale)
+        return self._close(self._open) if not save.nbytes else []
+
+    def _chunk(self, chunk: Chunk) -> list[Happening]:
+        if chunk.seq <= self.last:
+            return []
+        incoming = self._open
+        if incoming is None or chunk.seq != incoming.save.seq or chunk.offset > incoming.received:
+            raise OutOfStep(f"bytes of event {chunk.seq} of job {self.job} came before what precedes them")
+        end = chunk.offset + chunk.data.nbytes
+        if end > incoming.save.nbytes:
+            raise InvalidPayload(f"event {chunk.seq} of job {self.job} has more bytes than it announced")
+        if end <= incoming.received:
+            return []
+        incoming.write(chunk.data[incoming.received - chunk.offset :])
+        happened: list[Happening] = []
+        if not incoming.void:
+            happened.append(Received(incoming.save.node, incoming.received, incoming.save.nbytes))
+        return happened + self._close(incoming) if incoming.received == incoming.save.nbytes else happened
+
+    def _close(self, incoming: _Incoming) -> list[Happening]:
+        save = incoming.save
+        self._open = None
+        self.last = save.seq
+        if incoming.void:
+            return []
+        saved = incoming.finish()
+        self.saves[save.node] = saved
+        return [saved]
+
+
+class _Incoming:
+    """A save in progress: a buffer for each tensor, made when its first byte arrives.
+
+    `void` saves belong to an attempt that was given up: their bytes are counted and dropped.
+    """
+
+    def __init__(self, save: Save, void: bool) -> None:
+        self.save = save
+        self.void = void
+        self.received = 0
+        self._parts: list[bytearray] = []
+        self._filled = 0
+
+    def write(self, data: memoryview) -> None:
+        self.received += data.nbytes
+        while data.nbytes and not self.void:
+            part = self._current()
+            taken = data[: len(part) - self._filled]
+            memoryview(part)[self._filled : self._filled + taken.nbytes] = taken
+            self._filled += taken.nbytes
+            data = data[taken.nbytes :]
+
+    def _current(self) -> bytearray:
+        """The buffer with room left; the next tensors' if none has."""
+        while not self._parts or self._filled == len(self._parts[-1]):
+            self._parts.append(bytearray(self.save.tensors[len(self._parts)].nbytes))
+            self._filled = 0
+        return self._parts[-1]
+
+    def finish(self) -> Saved:
+        specs = self.save.tensors
+        parts = self._parts + [bytearray(spec.nbytes) for spec in specs[len(self._parts) :]]
+        for spec, part in zip(specs, parts, strict=True):
+            check_bytes(spec, part)
+        return Saved(self.save.node, self.save.tree, specs, tuple(parts))
+
+
+def _ended(event: Status) -> InterposeError:
+    if event.error is not None:
+        return from_wire(event.error)
+    if event.status is JobStatus.CANCELLED:
+        return JobCancelled("the job was cancelled")
+    return from_wire({"code": "job_error", "message": "the job failed and the server gave no reason"})

@@ -1,0 +1,51 @@
+"""The torch half of `tensors`. Importing it imports torch."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from ..errors import BadArgument
+from ..graph.values import DTYPES, TensorSpec
+
+TORCH: dict[str, torch.dtype] = {
+    "bool": torch.bool,
+    "uint8": torch.uint8,
+    "int8": torch.int8,
+    "int16": torch.int16,
+    "int32": torch.int32,
+    "int64": torch.int64,
+    "float8_e4m3fn": torch.float8_e4m3fn,
+    "float8_e5m2": torch.float8_e5m2,
+    "float16": torch.float16,
+    "bfloat16": torch.bfloat16,
+    "float32": torch.float32,
+    "float64": torch.float64,
+    "complex64": torch.complex64,
+    "complex128": torch.complex128,
+}
+_NAMES = {dtype: name for name, dtype in TORCH.items()}
+
+
+def encode_torch(tensor: torch.Tensor) -> tuple[TensorSpec, Any]:
+    """The spec and a flat NumPy view of the bytes; copied only from a device, a stride or a pending conjugate.
+
+    Raises:
+        BadArgument: the tensor has no wire form.
+    """
+    name = _NAMES.get(tensor.dtype)
+    if name is None:
+        raise BadArgument(f"a tensor of {tensor.dtype} can't be sent; convert it to one of {', '.join(DTYPES)}")
+    if tensor.layout is not torch.strided or tensor.is_meta or tensor.is_nested:
+        raise BadArgument("a sparse, nested or meta tensor can't be sent; make it a plain one first")
+    plain = tensor.detach().cpu().resolve_conj().resolve_neg().contiguous()
+    # Flat first: a tensor without dimensions can't be viewed as a dtype of another size.
+    return TensorSpec(tuple(tensor.shape), name), plain.reshape(-1).view(torch.uint8).numpy()
+
+
+def decode_torch(spec: TensorSpec, buffer: bytearray | bytes | memoryview) -> torch.Tensor:
+    """A tensor over a writable buffer of exactly the spec's bytes."""
+    if not spec.nbytes:
+        return torch.zeros(spec.shape, dtype=TORCH[spec.dtype])
+    return torch.frombuffer(buffer, dtype=TORCH[spec.dtype]).reshape(spec.shape)
