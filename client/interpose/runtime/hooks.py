@@ -54,6 +54,10 @@ class Scope:
         stack = self._open.get(module)
         return stack[-1] if stack else 0
 
+    def touches(self, module: nn.Module) -> bool:
+        """Whether this module is hooked, and its forward is being run right now."""
+        return bool(self._open.get(self.names.get(module, "")))
+
     def taps(self, module: nn.Module) -> Callable[[str, Any], Any]:
         """`tap(event, value) -> value` for named points inside one module's forward."""
         name = self.names[module]

@@ -1,0 +1,158 @@
+"""What a model is fed: token rows of several runs in one padded batch, and the arguments its forward takes."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from ..errors import BadArgument
+
+FILL = 0
+"""The token in padded places. Any id will do, as the mask hides it; this one every vocabulary has."""
+
+
+@dataclass(frozen=True, slots=True)
+class ModelInputs:
+    """One batch.
+
+    Attributes:
+        input_ids, attention_mask, position_ids: [rows, width], int64. Positions count real tokens, from 0.
+        widths: for each run the length of its span, which starts at position 0 of the batch.
+        rows: for each run how many rows it has, in order.
+        padded: whether any place holds no token.
+    """
+
+    input_ids: Tensor
+    attention_mask: Tensor
+    position_ids: Tensor
+    widths: tuple[int, ...]
+    rows: tuple[int, ...]
+    padded: bool
+
+
+def batch_inputs(rows: Sequence[Sequence[Sequence[int]]], device: torch.device | str = "cpu") -> ModelInputs:
+    """One batch of several runs.
+
+    Rows of one run are padded on the left to the run's longest, so that its last position is every row's last
+    token; runs are padded on the right to the longest run, which no causal row can see.
+
+    Args:
+        rows: for each run its rows of token ids.
+
+    Raises:
+        BadArgument: there is no row, or one has no token.
+    """
+    if not any(rows) or not all(row for run in rows for row in run):
+        raise BadArgument("a prompt without tokens can't be run; give at least one token a row")
+    widths = tuple(max(map(len, run), default=0) for run in rows)
+    total = max(widths)
+    ids: list[list[int]] = []
+    mask: list[list[int]] = []
+    for run, width in zip(rows, widths, strict=True):
+        for row in run:
+            left, right = width - len(row), total - width
+            ids.append([FILL] * left + list(row) + [FILL] * right)
+            mask.append([0] * left + [1] * len(row) + [0] * right)
+    attention_mask = torch.tensor(mask, dtype=torch.int64, device=device)
+    return ModelInputs(
+        input_ids=torch.tensor(ids, dtype=torch.int64, device=device),
+        attention_mask=attention_mask,
+        position_ids=positions(attention_mask),
+        widths=widths,
+        rows=tuple(map(len, rows)),
+        padded=any(0 in row for row in mask),
+    )
+
+
+def positions(attention_mask: Tensor) -> Tensor:
+    """How many real tokens come before each place of its row."""
+    return (attention_mask.cumsum(-1) - 1).clamp(min=0)
+
+
+@dataclass(frozen=True, slots=True)
+class Feeding:
+    """How one model wants to be fed, as measured.
+
+    Attributes:
+        accepts: parameter names of its forward.
+        offset: what it adds to positions before its table, so what we must add when we give them (RoBERTa counts
+            from its padding id); None if it takes no positions from outside.
+    """
+
+    accepts: frozenset[str]
+    offset: int | None
+
+    @property
+    def tokens(self) -> bool:
+        """Whether it runs on token ids alone."""
+        return "input_ids" in self.accepts and "decoder_input_ids" not in self.accepts
+
+    def kwargs(self, inputs: ModelInputs) -> dict[str, Tensor]:
+        """The keyword arguments of the forward for a batch.
+
+        Without padding these are what a tokenizer would give, so the result is bitwise the plain call's; with
+        padding the positions are stated too, as most models would count padded places.
+        """
+        kwargs = {"input_ids": inputs.input_ids}
+        if "attention_mask" in self.accepts:
+            kwargs["attention_mask"] = inputs.attention_mask
+        if inputs.padded and self.offset is not None:
+            kwargs["position_ids"] = inputs.position_ids + self.offset
+        return kwargs
+
+
+class Fed(Protocol):
+    """A loaded model, as far as feeding it goes."""
+
+    @property
+    def feeding(self) -> Feeding: ...
+
+
+def call_kwargs(loaded: Fed, inputs: ModelInputs) -> dict[str, Tensor]:
+    """The keyword arguments of the model's forward for a batch."""
+    return loaded.feeding.kwargs(inputs)
+
+
+@torch.no_grad()
+def measure_feeding(model: nn.Module, device: torch.device | str) -> Feeding:
+    """What `model` wants: read from its signature, the position offset found by comparing runs."""
+    accepts = frozenset(inspect.signature(model.forward).parameters)
+    feeding = Feeding(accepts, None)
+    if not feeding.tokens or "position_ids" not in accepts:
+        return feeding
+    config = getattr(model, "config", None)
+    pad = getattr(config, "pad_token_id", None)
+    tokens = [token for token in range(1, 9) if token != pad][:6]
+    inputs = batch_inputs([[tokens]], device)
+    plain = feeding.kwargs(inputs)
+    expected = principal(model(**plain)).float()
+    for offset in (0, *([pad + 1] if isinstance(pad, int) else [])):
+        given = principal(model(**plain, position_ids=inputs.position_ids + offset)).float()
+        if torch.allclose(given, expected, rtol=1e-3, atol=1e-4 * float(expected.abs().max())):
+            return Feeding(accepts, offset)
+    return feeding
+
+
+def principal(output: Any) -> Tensor:
+    """The tensor a model's output is about: its logits, else its last hidden state, else its first tensor.
+
+    Raises:
+        BadArgument: there is none.
+    """
+    if isinstance(output, Tensor):
+        return output
+    if isinstance(output, Mapping):
+        for name in ("logits", "last_hidden_state"):
+            found = output.get(name)
+            if isinstance(found, Tensor):
+                return found
+        output = tuple(output.values())
+    for item in output if isinstance(output, (tuple, list)) else ():
+        if isinstance(item, Tensor):
+            return item
+    raise BadArgument(f"a model whose output is a {type(output).__name__} without tensors can't be served")
