@@ -198,7 +198,7 @@ def _source(plain: Any, files: list[str]) -> Source | None:
 def _spec(plain: Any) -> TensorSpec:
     plain = _mapping(plain, "an attachment", {"shape", "dtype"})
     shape = _list(plain.get("shape"), "an attachment's shape")
-    if plain.get("dtype") not in DTYPES or len(shape) > 16:
+    if not isinstance(plain.get("dtype"), str) or plain["dtype"] not in DTYPES or len(shape) > 16:
         raise InvalidGraph("an attachment has an unknown dtype or too many dimensions")
     return TensorSpec(tuple(whole(size, "a size", 0, 2**40) for size in shape), plain["dtype"])
 
