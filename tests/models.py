@@ -19,7 +19,7 @@ import transformers
 from tokenizers import Tokenizer, decoders, pre_tokenizers, processors, trainers
 from tokenizers.models import BPE
 from torch import nn
-from transformers import PreTrainedTokenizerFast
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
 from transformers.pytorch_utils import Conv1D
 
 CACHE = Path(__file__).resolve().parent.parent / ".cache" / "tiny"
@@ -107,14 +107,20 @@ def _build(arch: str, dtype: str, overrides: dict[str, Any], folder: Path) -> No
     liven(model)
     model.to(getattr(torch, dtype)).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
+    # For some architectures the library reads a folder with rules of its own; the file should hold what it uses.
+    AutoTokenizer.from_pretrained(folder).save_pretrained(folder)
 
 
 @torch.no_grad()
 def liven(model: nn.Module, seed: int = 0) -> None:
     """Replace a fresh model's weights by random ones at which no part of it is degenerate."""
     generator = torch.Generator().manual_seed(seed)
+    done: set[nn.Parameter] = set()
     for module in model.modules():
         for param in module.parameters(recurse=False):
+            if param in done:
+                continue  # a head tied to the embedding
+            done.add(param)
             noise = torch.randn(param.shape, generator=generator)
             if param.ndim < 2:
                 # Biases lie around 0, and norms around the neutral value the library gave them.
