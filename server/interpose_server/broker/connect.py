@@ -1,0 +1,50 @@
+"""The broker as one object: queue, accounts and models over one Redis."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from interpose.errors import ConfigError
+from redis.asyncio import Redis
+from redis.asyncio.retry import Retry
+from redis.backoff import ExponentialBackoff
+from redis.exceptions import ConnectionError as RedisConnectionError
+from redis.exceptions import TimeoutError as RedisTimeoutError
+
+from ..settings import Settings
+from .accounts import Accounts
+from .models import Models
+from .queue import Queue
+from .scripts import Scripts
+
+
+@dataclass(frozen=True, slots=True)
+class Broker:
+    redis: Redis
+    queue: Queue
+    accounts: Accounts
+    models: Models
+
+    async def close(self) -> None:
+        await self.redis.aclose()
+
+
+def connect(settings: Settings) -> Broker:
+    """A broker that connects when it is first used, and rides out a restart of Redis. Raises ConfigError."""
+    try:
+        redis = Redis.from_url(
+            settings.redis_url,
+            # Every call may be made twice: scripts are idempotent where it matters. About three seconds in all.
+            retry=Retry(ExponentialBackoff(cap=0.5, base=0.02), 10),
+            retry_on_error=[RedisConnectionError, RedisTimeoutError],
+            health_check_interval=0,
+            socket_timeout=30,
+        )
+    except ValueError as error:
+        raise ConfigError(f"the Redis URL can't be read: {error}") from error
+    return Broker(
+        redis=redis,
+        queue=Queue(redis, Scripts(redis), settings),
+        accounts=Accounts(redis),
+        models=Models(redis, silent_s=max(settings.lease_s, 5.0)),
+    )

@@ -1,0 +1,40 @@
+"""A job's events as they lie in its stream."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import msgpack
+from redis.asyncio import Redis
+
+from . import keys
+
+
+@dataclass(frozen=True, slots=True)
+class Stored:
+    """One event. `kind` is "status", "save" or "log"; `body` its fields; a save's bytes are `data` or in `blob`."""
+
+    seq: int
+    kind: str
+    attempt: int
+    body: dict[str, Any]
+    data: bytes
+    blob: str
+
+
+async def read(redis: Redis, ref: str, after: int, most: int = 32) -> list[Stored]:
+    """A job's next events after number `after`."""
+    rows: Any = await redis.xrange(keys.EVENTS.format(ref=ref), f"({after}-0", "+", count=most)
+    return [_stored(row_id, row) for row_id, row in rows]
+
+
+def _stored(row_id: bytes, row: dict[bytes, bytes]) -> Stored:
+    return Stored(
+        seq=int(row_id.split(b"-")[0]),
+        kind=row[b"k"].decode(),
+        attempt=int(row[b"a"]),
+        body=msgpack.unpackb(row[b"m"], strict_map_key=False),
+        data=row[b"d"],
+        blob=row[b"b"].decode(),
+    )

@@ -1,0 +1,99 @@
+"""Every key of the broker's Redis, and the same names for its Lua scripts.
+
+A *ref* is "user/job id": users never share a job, so a ref is all that is needed to find one.
+"""
+
+from __future__ import annotations
+
+import re
+
+from interpose.errors import InvalidPayload
+from interpose.wire.status import TRANSITIONS
+
+JOB = "ip:job:{ref}"
+"""Hash: everything known of one job."""
+EVENTS = "ip:events:{ref}"
+"""Stream: the job's events, with ids `<seq>-0`, seq from 1."""
+QUEUE = "ip:queue:{model}/{user}"
+"""Sorted set of refs: one user's waiting jobs for one model, first one lowest."""
+USERS = "ip:users:{model}"
+"""Sorted set of users with waiting jobs, by virtual time."""
+CLOCK = "ip:clock:{model}"
+"""Hash: user -> virtual time in seconds; "/now" -> that of the last job served; "/depth" -> jobs waiting."""
+BELL = "ip:bell:{model}"
+"""List that a worker without work blocks on."""
+QUEUED = "ip:queued:{user}"
+RUNNING = "ip:running:{user}"
+"""Sets of refs."""
+JOBS = "ip:jobs:{user}"
+"""Sorted set of ids by creation."""
+USAGE = "ip:usage:{user}"
+"""Hash: jobs, seconds, bytes."""
+LEASES = "ip:leases"
+"""Sorted set of refs by the time their worker's lease ends, in ms."""
+EXPIRY = "ip:expiry"
+"""Sorted set of refs by the time they are to be looked at by the sweep, in ms."""
+ORDER = "ip:order"
+"""Counter: order of submission."""
+TOTAL = "ip:total"
+"""Counter: jobs waiting on the whole server."""
+MODELS = "ip:models"
+"""Set of model names."""
+MODEL = "ip:model:{model}"
+"""Hash: what a worker published of its model."""
+KEYS = "ip:keys"
+"""Hash: SHA-256 of a token -> its record."""
+KEY_IDS = "ip:key-ids"
+"""Hash: a key's id -> SHA-256 of its token."""
+WAKE = "ip:wake"
+"""Channel: a ref whose events grew, or "!id" for a revoked key."""
+
+_USER = re.compile(r"[A-Za-z0-9][A-Za-z0-9._@-]{0,63}")
+_MODEL = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*(/[A-Za-z0-9][A-Za-z0-9._-]*){0,3}")
+
+
+def check_user(name: str) -> str:
+    """`name` if it can be a user's. Raises InvalidPayload otherwise."""
+    if not _USER.fullmatch(name):
+        raise InvalidPayload("a user's name is up to 64 letters, digits, dots, dashes, underscores or @")
+    return name
+
+
+def check_model(name: str) -> str:
+    """`name` if it can be a model's. Raises InvalidPayload otherwise."""
+    if len(name) > 200 or not _MODEL.fullmatch(name):
+        raise InvalidPayload("a model's name is letters, digits, dots, dashes, underscores and slashes between")
+    return name
+
+
+def ref(user: str, job: str) -> str:
+    return f"{user}/{job}"
+
+
+def split(ref: str) -> tuple[str, str]:
+    """User and job id."""
+    user, _, job = ref.partition("/")
+    return user, job
+
+
+_FORMATS = {
+    "JOB": JOB, "EVENTS": EVENTS, "QUEUE": QUEUE, "USERS": USERS, "CLOCK": CLOCK, "BELL": BELL, "QUEUED": QUEUED,
+    "RUNNING": RUNNING, "JOBS": JOBS, "USAGE": USAGE, "LEASES": LEASES, "EXPIRY": EXPIRY, "ORDER": ORDER,
+    "TOTAL": TOTAL, "WAKE": WAKE,
+}  # fmt: skip
+
+
+def prelude() -> str:
+    """Lua: each key's name as a string or a function of its parts, and the table of a job's transitions."""
+    lines = []
+    for name, pattern in _FORMATS.items():
+        parts = re.findall(r"\{(\w+)\}", pattern)
+        if parts:
+            body = re.sub(r"\{(\w+)\}", r"'..\1..'", pattern)
+            lines.append(f"local function {name}({', '.join(parts)}) return '{body}' end")
+        else:
+            lines.append(f"local {name} = '{pattern}'")
+    ways = ", ".join(
+        f"{old} = {{{', '.join(f'{new} = true' for new in sorted(news))}}}" for old, news in TRANSITIONS.items()
+    )
+    return "\n".join([*lines, f"local WAYS = {{{ways}}}"])

@@ -1,0 +1,122 @@
+-- Shared by every script: time, events, the one way a job changes state, the fair order.
+
+local function now()
+    local time = redis.call('TIME')
+    return time[1] * 1000 + math.floor(time[2] / 1000)
+end
+
+local function map(flat)
+    local found = {}
+    for i = 1, #flat, 2 do found[flat[i]] = flat[i + 1] end
+    return found
+end
+
+-- Append an event. kind: status, save, log. body: msgpack. blob: where its bytes are, or ''. data: the bytes.
+local function emit(ref, kind, body, data, blob)
+    local seq = redis.call('HINCRBY', JOB(ref), 'seq', 1)
+    redis.call('XADD', EVENTS(ref), seq .. '-0', 'k', kind, 'a', redis.call('HGET', JOB(ref), 'attempt'),
+        'm', body, 'd', data or '', 'b', blob or '')
+end
+
+local function wake(ref)
+    redis.call('PUBLISH', WAKE, ref)
+end
+
+local function ring(model)
+    redis.call('LPUSH', BELL(model), '1')
+    redis.call('LTRIM', BELL(model), 0, 15)
+end
+
+local function enter_queue(ref, job)
+    local users, user = USERS(job.model), job.user
+    redis.call('ZADD', QUEUE(job.model, user), job.order, ref)
+    redis.call('SADD', QUEUED(user), ref)
+    redis.call('HINCRBY', CLOCK(job.model), '/depth', 1)
+    redis.call('INCR', TOTAL)
+    if not redis.call('ZSCORE', users, user) then
+        -- Someone who was away doesn't come back with a credit for the time.
+        local times = redis.call('HMGET', CLOCK(job.model), user, '/now')
+        redis.call('ZADD', users, math.max(tonumber(times[1] or 0), tonumber(times[2] or 0)), user)
+    end
+    ring(job.model)
+end
+
+local function leave_queue(ref, job)
+    local queue = QUEUE(job.model, job.user)
+    redis.call('ZREM', queue, ref)
+    redis.call('SREM', QUEUED(job.user), ref)
+    redis.call('HINCRBY', CLOCK(job.model), '/depth', -1)
+    redis.call('DECR', TOTAL)
+    if redis.call('EXISTS', queue) == 0 then redis.call('ZREM', USERS(job.model), job.user) end
+end
+
+local function leave_worker(ref, job)
+    redis.call('SREM', RUNNING(job.user), ref)
+    redis.call('ZREM', LEASES, ref)
+    -- The user may have been at the most jobs running at once.
+    if redis.call('EXISTS', QUEUE(job.model, job.user)) == 1 then ring(job.model) end
+end
+
+-- The only place where a job's status is written after its submission. Returns whether the way is open.
+local function become(ref, status, problem, ttl)
+    local key = JOB(ref)
+    local job = map(redis.call('HGETALL', key))
+    if not job.status or not WAYS[job.status][status] then return false end
+    if job.status == 'queued' then leave_queue(ref, job) end
+    if job.status == 'running' then leave_worker(ref, job) end
+    redis.call('HSET', key, 'status', status)
+    local time = now()
+    if status == 'queued' then
+        redis.call('HDEL', key, 'worker')
+        redis.call('HSET', key, 'alone', '1')
+        enter_queue(ref, job)
+    elseif status == 'running' then
+        redis.call('SADD', RUNNING(job.user), ref)
+        redis.call('HINCRBY', key, 'attempt', 1)
+        redis.call('HSET', key, 'started_ms', time, 'applied', 0)
+    else
+        redis.call('HSET', key, 'ended_ms', time)
+        redis.call('HDEL', key, 'payload', 'worker')
+        if problem and problem ~= '' then redis.call('HSET', key, 'error', problem) end
+        redis.call('ZADD', EXPIRY, time + ttl, ref)
+    end
+    local body = cmsgpack.pack({status = status})
+    if problem and problem ~= '' then
+        -- {"status": status, "error": problem}, by hand: Lua can't tell an empty list from an empty map.
+        body = '\130\166status' .. cmsgpack.pack(status) .. '\165error' .. problem
+    end
+    emit(ref, 'status', body)
+    wake(ref)
+    return true
+end
+
+-- The next refs of a model, fairest first: users by virtual time, each further job of one user counted as what
+-- the user's jobs took of late.
+local function fair(model, most, running_per_user)
+    local lanes = {}
+    local users = redis.call('ZRANGE', USERS(model), 0, most - 1, 'WITHSCORES')
+    for i = 1, #users, 2 do
+        local user = users[i]
+        local room = running_per_user - redis.call('SCARD', RUNNING(user))
+        if room > 0 then
+            local step = tonumber(redis.call('HGET', CLOCK(model), user .. '/job') or 0.05)
+            table.insert(lanes, {user = user, tag = tonumber(users[i + 1]), step = step, room = room, at = 0})
+        end
+    end
+    local found = {}
+    while #found < most do
+        local best
+        for _, lane in ipairs(lanes) do
+            if lane.room > 0 and (not best or lane.tag < best.tag) then best = lane end
+        end
+        if not best then break end
+        local ref = redis.call('ZRANGE', QUEUE(model, best.user), best.at, best.at)[1]
+        if ref then
+            table.insert(found, ref)
+            best.at, best.tag, best.room = best.at + 1, best.tag + best.step, best.room - 1
+        else
+            best.room = 0
+        end
+    end
+    return found
+end

@@ -1,0 +1,310 @@
+"""Jobs: submitted, waiting, claimed, ended. All decisions are taken in the Lua scripts beside this file."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import msgpack
+from interpose.errors import (
+    InternalError,
+    InterposeError,
+    JobCancelled,
+    JobConflict,
+    JobPoisoned,
+    JobTimeout,
+    QueueFull,
+    UnknownJob,
+)
+from interpose.graph.footprint import Footprint
+from interpose.wire.status import JobStatus
+from redis.asyncio import Redis
+
+from ..settings import Settings
+from . import keys
+from .answers import text
+from .scripts import Scripts
+
+
+@dataclass(frozen=True, slots=True)
+class NewJob:
+    """What the gateway hands over once a submission is checked.
+
+    Attributes:
+        digest: SHA-256 of the request's body; the same id with another digest is a conflict.
+        payload, blob: the graph's msgpack, or the name of the blob that holds it.
+        key: id of the API key it came with.
+    """
+
+    user: str
+    id: str
+    model: str
+    digest: str
+    payload: bytes
+    blob: str
+    footprint: Footprint
+    timeout_s: float
+    priority: int = 0
+    key: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class JobInfo:
+    """A job as its owner may see it. Times in ms since the epoch."""
+
+    user: str
+    id: str
+    model: str
+    status: JobStatus
+    attempt: int
+    created_ms: int
+    started_ms: int | None
+    ended_ms: int | None
+    error: Mapping[str, Any] | None
+
+    def to_plain(self) -> dict[str, Any]:
+        plain: dict[str, Any] = {
+            "id": self.id,
+            "model": self.model,
+            "status": str(self.status),
+            "attempt": self.attempt,
+            "created_ms": self.created_ms,
+            "started_ms": self.started_ms,
+            "ended_ms": self.ended_ms,
+        }
+        return plain if self.error is None else {**plain, "error": dict(self.error)}
+
+
+@dataclass(frozen=True, slots=True)
+class Waiting:
+    """A queued job as the scheduler sees it. `alone`: an earlier attempt's worker died."""
+
+    ref: str
+    footprint: Footprint
+    alone: bool
+    created_ms: int
+
+
+@dataclass(frozen=True, slots=True)
+class Claim:
+    """A job that is now a worker's."""
+
+    ref: str
+    user: str
+    id: str
+    attempt: int
+    payload: bytes
+    blob: str
+    footprint: Footprint
+    timeout_s: float
+    alone: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Record:
+    """An event on its way into a job's stream. `kind` is "save" or "log"; of data and blob at most one is set."""
+
+    kind: str
+    body: bytes
+    data: bytes = b""
+    blob: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """How a job ended, and the seconds of the worker's time its user is charged with."""
+
+    error: InterposeError | None
+    seconds: float
+
+    @property
+    def status(self) -> JobStatus:
+        if self.error is None:
+            return JobStatus.COMPLETED
+        return JobStatus.CANCELLED if isinstance(self.error, JobCancelled) else JobStatus.FAILED
+
+
+class Queue:
+    def __init__(self, redis: Redis, scripts: Scripts, settings: Settings) -> None:
+        self._redis = redis
+        self._run = scripts
+        self._settings = settings
+        self._ttl_ms = int(settings.result_ttl_s * 1000)
+        self._lease_ms = int(settings.lease_s * 1000)
+
+    async def submit(self, job: NewJob) -> tuple[JobStatus, int | None]:
+        """Enqueue, once however often it is sent. Returns the status and the place in the queue, 1 being next.
+
+        Raises:
+            JobConflict: another payload was sent under this id.
+            QueueFull: the user, or the server, has too many jobs waiting.
+        """
+        settings = self._settings
+        answer, number = await self._run(
+            "submit", keys.ref(job.user, job.id), job.user, job.id, job.model, job.digest, job.priority,
+            job.payload, job.blob, msgpack.packb(job.footprint.to_plain()), job.timeout_s,
+            settings.queued_per_user, settings.queued_total, settings.running_per_user,
+            int(settings.queue_ttl_s * 1000), job.key,
+        )  # fmt: skip
+        match answer.decode():
+            case "conflict":
+                raise JobConflict(f"job {job.id} exists with another payload; choose a new id")
+            case "full":
+                raise QueueFull(
+                    f"{number:,} of your jobs are waiting, the most allowed; wait for some to finish",
+                    details={"retry_after_s": 1, "allowed": settings.queued_per_user},
+                )
+            case "crowded":
+                raise QueueFull("the server has too many jobs waiting; try later", details={"retry_after_s": 5})
+            case status:
+                return JobStatus(status), number if number >= 0 else None
+
+    async def peek(self, model: str) -> list[Waiting]:
+        """The next jobs of a model, fairest first; they stay where they are."""
+        settings = self._settings
+        flat = await self._run("peek", model, settings.batch_jobs, settings.running_per_user)
+        return [
+            Waiting(ref.decode(), _footprint(footprint), bool(alone), int(created))
+            for ref, footprint, alone, created in zip(*(flat[i::4] for i in range(4)), strict=True)
+        ]
+
+    async def order(self, model: str, most: int = 256) -> list[str]:
+        """Refs of a model's waiting jobs, fairest first."""
+        return [ref.decode() for ref in await self._run("order", model, most, self._settings.running_per_user)]
+
+    async def wait(self, model: str, timeout_s: float) -> None:
+        """Return when a job of the model may be waiting, or after the timeout."""
+        await self._redis.blpop([keys.BELL.format(model=model)], timeout=timeout_s)
+
+    async def claim(self, model: str, worker: str, refs: Sequence[str]) -> list[Claim]:
+        """Make waiting jobs this worker's, for one lease. Those no longer waiting are left out."""
+        rows = await self._run("claim", model, worker, self._lease_ms, *refs)
+        return [_claim(dict(zip(row[::2], row[1::2], strict=True))) for row in rows]
+
+    async def heartbeat(self, worker: str, held: Sequence[tuple[str, int]]) -> set[str]:
+        """Extend the leases on (ref, attempt). Returns the refs that are no longer this worker's."""
+        flat = [part for item in held for part in item]
+        return {ref.decode() for ref in await self._run("heartbeat", worker, self._lease_ms, *flat)}
+
+    async def report(
+        self, ref: str, worker: str, attempt: int, first: int, records: Sequence[Record], outcome: Outcome | None
+    ) -> bool:
+        """Append events, numbered from `first` within the attempt, and end the job if there is an outcome.
+
+        Returns:
+            Whether the worker still holds the lease; if not, nothing was changed.
+        """
+        problem = msgpack.packb(outcome.error.to_wire()) if outcome and outcome.error else b""
+        flat = [part for item in records for part in (item.kind, item.body, item.data, item.blob)]
+        held = await self._run(
+            "report", ref, worker, attempt, first, str(outcome.status) if outcome else "", problem,
+            outcome.seconds if outcome else 0, self._ttl_ms, self._lease_ms, *flat,
+        )  # fmt: skip
+        return bool(held)
+
+    async def cancel(self, user: str, job: str) -> JobInfo:
+        """Cancel unless it has ended. Raises UnknownJob."""
+        problem = msgpack.packb(JobCancelled("the job was cancelled by its owner").to_wire())
+        if await self._run("cancel", keys.ref(user, job), problem, self._ttl_ms) is None:
+            raise _unknown(job)
+        return await self.info(user, job)
+
+    async def ack(self, user: str, job: str) -> None:
+        """The owner has everything: keep the job only a little longer."""
+        await self._run("ack", keys.ref(user, job), int(self._settings.acked_ttl_s * 1000))
+
+    async def reap(self, worker: str = "") -> list[tuple[str, JobStatus]]:
+        """Requeue or fail jobs whose lease ended, or, with a name, all that a dead worker held."""
+        most = self._settings.max_attempts
+        error = JobPoisoned(
+            f"the worker died each of the {most} times it ran this job; the job is the likely cause",
+            details={"attempts": most},
+        )
+        flat = await self._run("reap", worker, most, msgpack.packb(error.to_wire()), self._ttl_ms)
+        return [(ref.decode(), JobStatus(end.decode())) for ref, end in zip(flat[::2], flat[1::2], strict=True)]
+
+    async def sweep(self) -> list[str]:
+        """Forget ended jobs whose time is over, fail those that waited too long. Returns the refs forgotten."""
+        error = JobTimeout("the job waited too long for its model; submit it again later")
+        return [ref.decode() for ref in await self._run("sweep", msgpack.packb(error.to_wire()), self._ttl_ms)]
+
+    async def info(self, user: str, job: str) -> JobInfo:
+        """Raises UnknownJob."""
+        names = ("model", "status", "attempt", "created_ms", "started_ms", "ended_ms", "error")
+        values = await self._redis.hmget(keys.JOB.format(ref=keys.ref(user, job)), list(names))
+        model, status, attempt, created, started, ended, error = values
+        if not (model and status and attempt and created):
+            raise _unknown(job)
+        return JobInfo(
+            user=user,
+            id=job,
+            model=text(model),
+            status=JobStatus(text(status)),
+            attempt=int(attempt),
+            created_ms=int(created),
+            started_ms=int(started) if started else None,
+            ended_ms=int(ended) if ended else None,
+            error=msgpack.unpackb(error) if error else None,
+        )
+
+    async def place(self, info: JobInfo) -> int | None:
+        """A waiting job's place in the queue, 1 being next; None if it doesn't wait or is far behind."""
+        if info.status is not JobStatus.QUEUED:
+            return None
+        order = await self.order(info.model)
+        ref = keys.ref(info.user, info.id)
+        return order.index(ref) + 1 if ref in order else None
+
+    async def list(self, user: str, most: int = 100) -> list[JobInfo]:
+        """The user's jobs, newest first."""
+        ids = await self._redis.zrevrange(keys.JOBS.format(user=user), 0, most - 1)
+        found = []
+        for raw in ids:
+            try:
+                found.append(await self.info(user, text(raw)))
+            except UnknownJob:
+                continue
+        return found
+
+    async def load(self, user: str) -> dict[str, int]:
+        """How many of the user's jobs wait and run."""
+        queued = await self._redis.scard(keys.QUEUED.format(user=user))
+        running = await self._redis.scard(keys.RUNNING.format(user=user))
+        return {"queued": int(queued), "running": int(running)}
+
+    async def depth(self, model: str) -> int:
+        """Jobs waiting for a model."""
+        raw = await self._redis.hget(keys.CLOCK.format(model=model), "/depth")
+        return int(raw or 0)
+
+    async def usage(self, user: str) -> dict[str, float]:
+        """Jobs run and seconds charged so far."""
+        raw = await self._redis.hgetall(keys.USAGE.format(user=user))
+        return {"jobs": int(raw.get(b"jobs", 0)), "seconds": float(raw.get(b"seconds", 0))}
+
+
+def _claim(row: Mapping[bytes, bytes]) -> Claim:
+    user, job = row[b"user"].decode(), row[b"id"].decode()
+    return Claim(
+        ref=keys.ref(user, job),
+        user=user,
+        id=job,
+        attempt=int(row[b"attempt"]),
+        payload=row.get(b"payload", b""),
+        blob=row[b"blob"].decode(),
+        footprint=_footprint(row[b"footprint"]),
+        timeout_s=float(row[b"timeout_s"]),
+        alone=b"alone" in row,
+    )
+
+
+def _footprint(raw: bytes) -> Footprint:
+    plain = msgpack.unpackb(raw)
+    if not isinstance(plain, dict):
+        raise InternalError("a queued job has no footprint")
+    return Footprint.from_plain(plain)
+
+
+def _unknown(job: str) -> UnknownJob:
+    return UnknownJob(f"no job {job} of yours is here; its result may have expired")

@@ -1,0 +1,91 @@
+"""What an operator can set: one class, read once by each process from `INTERPOSE_SERVER_*`."""
+
+from __future__ import annotations
+
+import json
+import os
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from interpose.graph.limits import Limits
+from interpose.wire.protocol import CHUNK_BYTES, PROTOCOL
+from pydantic import Field, field_validator
+from pydantic_settings import BaseSettings, SettingsConfigDict
+
+PREFIX = "INTERPOSE_SERVER_"
+_BASE = Limits()
+
+
+class Settings(BaseSettings):
+    """Attributes end with their unit; `INTERPOSE_SERVER_LIMITS='{"wall_s": 60}'` sets limits one by one.
+
+    Attributes:
+        data_dir: blobs, and in embedded mode the broker's files, locks and logs.
+        limits: of one job; the manifest tells clients.
+        queued_per_user, running_per_user: jobs of one user, over all models.
+        queued_total: jobs waiting on this server.
+        rate_per_s, rate_burst: requests of one user to one gateway process.
+        result_ttl_s: how long an ended job and its result can be fetched.
+        acked_ttl_s: the same, once the client said that it has everything.
+        queue_ttl_s: how long a job may wait, and stored attachments live.
+        lease_s: a worker silent for so long has lost its jobs.
+        max_attempts: a job whose worker died so many times isn't tried again.
+        batch_rows, batch_tokens: of one shared forward; tokens are rows times the longest row.
+        batch_memory_bytes: what the values of a batch's jobs may take together.
+        inline_bytes: saves and payloads up to this size go through the broker, larger ones through the blob store.
+        grace_s: how long a running batch may take to finish when the server stops.
+        metrics_open: whether /metrics answers without an admin's key.
+    """
+
+    model_config = SettingsConfigDict(env_prefix=PREFIX, frozen=True, extra="ignore")
+
+    redis_url: str = "redis://127.0.0.1:6379/0"
+    data_dir: Path = Path("interpose-data")
+    limits: Limits = Field(default_factory=Limits)
+    protocols: tuple[int, ...] = (PROTOCOL,)
+
+    queued_per_user: int = Field(1000, ge=1)
+    running_per_user: int = Field(256, ge=1)
+    queued_total: int = Field(20_000, ge=1)
+    rate_per_s: float = Field(1000.0, gt=0)
+    rate_burst: float = Field(2000.0, ge=1)
+
+    result_ttl_s: float = Field(3600.0, gt=0)
+    acked_ttl_s: float = Field(60.0, gt=0)
+    queue_ttl_s: float = Field(86_400.0, gt=0)
+    sweep_s: float = Field(5.0, gt=0)
+    blob_bytes: int = Field(20 << 30, gt=0)
+
+    lease_s: float = Field(15.0, gt=0)
+    max_attempts: int = Field(3, ge=1)
+    batch_jobs: int = Field(64, ge=1)
+    batch_rows: int = Field(256, ge=1)
+    batch_tokens: int = Field(16_384, ge=1)
+    batch_memory_bytes: int = Field(8 << 30, gt=0)
+    worker_threads: int | None = None
+    grace_s: float = Field(20.0, ge=0)
+
+    inline_bytes: int = Field(32 << 10, ge=0)
+    chunk_bytes: int = Field(CHUNK_BYTES, ge=1, le=16 << 20)
+    streams_per_user: int = Field(64, ge=1)
+    subscriptions: int = Field(4096, ge=1)
+    position_s: float = Field(1.0, gt=0)
+    metrics_open: bool = False
+
+    @field_validator("limits", mode="before")
+    @classmethod
+    def _limits(cls, value: Any) -> Any:
+        """Named limits over the defaults; a name that doesn't exist is refused."""
+        return Limits(**{**_BASE.as_dict(), **value}) if isinstance(value, dict) else value
+
+    @cached_property
+    def blob_dir(self) -> Path:
+        return self.data_dir / "blobs"
+
+    def environment(self) -> dict[str, str]:
+        """The variables that make a child process read these same settings."""
+        plain = self.model_dump(mode="json", exclude_none=True)
+        texts = {name: value if isinstance(value, str) else json.dumps(value) for name, value in plain.items()}
+        kept = {name: value for name, value in os.environ.items() if not name.startswith(PREFIX)}
+        return {**kept, **{PREFIX + name.upper(): value for name, value in texts.items()}}

@@ -1,0 +1,207 @@
+"""The queue on a real Valkey: one job once, fair turns, leases, ends."""
+
+from __future__ import annotations
+
+import asyncio
+from pathlib import Path
+
+import pytest
+from interpose.errors import JobConflict, OpFailed, QueueFull, UnknownJob
+from interpose.wire.status import JobStatus
+from interpose_server.broker import events, keys
+from interpose_server.broker.connect import Broker, connect
+from interpose_server.broker.queue import Outcome, Record
+from rig import Valkey, make_settings, new_job, run_valkey
+
+DONE = Outcome(None, 0.5)
+
+
+async def test_a_job_sent_twice_is_one_job(broker: Broker) -> None:
+    job = new_job()
+    assert await broker.queue.submit(job) == (JobStatus.QUEUED, 1)
+    assert await broker.queue.submit(job) == (JobStatus.QUEUED, None)
+    assert await broker.queue.depth("tiny") == 1
+
+
+async def test_same_id_other_payload_conflicts_within_a_user_only(broker: Broker) -> None:
+    job = new_job()
+    await broker.queue.submit(job)
+    with pytest.raises(JobConflict):
+        await broker.queue.submit(new_job(id=job.id, digest="other"))
+    assert (await broker.queue.submit(new_job("bob", id=job.id, digest="other")))[0] is JobStatus.QUEUED
+
+
+async def test_a_users_queue_is_bounded(valkey: Valkey, tmp_path: Path) -> None:
+    broker = connect(make_settings(valkey, tmp_path, queued_per_user=2))
+    for _ in range(2):
+        await broker.queue.submit(new_job())
+    with pytest.raises(QueueFull):
+        await broker.queue.submit(new_job())
+    await broker.queue.submit(new_job("bob"))
+    await broker.close()
+
+
+async def test_life_of_a_job(broker: Broker) -> None:
+    job = new_job()
+    ref = keys.ref(job.user, job.id)
+    await broker.queue.submit(job)
+    (claim,) = await broker.queue.claim("tiny", "w1", [ref])
+    assert (claim.attempt, claim.payload, claim.alone) == (1, b"graph", False)
+    assert await broker.queue.claim("tiny", "w2", [ref]) == []
+    save = Record("save", b"\x80", b"bytes")
+    assert await broker.queue.report(ref, "w1", 1, 0, [save], None)
+    assert await broker.queue.report(ref, "w1", 1, 0, [save], None), "sent again after a lost answer"
+    assert not await broker.queue.report(ref, "w2", 1, 0, [save], None), "another worker's"
+    assert await broker.queue.report(ref, "w1", 1, 1, [], DONE)
+    assert await broker.queue.report(ref, "w1", 1, 1, [], DONE)
+    stored = await events.read(broker.redis, ref, 0)
+    assert [(event.seq, event.kind, event.attempt) for event in stored] == [
+        (1, "status", 0),
+        (2, "status", 1),
+        (3, "save", 1),
+        (4, "status", 1),
+    ]
+    assert stored[3].body == {"status": "completed"} and stored[2].data == b"bytes"
+    assert (await broker.queue.usage("ada"))["seconds"] == 0.5
+    assert await broker.queue.load("ada") == {"queued": 0, "running": 0}
+
+
+async def test_an_error_travels_in_the_last_event(broker: Broker) -> None:
+    job = new_job()
+    ref = keys.ref(job.user, job.id)
+    await broker.queue.submit(job)
+    await broker.queue.claim("tiny", "w1", [ref])
+    await broker.queue.report(ref, "w1", 1, 0, [], Outcome(OpFailed("no", node=3, details={"a": []}), 0.1))
+    last = (await events.read(broker.redis, ref, 0))[-1]
+    assert last.body["error"] == {"code": "op_failed", "message": "no", "node": 3, "details": {"a": []}}
+    assert (await broker.queue.info("ada", job.id)).status is JobStatus.FAILED
+
+
+async def test_turns_are_fair_by_seconds_used(broker: Broker) -> None:
+    for _ in range(20):
+        await broker.queue.submit(new_job("hog"))
+    for _ in range(3):
+        await broker.queue.submit(new_job("ada"))
+    first = [keys.split(waiting.ref)[0] for waiting in await broker.queue.peek("tiny")]
+    assert first[:6].count("ada") == 3
+    # Hog used ten seconds: ada's next jobs all go first.
+    ref = next(w.ref for w in await broker.queue.peek("tiny") if w.ref.startswith("hog"))
+    await broker.queue.claim("tiny", "w1", [ref])
+    await broker.queue.report(ref, "w1", 1, 0, [], Outcome(None, 10))
+    assert [keys.split(w.ref)[0] for w in await broker.queue.peek("tiny")][:3] == ["ada"] * 3
+
+
+async def test_newcomers_get_no_credit_for_being_away(broker: Broker) -> None:
+    for _ in range(4):
+        job = new_job("old")
+        await broker.queue.submit(job)
+        await broker.queue.claim("tiny", "w1", [keys.ref("old", job.id)])
+        await broker.queue.report(keys.ref("old", job.id), "w1", 1, 0, [], Outcome(None, 5))
+    for _ in range(5):
+        await broker.queue.submit(new_job("old"))
+        await broker.queue.submit(new_job("new"))
+    order = [keys.split(w.ref)[0] for w in await broker.queue.peek("tiny")]
+    assert "old" in order[:6]
+
+
+async def test_priority_orders_one_users_jobs(broker: Broker) -> None:
+    low, high = new_job(), new_job(priority=1)
+    await broker.queue.submit(low)
+    assert await broker.queue.submit(high) == (JobStatus.QUEUED, 1)
+    assert await broker.queue.order("tiny") == [keys.ref("ada", high.id), keys.ref("ada", low.id)]
+
+
+async def test_running_jobs_of_a_user_are_bounded(valkey: Valkey, tmp_path: Path) -> None:
+    broker = connect(make_settings(valkey, tmp_path, running_per_user=2))
+    for _ in range(5):
+        await broker.queue.submit(new_job())
+    waiting = await broker.queue.peek("tiny")
+    assert len(waiting) == 2
+    await broker.queue.claim("tiny", "w1", [waiting[0].ref, waiting[1].ref])
+    assert await broker.queue.peek("tiny") == []
+    await broker.queue.report(waiting[0].ref, "w1", 1, 0, [], DONE)
+    assert len(await broker.queue.peek("tiny")) == 1
+    await broker.close()
+
+
+async def test_a_lost_lease_requeues_then_poisons(valkey: Valkey, tmp_path: Path) -> None:
+    broker = connect(make_settings(valkey, tmp_path, lease_s=0.05, max_attempts=2))
+    job = new_job()
+    ref = keys.ref(job.user, job.id)
+    await broker.queue.submit(job)
+    await broker.queue.claim("tiny", "w1", [ref])
+    assert await broker.queue.reap() == []
+    await asyncio.sleep(0.08)
+    assert await broker.queue.reap() == [(ref, JobStatus.QUEUED)]
+    assert not await broker.queue.report(ref, "w1", 1, 0, [], DONE)
+    (waiting,) = await broker.queue.peek("tiny")
+    assert waiting.alone
+    (claim,) = await broker.queue.claim("tiny", "w2", [ref])
+    assert claim.attempt == 2 and claim.alone
+    assert await broker.queue.reap("w1") == []
+    assert await broker.queue.reap("w2") == [(ref, JobStatus.FAILED)]
+    info = await broker.queue.info("ada", job.id)
+    assert info.error is not None and info.error["code"] == "job_poisoned"
+    await broker.close()
+
+
+async def test_heartbeats_keep_leases_and_tell_of_lost_ones(broker: Broker) -> None:
+    mine, gone = new_job(), new_job()
+    for job in (mine, gone):
+        await broker.queue.submit(job)
+    refs = [keys.ref("ada", job.id) for job in (mine, gone)]
+    await broker.queue.claim("tiny", "w1", refs)
+    assert (await broker.queue.cancel("ada", gone.id)).status is JobStatus.CANCELLED
+    assert await broker.queue.heartbeat("w1", [(ref, 1) for ref in refs]) == {refs[1]}
+    assert not await broker.queue.report(refs[1], "w1", 1, 0, [], DONE)
+
+
+async def test_cancelling_an_ended_job_changes_nothing(broker: Broker) -> None:
+    job = new_job()
+    await broker.queue.submit(job)
+    assert (await broker.queue.cancel("ada", job.id)).status is JobStatus.CANCELLED
+    assert (await broker.queue.cancel("ada", job.id)).status is JobStatus.CANCELLED
+    with pytest.raises(UnknownJob):
+        await broker.queue.cancel("bob", job.id)
+
+
+async def test_the_sweep_forgets_ended_jobs(valkey: Valkey, tmp_path: Path) -> None:
+    broker = connect(make_settings(valkey, tmp_path, result_ttl_s=0.05))
+    job = new_job()
+    await broker.queue.submit(job)
+    await broker.queue.cancel("ada", job.id)
+    assert await broker.queue.sweep() == []
+    await asyncio.sleep(0.08)
+    assert await broker.queue.sweep() == [keys.ref("ada", job.id)]
+    with pytest.raises(UnknownJob):
+        await broker.queue.info("ada", job.id)
+    left = {key async for key in broker.redis.scan_iter(match="*ada*")}
+    assert left <= {b"ip:usage:ada"}
+    await broker.close()
+
+
+async def test_a_job_no_one_runs_fails_in_the_end(valkey: Valkey, tmp_path: Path) -> None:
+    broker = connect(make_settings(valkey, tmp_path, queue_ttl_s=0.05))
+    job = new_job()
+    await broker.queue.submit(job)
+    await asyncio.sleep(0.08)
+    await broker.queue.sweep()
+    info = await broker.queue.info("ada", job.id)
+    assert info.error is not None and info.error["code"] == "job_timeout"
+    await broker.close()
+
+
+async def test_a_killed_broker_loses_nothing(tmp_path: Path) -> None:
+    for server in run_valkey():
+        broker = connect(make_settings(server, tmp_path))
+        waiting, running = new_job(), new_job()
+        for job in (waiting, running):
+            await broker.queue.submit(job)
+        ref = keys.ref("ada", running.id)
+        await broker.queue.claim("tiny", "w1", [ref])
+        server.kill()
+        server.start()
+        assert [w.ref for w in await broker.queue.peek("tiny")] == [keys.ref("ada", waiting.id)]
+        assert await broker.queue.report(ref, "w1", 1, 0, [Record("log", b"\x80")], DONE)
+        assert len(await events.read(broker.redis, ref, 0)) == 4
+        await broker.close()
