@@ -1,0 +1,26 @@
+.PHONY: setup demo test lint bench clean
+
+setup:
+	@scripts/setup
+
+demo: setup
+	@scripts/setup client
+	@.venv/bin/python scripts/fetch_models.py SmolLM2-135M-Instruct >/dev/null
+	@.venv/bin/python scripts/demo.py
+
+test: lint
+	@.venv/bin/python -m pytest
+
+lint: setup
+	@.venv/bin/python -m ruff check
+	@.venv/bin/python -m ruff format --check
+	@.venv/bin/python -m mypy
+
+bench: setup
+	@.venv/bin/python scripts/fetch_models.py SmolLM2-135M-Instruct >/dev/null
+	@.venv/bin/python benchmarks/run.py
+
+# The environments and fetched models stay: they are slow to make and never stale.
+clean:
+	rm -rf build dist .cache .demo .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	find client server tests scripts -name __pycache__ -prune -exec rm -rf {} +
