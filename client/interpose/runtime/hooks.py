@@ -56,7 +56,8 @@ class Scope:
 
     def touches(self, module: nn.Module) -> bool:
         """Whether this module is hooked, and its forward is being run right now."""
-        return bool(self._open.get(self.names.get(module, "")))
+        name = self.names.get(module)
+        return name is not None and bool(self._open.get(name))
 
     def taps(self, module: nn.Module) -> Callable[[str, Any], Any]:
         """`tap(event, value) -> value` for named points inside one module's forward."""

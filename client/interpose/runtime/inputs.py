@@ -9,6 +9,7 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from ..errors import BadArgument
 
@@ -125,10 +126,8 @@ def measure_feeding(model: nn.Module, device: torch.device | str) -> Feeding:
     feeding = Feeding(accepts, None)
     if not feeding.tokens or "position_ids" not in accepts:
         return feeding
-    config = getattr(model, "config", None)
-    pad = getattr(config, "pad_token_id", None)
-    tokens = [token for token in range(1, 9) if token != pad][:6]
-    inputs = batch_inputs([[tokens]], device)
+    pad = getattr(getattr(model, "config", None), "pad_token_id", None)
+    inputs = batch_inputs([sample_rows(model, [6])], device)
     plain = feeding.kwargs(inputs)
     expected = principal(model(**plain)).float()
     for offset in (0, *([pad + 1] if isinstance(pad, int) else [])):
@@ -136,6 +135,25 @@ def measure_feeding(model: nn.Module, device: torch.device | str) -> Feeding:
         if torch.allclose(given, expected, rtol=1e-3, atol=1e-4 * float(expected.abs().max())):
             return Feeding(accepts, offset)
     return feeding
+
+
+def vocabulary(model: nn.Module) -> int | None:
+    """How many token ids a model takes, None if it takes none."""
+    if not isinstance(model, PreTrainedModel):
+        return None
+    table = getattr(model.get_input_embeddings(), "weight", None)
+    return len(table) if isinstance(table, Tensor) else None
+
+
+def sample_rows(model: nn.Module, lengths: Sequence[int]) -> list[list[int]]:
+    """Rows of ordinary token ids to try a model on: fixed, scattered, no special token of its config among them."""
+    config = getattr(model, "config", None)
+    special = {value for name, value in vars(config).items() if name.endswith("token_id")} if config else set()
+    ordinary = [token for token in range(min(vocabulary(model) or 64, 4096)) if token not in special]
+    return [
+        [ordinary[(31 * row + 17 * place * (row + 1) + 7) % len(ordinary)] for place in range(length)]
+        for row, length in enumerate(lengths)
+    ]
 
 
 def principal(output: Any) -> Tensor:

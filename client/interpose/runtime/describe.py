@@ -1,0 +1,120 @@
+"""What a manifest says beyond measured modules: figures, versions, the tokenizer, and a revision of the weights."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator, Mapping
+from importlib.metadata import version
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .independence import rope_settings
+from .inputs import Feeding
+from .layouts import dtype_name
+
+_FIGURES = {
+    "type": "model_type",
+    "layers": "num_hidden_layers",
+    "heads": "num_attention_heads",
+    "key_value_heads": "num_key_value_heads",
+    "hidden": "hidden_size",
+}
+_SPECIAL = ("bos", "eos", "pad", "unk", "sep", "cls", "mask")
+_SAMPLED = 1024
+_SUMMED_BYTES = 4 << 30
+_WORDS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+
+
+def versions() -> dict[str, str]:
+    """Libraries whose version can change a result."""
+    return {name: version(name) for name in ("interpose", "torch", "transformers")}
+
+
+def figures(model: nn.Module) -> dict[str, Any]:
+    """A config's figures for people."""
+    config = getattr(model, "config", None)
+    found = {name: getattr(config, attribute, None) for name, attribute in _FIGURES.items()}
+    known = {name: value for name, value in found.items() if isinstance(value, (int, str))}
+    return {**known, "parameters": sum(param.numel() for param in model.parameters())}
+
+
+def longest_row(model: nn.Module, feeding: Feeding) -> int | None:
+    """Most positions a row may have, None for no bound the config knows of."""
+    config = getattr(model, "config", None)
+    longest = getattr(config, "max_position_embeddings", None)
+    if not isinstance(longest, int) or longest <= 0:
+        return None
+    # Dynamic scaling is there to go beyond the trained length, by a factor.
+    factors = [s.get("factor") or 1 for s in rope_settings(config) if s["rope_type"] == "dynamic"]
+    return int(longest * max(factors, default=1)) - (feeding.offset or 0)
+
+
+def tokenizer(tokens: Any) -> tuple[bytes | None, dict[str, Any]]:
+    """The tokenizer's file as it really works, and what turns text to ids beyond it.
+
+    Taken from the live object, as the library adds to what a folder's file says.
+    """
+    backend = getattr(tokens, "backend_tokenizer", None)
+    if backend is None:
+        return None, {}
+    plain = json.loads(backend.to_str()) | {"padding": None, "truncation": None}
+    config: dict[str, Any] = {}
+    for name in _SPECIAL:
+        token = getattr(tokens, f"{name}_token", None)
+        if token is not None:
+            config[f"{name}_token"] = str(token)
+            config[f"{name}_token_id"] = getattr(tokens, f"{name}_token_id")
+    for name in ("add_bos_token", "add_eos_token", "chat_template"):
+        value = getattr(tokens, name, None)
+        if value is not None:
+            config[name] = value
+    if isinstance(tokens.model_max_length, int) and tokens.model_max_length < 1 << 40:
+        config["model_max_length"] = tokens.model_max_length
+    return json.dumps(plain, ensure_ascii=False).encode(), config
+
+
+def revision(model: nn.Module) -> str:
+    """Hash of what decides results: class, config, weights, library versions.
+
+    Of each weight its name, shape, dtype and up to 1024 evenly spaced elements count; for models up to 4 GiB also
+    the sum of all elements' bits, so that one edited row shows.
+    """
+    digest = hashlib.sha256()
+    config = getattr(model, "config", None)
+    settings = config.to_dict() if config is not None else {}
+    for name in ("_name_or_path", "transformers_version"):
+        settings.pop(name, None)
+    about = [type(model).__name__, settings, versions()]
+    digest.update(json.dumps(about, sort_keys=True, default=str).encode())
+    weights = dict(_weights(model))
+    whole = sum(value.nbytes for value in weights.values()) <= _SUMMED_BYTES
+    for name, value in weights.items():
+        digest.update(f"{name} {tuple(value.shape)} {value.dtype}".encode())
+        digest.update(_content(value, whole=whole))
+    return digest.hexdigest()[:32]
+
+
+def _weights(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    state: Mapping[str, Any] = model.state_dict()
+    for name, value in state.items():
+        if isinstance(value, Tensor) and not value.is_quantized and value.layout == torch.strided:
+            yield name, value.detach()
+
+
+def _content(value: Tensor, *, whole: bool) -> bytes:
+    word = _WORDS.get(value.element_size())
+    if value.is_meta or value.numel() == 0 or word is None:
+        return b""
+    flat = value.reshape(-1).view(word)
+    sampled = flat[:: max(1, len(flat) // _SAMPLED)].cpu().numpy().tobytes()
+    total = int(flat.sum(dtype=torch.int64)) if whole else 0
+    return sampled + str(total).encode()
+
+
+def weights_dtype(model: nn.Module) -> str:
+    """Dtype of the first floating-point weight."""
+    found = (dtype_name(param) for param in model.parameters() if param.is_floating_point())
+    return next(found, "float32")

@@ -1,0 +1,210 @@
+"""Does what a row gets depend on its neighbours, or on who came before? Measured at load, never assumed.
+
+Some models do: rotary positions rescaled by the longest row, activations quantized by the batch's largest value.
+Their jobs run alone, with the model's mutable state put back before each run.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from types import TracebackType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .inputs import Feeding, batch_inputs, principal, sample_rows, vocabulary
+
+TOLERANCE = {torch.float64: 1e-8, torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 5e-2}
+"""Largest difference, of the largest value, that reassociation of sums may explain."""
+
+LENGTH_BOUND = ("dynamic", "longrope")
+"""Kinds of rotary positions whose frequencies depend on the longest row."""
+
+_THRESHOLDS = ("original_max_position_embeddings", "sliding_window", "attention_chunk_size")
+_SHORT, _LONG, _LONGEST = 12, 24, 4096
+_FLOPS = {"cpu": 4e10, "cuda": 4e13}
+"""What one row of the check may cost, by kind of device."""
+
+_STATE_BYTES = 16 << 20
+"""Larger buffers are weights by another name; copying them would double a quantized model."""
+
+
+class Buffers:
+    """A model's mutable state as it was when this was made; entering and leaving put it back.
+
+    Restored are buffers, and plain numbers and tensors kept beside them as attributes, such as the length up to
+    which rotary frequencies were computed.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self._modules = [_State(module) for module in model.modules() if module._buffers]
+
+    def restore(self) -> None:
+        for module in self._modules:
+            module.restore()
+
+    def __enter__(self) -> Buffers:
+        self.restore()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.restore()
+
+
+class _State:
+    """One module's."""
+
+    def __init__(self, module: nn.Module) -> None:
+        self._module = module
+        self._buffers = dict(module._buffers)
+        self._beside = {name: value for name, value in vars(module).items() if _plain(value)}
+        tensors = {id(value): value for value in (*self._buffers.values(), *self._beside.values())}
+        self._copies = [
+            (value, value._version, value.detach().clone())
+            for value in tensors.values()
+            if isinstance(value, Tensor) and value.nbytes <= _STATE_BYTES
+        ]
+
+    def restore(self) -> None:
+        if self._module._buffers != self._buffers:
+            self._module._buffers.clear()
+            self._module._buffers.update(self._buffers)
+        attributes = vars(self._module)
+        for name, value in self._beside.items():
+            if attributes[name] is not value:
+                attributes[name] = value
+        self._copies = [_rewound(*entry) for entry in self._copies]
+
+
+def _rewound(value: Tensor, version: int, copy: Tensor) -> tuple[Tensor, int, Tensor]:
+    # The version counter tells whether anything was written, so that nothing is copied for nothing.
+    if value._version != version:
+        with torch.no_grad():
+            value.copy_(copy)
+    return value, value._version, copy
+
+
+def _plain(value: Any) -> bool:
+    return value is None or isinstance(value, (bool, int, float, Tensor))
+
+
+def rope_settings(config: Any) -> list[Mapping[str, Any]]:
+    """Every set of rotary parameters a config holds: one, or one for each type of layer, or none."""
+
+    def search(value: Any) -> Iterator[Mapping[str, Any]]:
+        if isinstance(value, Mapping):
+            if "rope_type" in value:
+                yield value
+            for item in value.values():
+                yield from search(item)
+
+    return list(search(config.to_dict())) if config is not None else []
+
+
+def length_bound(config: Any) -> bool:
+    """Whether the config names positions that depend on the longest row."""
+    return any(settings["rope_type"] in LENGTH_BOUND for settings in rope_settings(config))
+
+
+def thresholds(config: Any) -> list[int]:
+    """Lengths at which the config says something changes, ascending."""
+
+    def search(value: Any, names: Sequence[str]) -> Iterator[int]:
+        for name, item in value.items():
+            if isinstance(item, Mapping):
+                yield from search(item, names)
+            elif name in names and isinstance(item, int) and item > 1:
+                yield item
+
+    if config is None:
+        return []
+    # Dynamic scaling starts at the length the model was trained on; for others that one is a plain limit.
+    extra = ("max_position_embeddings",) if length_bound(config) else ()
+    return sorted(set(search(config.to_dict(), (*_THRESHOLDS, *extra))))
+
+
+@torch.no_grad()
+def check(model: nn.Module, feeding: Feeding, device: torch.device, longest: int | None) -> tuple[bool, str]:
+    """Compare a short prompt alone, beside a longer one, after one, and padded.
+
+    Args:
+        longest: most positions a row may have; thresholds beyond it don't matter.
+
+    Returns:
+        Whether rows are independent, and a note for people: what differed, or what was checked.
+    """
+    if not feeding.tokens:
+        return False, "not checked: the model doesn't run on token ids alone"
+    config = getattr(model, "config", None)
+    limit = longest or 1 << 62
+    reachable = [length for length in thresholds(config) if length < limit]
+    affordable = min(_affordable(model, device), limit)
+    lengths = sorted({min(_LONG, limit), *(min(2 * at, affordable) for at in reachable if at < affordable)})
+    short = max(2, min([_SHORT, *(at - 1 for at in reachable), limit]))
+    buffers = Buffers(model)
+    for length in lengths:
+        trial = _Trial(model, feeding, device, buffers, sample_rows(model, [short, length]))
+        reason = trial.differs()
+        if reason:
+            return False, reason
+    precise = torch.finfo(trial.alone.dtype).bits >= 32 if trial.alone.is_floating_point() else False
+    unchecked = [at for at in reachable if at >= affordable or not precise]
+    if unchecked and length_bound(config):
+        return (
+            False,
+            f"its positions depend on the longest row from {unchecked[0]} tokens on, beyond what was checked",
+        )
+    return True, f"checked with rows of {' and '.join(map(str, lengths))} tokens"
+
+
+def _affordable(model: nn.Module, device: torch.device) -> int:
+    """Longest row the check runs: bounded by operations and by the size of the logits."""
+    size = sum(param.numel() for param in model.parameters())
+    by_flops = _FLOPS.get(device.type, 4e10) / (2 * size + 1)
+    by_logits = (128 << 20) / (vocabulary(model) or 1)
+    return int(max(_LONG, min(_LONGEST, by_flops, by_logits)))
+
+
+class _Trial:
+    """A short row and a longer one, in all company the two may have."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        feeding: Feeding,
+        device: torch.device,
+        buffers: Buffers,
+        rows: list[list[int]],
+    ) -> None:
+        self._model, self._feeding, self._device, self._buffers = model, feeding, device, buffers
+        self._short, self._long = rows
+        with buffers:
+            self.alone = self._run([[self._short]])[0]
+
+    def _run(self, runs: list[list[list[int]]]) -> Tensor:
+        return principal(self._model(**self._feeding.kwargs(batch_inputs(runs, self._device))))
+
+    def differs(self) -> str:
+        """What company changes the short row, or ""."""
+        short, long = len(self._short), len(self._long)
+        with self._buffers:
+            if not self._same(self._run([[self._short], [self._long]])[0, :short]):
+                return f"a row of {short} tokens changes beside one of {long}"
+        with self._buffers:
+            if not self._same(self._run([[self._short, self._long]])[0, long - short :]):
+                return f"a row of {short} tokens changes when it is padded on the left to {long}"
+        with self._buffers:
+            self._run([[self._long]])
+            if not self._same(self._run([[self._short]])[0]):
+                return f"a row of {short} tokens changes after one of {long}"
+        return ""
+
+    def _same(self, found: Tensor) -> bool:
+        if found.shape != self.alone.shape:
+            return False
+        tolerance = TOLERANCE.get(found.dtype, 0.0)
+        largest = float(self.alone.abs().max())
+        return float((found - self.alone).abs().max()) <= tolerance * largest

@@ -1,0 +1,222 @@
+"""What a model's modules do, measured on a few tiny real runs: order of events, layouts of points, the blocks.
+
+Real ones, as meta and fake tensors fail on common models. Two styles of call: plain, and padded with positions
+stated; what changes its layout between them can't be attributed to rows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from itertools import pairwise
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..graph.manifest import BATCH, EVENT, KEY, SEQ, Layout, Leaf, ModuleInfo, Param, leaves
+from ..graph.values import DTYPES
+from .attention import POINTS, READABLE
+from .hooks import hooked
+from .inputs import Feeding, ModelInputs, batch_inputs, positions, sample_rows
+from .layouts import Seen, Size, derive, dtype_name, observe
+
+SIZES = ((2, 5), (3, 5), (2, 7), (3, 7))
+"""Rows and positions of the runs. All of batch, seq and their product vary differently over them."""
+
+PAST = 2
+"""Positions before the decode step: few, so that no sliding window ends between them."""
+
+_POINT = {event: point for point, event in EVENT.items()}
+_KEYS = {"scores": -1, "pattern": -1, "k_rot": -2, "v": -2}
+"""Attention points -> their dimension of key length, for models that can't decode and so can't show it."""
+
+
+@dataclass(frozen=True)
+class Measured:
+    """Attributes:
+    modules: path -> module, in tree order.
+    blocks: paths of the blocks that carry the residual stream.
+    attention: whether its points are there.
+    note: why nothing could be measured, or "".
+    """
+
+    modules: Mapping[str, ModuleInfo]
+    blocks: tuple[str, ...] = ()
+    attention: bool = False
+    note: str = ""
+
+
+@dataclass
+class _Recorder:
+    """A visitor that notes when it was called, and the shapes of what it was shown."""
+
+    attention: bool
+    order: list[tuple[str, str]] = field(default_factory=list)
+    seen: dict[tuple[str, str], list[Seen]] = field(default_factory=dict)
+
+    def visit(self, module: str, event: str, call: int, value: Any) -> Any:
+        self.order.append((module, event))
+        self.seen.setdefault((module, event), []).append(observe(value))
+        return value
+
+
+@dataclass
+class _Prober:
+    model: nn.Module
+    modules: Mapping[str, nn.Module]
+    feeding: Feeding
+    device: torch.device
+    samples: dict[tuple[str, str], list[tuple[Size, Seen]]] = field(default_factory=dict)
+
+    def record(self, size: Size, kwargs: Mapping[str, Any], *, attention: bool = False) -> tuple[_Recorder, Any]:
+        names = {module: path for path, module in self.modules.items()}
+        recorder = _Recorder(attention)
+        with hooked(self.modules, names, recorder):
+            output = self.model(**kwargs)
+        for place, values in recorder.seen.items():
+            # Layouts of ordinary points are those of the default attention; a run that looks changes some.
+            if attention == (place[1] in POINTS):
+                self.samples.setdefault(place, []).extend((size, seen) for seen in values)
+        return recorder, output
+
+    def forward(self, batch: int, seq: int, *, padded: bool = False, attention: bool = False) -> _Recorder:
+        lengths = [seq - row if padded else seq for row in range(batch)]
+        inputs = batch_inputs([sample_rows(self.model, lengths)], self.device)
+        size = Size(batch, seq, seq)
+        return self.record(size, self.feeding.kwargs(inputs), attention=attention)[0]
+
+    def decode(self, *, attention: bool = False) -> None:
+        """One step with a cache, where query and key lengths differ. Nothing for models without a cache."""
+        batch = 3
+        rows = sample_rows(self.model, [PAST + 1] * batch)
+        before = batch_inputs([[row[:PAST] for row in rows]], self.device)
+        cache = getattr(self.model(**self.feeding.kwargs(before), use_cache=True), "past_key_values", None)
+        if cache is None:
+            return
+        mask = torch.ones((batch, PAST + 1), dtype=torch.int64, device=self.device)
+        ids = torch.tensor([row[PAST:] for row in rows], device=self.device)
+        last = ModelInputs(ids, mask, positions(mask)[:, PAST:], (1,), (batch,), padded=True)
+        kwargs = self.feeding.kwargs(last) | {"past_key_values": cache, "use_cache": True}
+        self.record(Size(batch, 1, PAST + 1), kwargs, attention=attention)
+
+
+@torch.no_grad()
+def probe(
+    model: nn.Module, modules: Mapping[str, nn.Module], feeding: Feeding, device: torch.device, attention: str
+) -> Measured:
+    """Run the model and describe every module.
+
+    Args:
+        model: in eval mode, its attention installed.
+        modules: path -> module, "" first.
+        attention: what `attention.install` said.
+    """
+    bare = {path: _bare(path, module) for path, module in modules.items()}
+    if not feeding.tokens:
+        return Measured(bare, note="it doesn't run on token ids alone")
+    prober = _Prober(model, modules, feeding, device)
+    try:
+        plain = [prober.forward(*size) for size in SIZES][-1]
+        for size in SIZES:
+            prober.forward(*size, padded=True)
+        caches = {"past_key_values", "use_cache"} <= feeding.accepts
+        if caches:
+            prober.decode()
+        looking = None
+        if attention == READABLE:
+            looking = [prober.forward(*size, attention=True) for size in SIZES][-1]
+            if caches:
+                prober.decode(attention=True)
+    except Exception as error:  # noqa: BLE001 - a model's own forward may raise anything, and loading goes on
+        return Measured(bare, note=f"its forward failed on token ids: {error}")
+    order, attention_points = _order(plain, looking)
+    found = dict(_described(bare, order, prober.samples, attention_points))
+    return Measured(_stand_ins(found, modules), _blocks(found, modules), bool(attention_points))
+
+
+def _bare(path: str, module: nn.Module) -> ModuleInfo:
+    own = module.named_parameters(recurse=False, remove_duplicate=False)
+    params = {name: Param(tuple(value.shape), dtype_name(value)) for name, value in own}
+    known = {name: param for name, param in params.items() if param.dtype in DTYPES}
+    return ModuleInfo(path, type(module).__name__, params=known)
+
+
+def _order(plain: _Recorder, looking: _Recorder | None) -> tuple[list[tuple[str, str]], frozenset[str]]:
+    """The order of events in a forward, and the attention points in it.
+
+    A model whose eager form calls other modules than its default has no order that serves both: no points then.
+    """
+    if looking is None or [place for place in looking.order if place[1] not in POINTS] != plain.order:
+        return plain.order, frozenset()
+    return looking.order, frozenset(event for _, event in looking.order if event in POINTS)
+
+
+def _described(
+    bare: Mapping[str, ModuleInfo],
+    order: Sequence[tuple[str, str]],
+    samples: Mapping[tuple[str, str], Sequence[tuple[Size, Seen]]],
+    attention_points: frozenset[str],
+) -> Iterator[tuple[str, ModuleInfo]]:
+    moments: dict[str, dict[str, list[int]]] = {}
+    for moment, (path, event) in enumerate(order):
+        moments.setdefault(path, {}).setdefault(event, []).append(moment)
+    for path, info in bare.items():
+        events = moments.get(path, {})
+        calls = len(events.get("enter", ()))
+        kept = {event: tuple(at) for event, at in events.items() if len(at) == calls}
+        points = {
+            _POINT.get(event, event): _layout(event, samples[path, event])
+            for event in kept
+            if event in _POINT or event in attention_points
+        }
+        yield path, replace(info, events=kept, points=points)
+
+
+def _layout(event: str, samples: Sequence[tuple[Size, Seen]]) -> Layout:
+    layout = derive(samples)
+    at = _KEYS.get(event)
+    if at is None or not isinstance(layout, Leaf) or any(size.decoding for size, _ in samples):
+        return layout
+    dims = list(layout.dims)
+    dims[at] = KEY if dims[at] == SEQ else dims[at]
+    return Leaf(tuple(dims), layout.dtype)
+
+
+def _stand_ins(found: Mapping[str, ModuleInfo], modules: Mapping[str, nn.Module]) -> dict[str, ModuleInfo]:
+    """Attention's dropout modules that the library applies as a function nowadays stand for the pattern."""
+    result = dict(found)
+    for path, info in found.items():
+        parent = path.rpartition(".")[0]
+        uncalled = isinstance(modules[path], nn.Dropout) and not info.events
+        if uncalled and parent in found and "pattern" in found[parent].points:
+            result[path] = replace(info, stands_for=(parent, "pattern"))
+    return result
+
+
+def _blocks(found: Mapping[str, ModuleInfo], modules: Mapping[str, nn.Module]) -> tuple[str, ...]:
+    """The longest list of modules which follow one another, each from hidden states to hidden states."""
+    best: tuple[str, ...] = ()
+    for path, module in modules.items():
+        if isinstance(module, nn.ModuleList):
+            items = tuple(f"{path}.{name}" if path else name for name, _ in module.named_children())
+            if len(items) > len(best) and _stream(found, items):
+                best = items
+    return best
+
+
+def _stream(found: Mapping[str, ModuleInfo], items: Sequence[str]) -> bool:
+    infos = [found.get(item) for item in items]
+    hidden = [_hidden(info, "output") for info in infos if info is not None]
+    if len(hidden) != len(items) or None in hidden or len(set(hidden)) > 1:
+        return False
+    if any(info is not None and _hidden(info, "inputs") not in hidden for info in infos):
+        return False
+    spans = [(info.events["enter"][0], info.events["exit"][0]) for info in infos if info is not None]
+    return all(one[1] < other[0] for one, other in pairwise(spans))
+
+
+def _hidden(info: ModuleInfo, point: str) -> Leaf | None:
+    """The hidden states [batch, seq, hidden] that come first in a point, if they do."""
+    first = next(iter(leaves(info.points.get(point))), None)
+    return first if first is not None and first.dims[:2] == (BATCH, SEQ) and len(first.dims) == 3 else None
