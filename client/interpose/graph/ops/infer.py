@@ -1,0 +1,94 @@
+"""What an operation gives and takes, from shapes alone."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from ..values import Ref, TensorSpec
+from .binding import bind
+from .declare import Bound, Op, Result
+from .kinds import UNKNOWN, Unknown
+from .table import lookup
+
+_SLACK = 1 << 12
+"""Bytes an allocator may round one tensor up by, and small temporaries."""
+
+
+@dataclass(frozen=True, slots=True)
+class Cost:
+    """Upper bounds on one operation.
+
+    Attributes:
+        out_bytes: of all its outputs, as a save would carry them.
+        peak_bytes: memory it allocates while it runs, outputs included; 0 for a pure view.
+        flops: floating-point operations, or as much other work.
+    """
+
+    out_bytes: int
+    peak_bytes: int
+    flops: int
+
+
+def infer(name: str, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Result:
+    """The outputs of an operation on arguments with TensorSpec or UNKNOWN in place of tensors.
+
+    UNKNOWN if they depend on values, or on an unknown input.
+
+    Raises:
+        UnknownOp, BadArgument: it can't be called so.
+        ShapeMismatch, IndexOutOfRange: torch would fail on these shapes.
+    """
+    op = lookup(name)
+    bound = bind(op, args, kwargs)
+    return _outcome(op, bound)
+
+
+def _outcome(op: Op, bound: Bound) -> Result:
+    if not op.partial and any(map(_has_unknown, bound.values())):
+        return UNKNOWN
+    return op.rule(bound)
+
+
+def _has_unknown(value: Any) -> bool:
+    if isinstance(value, (Unknown, Ref)):
+        return True
+    if isinstance(value, slice):
+        return any(map(_has_unknown, (value.start, value.stop, value.step)))
+    return isinstance(value, (list, tuple)) and any(map(_has_unknown, value))
+
+
+def cost(name: str, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Cost | None:
+    """Bounds on what the operation takes; None only if an input is unknown.
+
+    What a slice with computed ends selects counts as the whole dimension. Raises as `infer` does.
+    """
+    op = lookup(name)
+    bound = {name: _known_slices(value) for name, value in bind(op, args, kwargs).items()}
+    if any(map(_has_unknown, bound.values())):
+        return None
+    result = op.rule(bound)
+    if isinstance(result, Unknown):
+        assert op.bound is not None, f"{name} has no bound"
+        result = op.bound(bound)
+    assert not isinstance(result, Unknown)
+    outputs = (result,) if isinstance(result, TensorSpec) else result
+    flops, held = op.work(bound, outputs)
+    out_bytes = sum(spec.nbytes for spec in outputs)
+    peak = out_bytes + held
+    return Cost(out_bytes, peak + _SLACK if peak > 0 else 0, flops)
+
+
+def _known_slices(value: Any) -> Any:
+    """Index items with slices that take everything where an end is a tensor."""
+    if not isinstance(value, tuple):
+        return value
+    return tuple(
+        slice(None, None, item.step) if isinstance(item, slice) and _has_unknown_end(item) else item
+        for item in value
+    )
+
+
+def _has_unknown_end(item: slice) -> bool:
+    return any(isinstance(end, (TensorSpec, Ref, Unknown)) for end in (item.start, item.stop))
