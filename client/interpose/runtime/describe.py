@@ -67,10 +67,11 @@ def tokenizer(tokens: Any) -> tuple[bytes | None, dict[str, Any]]:
         if token is not None:
             config[f"{name}_token"] = str(token)
             config[f"{name}_token_id"] = getattr(tokens, f"{name}_token_id")
-    for name in ("add_bos_token", "add_eos_token", "chat_template"):
-        value = getattr(tokens, name, None)
-        if value is not None:
-            config[name] = value
+    # What the tokenizer does counts; flags of that name are often wrong, as the file's own rules do the adding.
+    for name, place in (("bos", 0), ("eos", -1)):
+        config[f"add_{name}_token"] = tokens("a").input_ids[place] == config.get(f"{name}_token_id")
+    if getattr(tokens, "chat_template", None) is not None:
+        config["chat_template"] = tokens.chat_template
     if isinstance(tokens.model_max_length, int) and tokens.model_max_length < 1 << 40:
         config["model_max_length"] = tokens.model_max_length
     return json.dumps(plain, ensure_ascii=False).encode(), config

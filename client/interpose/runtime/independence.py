@@ -69,10 +69,13 @@ class _State:
         ]
 
     def restore(self) -> None:
-        if self._module._buffers != self._buffers:
-            self._module._buffers.clear()
-            self._module._buffers.update(self._buffers)
-        attributes = vars(self._module)
+        attributes, buffers = vars(self._module), self._module._buffers
+        # Written only where changed: an ordinary model may be in the middle of another batch's forward.
+        for name in [name for name in buffers if name not in self._buffers]:
+            del buffers[name]
+        for name, buffer in self._buffers.items():
+            if buffers.get(name) is not buffer:
+                buffers[name] = buffer
         for name, value in self._beside.items():
             if attributes[name] is not value:
                 attributes[name] = value
