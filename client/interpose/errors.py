@@ -44,6 +44,7 @@ InterposeError
 
 from __future__ import annotations
 
+import linecache
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -51,15 +52,14 @@ from typing import Any, ClassVar
 
 @dataclass(frozen=True, slots=True)
 class Source:
-    """The user's line that made a node. `text` is the line itself, where it could be read."""
+    """The user's line that made a node."""
 
     file: str
     line: int
-    text: str = ""
 
     def __str__(self) -> str:
-        where = f"{self.file}:{self.line}"
-        return f"{where}: {self.text}" if self.text else where
+        text = linecache.getline(self.file, self.line).strip()
+        return f"{self.file}:{self.line}" + (f": {text}" if text else "")
 
 
 class InterposeError(Exception):

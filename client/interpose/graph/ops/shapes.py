@@ -15,7 +15,8 @@ def broadcast(*shapes: Shape) -> Shape:
     """The common shape. Raises ShapeMismatch naming both sizes."""
     if len(set(shapes)) == 1:
         return shapes[0]
-    result = list(max(shapes, key=lambda shape: len(shape), default=()))
+    ndim = max(map(len, shapes), default=0)
+    result = [1] * ndim
     for shape in shapes:
         offset = len(result) - len(shape)
         for at, size in enumerate(shape):

@@ -1,0 +1,86 @@
+"""The part of a shared forward that belongs to one job, one run, one invoke.
+
+Rows of one run are left-padded together, so a run is a block of rows whose tokens end at its own length; several runs
+share a forward by padding on the right. An invoke's part is its rows and the last `longest` positions of its run.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from ..errors import ShapeMismatch
+from ..graph.manifest import BATCH, BATCH_SEQ, KEY, SEQ, Leaf
+
+
+@dataclass(frozen=True, slots=True)
+class Span:
+    """Rows [row, row + rows) and positions [start, start + length) of something `total` positions long."""
+
+    row: int
+    rows: int
+    start: int
+    length: int
+
+    def covers(self, rows: int, total: int) -> bool:
+        return self.row == 0 and self.rows == rows and self.start == 0 and self.length == total
+
+
+@dataclass(frozen=True, slots=True)
+class View:
+    """How to cut a span out of tensors of one layout.
+
+    Dimensions that hold batch and positions in one are opened into two first, so that a cut stays a view.
+    """
+
+    leaf: Leaf
+    span: Span
+    rows: int
+    total: int
+
+    @property
+    def whole(self) -> bool:
+        """Whether the cut would leave everything: always so for values that don't belong to rows."""
+        return not self.leaf.by_rows or self.span.covers(self.rows, self.total)
+
+    def open(self, tensor: torch.Tensor) -> torch.Tensor:
+        """The cut with batch and positions apart, sharing memory with `tensor`."""
+        dims = list(self.leaf.dims)
+        sizes = {BATCH: self.rows, SEQ: self.total, KEY: self.total, BATCH_SEQ: self.rows * self.total}
+        if len(dims) != tensor.dim() or any(
+            size != sizes.get(str(dim), size) for dim, size in zip(dims, tensor.shape, strict=True)
+        ):
+            raise ShapeMismatch(
+                f"the model made a value of shape {list(tensor.shape)} where {dims} was measured; "
+                'run with batching="exclusive" and read it whole'
+            )
+        if BATCH_SEQ in dims:
+            place = dims.index(BATCH_SEQ)
+            dims[place : place + 1] = [BATCH, SEQ]
+            tensor = tensor.unflatten(place, (self.rows, self.total))
+        span = self.span
+        for place, dim in enumerate(dims):
+            if dim == BATCH:
+                tensor = tensor.narrow(place, span.row, span.rows)
+            elif dim in (SEQ, KEY):
+                tensor = tensor.narrow(place, span.start, span.length)
+        return tensor
+
+    def close(self, opened: torch.Tensor) -> torch.Tensor:
+        """The user's form of an opened cut; shares memory wherever that is possible."""
+        if BATCH_SEQ not in self.leaf.dims:
+            return opened
+        place = self.leaf.dims.index(BATCH_SEQ)
+        return opened.flatten(place, place + 1)
+
+    def cut(self, tensor: torch.Tensor) -> torch.Tensor:
+        return tensor if self.whole else self.close(self.open(tensor))
+
+    def paste(self, tensor: torch.Tensor, value: torch.Tensor) -> None:
+        """Write a cut of the user's form back into `tensor`, in place."""
+        if self.whole:
+            tensor.copy_(value)
+            return
+        opened = self.open(tensor)
+        opened.copy_(value.reshape(opened.shape))

@@ -1,0 +1,156 @@
+"""The versions of one hook point's values while its hook runs.
+
+Writes are functional: a write makes a new version and never changes a tensor that anyone, the model included, may
+still hold. Memory is copied once a point and forward at most, and not at all where nobody writes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from ..errors import BadArgument, NotReached, ShapeMismatch
+from ..graph.manifest import Layout, Leaf, walk
+from ..graph.model import Key
+from . import kernels, nests
+from .rows import Span, View
+
+Path = tuple[Key, ...]
+
+
+@dataclass
+class Touched:
+    """What a module takes or returns at one moment of a shared forward, and what it becomes."""
+
+    nest: Any
+    layout: Layout
+    rows: int
+    total: int
+    owned: dict[Path, torch.Tensor] = field(default_factory=dict)
+
+    def tensor(self, path: Path) -> torch.Tensor:
+        found = self.owned.get(path)
+        if found is None:
+            try:
+                found = nests.at(self.nest, path)
+            except LookupError:
+                found = None
+        if not isinstance(found, torch.Tensor):
+            raise NotReached("this forward made no tensor here")
+        return found
+
+    def own(self, path: Path) -> torch.Tensor:
+        """A copy of the whole tensor that may be written: one for all jobs of the forward."""
+        if path not in self.owned:
+            self.owned[path] = self.tensor(path).clone()
+        return self.owned[path]
+
+    def result(self) -> Any:
+        nest = self.nest
+        for path, tensor in self.owned.items():
+            nest = nests.put(nest, path, tensor)
+        return nest
+
+
+@dataclass
+class Slot:
+    """One tensor of a point, for one run: its newest version."""
+
+    leaf: Leaf
+    view: View
+    current: torch.Tensor
+    written: bool = False
+    private: bool = False
+    """Whether `current` is our own copy and nobody was handed it: then the next write needs no copy."""
+
+    def read(self, view: View) -> torch.Tensor:
+        self.private = False
+        return view.cut(self.current)
+
+    def write(self, view: View, chain: Sequence[Any], index: Any, value: Any) -> None:
+        self.written = True
+        if index is None and not chain and view.whole:
+            self.current, self.private = fitted(value, self.current), False
+            return
+        if not self.private:
+            self.current, self.private = self.current.clone(), True
+        if view.whole:
+            assign(self.current, chain, index, value)
+            return
+        local = view.cut(self.current)
+        assign(local, chain, index, value)
+        if local.data_ptr() != view.open(self.current).data_ptr():
+            view.paste(self.current, local)
+
+
+class RunValues:
+    """The slots of one job's run at one moment."""
+
+    def __init__(self, touched: Touched, span: Span) -> None:
+        self.touched = touched
+        self.span = span
+        self.slots: dict[Path, Slot] = {}
+
+    def read(self, path: Path, invoke: Span) -> Any:
+        """The value at a path as one invoke sees it; nests in plain tuples and dicts."""
+        return self._read(walk(self.touched.layout, path), path, invoke)
+
+    def _read(self, layout: Layout, path: Path, invoke: Span) -> Any:
+        if isinstance(layout, Leaf):
+            return self._slot(layout, path).read(self._within(layout, invoke))
+        if isinstance(layout, tuple):
+            return tuple(self._read(item, (*path, index), invoke) for index, item in enumerate(layout))
+        if isinstance(layout, dict):
+            return {name: self._read(item, (*path, name), invoke) for name, item in layout.items()}
+        return None
+
+    def write(self, path: Path, invoke: Span, chain: Sequence[Any], index: Any, value: Any) -> None:
+        leaf = walk(self.touched.layout, path)
+        if not isinstance(leaf, Leaf):
+            raise BadArgument("a nest can't be written as one")
+        self._slot(leaf, path).write(self._within(leaf, invoke), chain, index, value)
+
+    def finish(self) -> None:
+        """Hand the newest versions to the model."""
+        for path, slot in self.slots.items():
+            if not slot.written:
+                continue
+            if slot.view.whole:
+                self.touched.owned[path] = slot.current
+            else:
+                slot.view.paste(self.touched.own(path), slot.current)
+
+    def _slot(self, leaf: Leaf, path: Path) -> Slot:
+        slot = self.slots.get(path)
+        if slot is None:
+            view = View(leaf, self.span, self.touched.rows, self.touched.total)
+            slot = self.slots[path] = Slot(leaf, view, view.cut(self.touched.tensor(path)))
+        return slot
+
+    def _within(self, leaf: Leaf, invoke: Span) -> View:
+        return View(leaf, invoke, self.span.rows, self.span.length)
+
+
+def fitted(value: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
+    """A replacement in the dtype and on the device of what it replaces. Raises ShapeMismatch."""
+    if not isinstance(value, torch.Tensor):
+        raise BadArgument("a value is replaced by a tensor")
+    if value.shape != like.shape:
+        raise ShapeMismatch(f"replaced with shape {list(value.shape)}, where {list(like.shape)} is expected")
+    return value.to(device=like.device, dtype=like.dtype)
+
+
+def assign(target: torch.Tensor, chain: Sequence[Any], index: Any, value: Any) -> None:
+    """`target[chain of views][index] = value`, in place. Raises BadArgument where a step made a copy."""
+    memory = target.untyped_storage().data_ptr()
+    for name, *args in chain:
+        target = kernels.execute(name, (target, *args), {})
+        if target.untyped_storage().data_ptr() != memory:
+            raise BadArgument(f"{name} makes a copy here, so what is written into it would be lost")
+    if index is None:
+        target.copy_(fitted(value, target))
+    else:
+        kernels.assign(target, index, value)

@@ -1,0 +1,93 @@
+"""The face of deferred values where torch isn't installed: saved ones delegate to NumPy arrays."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from numpy.lib.mixins import NDArrayOperatorsMixin
+
+from .deferred import Deferred
+from .recorder import Base, Recorder, View
+
+
+class DeferredArray(Deferred):
+    """An array that will exist when the block has run."""
+
+    def _become(self, value: Any) -> None:
+        self.__dict__.clear()
+        self.__class__ = SavedArray  # type: ignore[assignment]
+        self.__dict__["value"] = np.asarray(value)
+
+
+class SavedArray(NDArrayOperatorsMixin):
+    """A saved value. `value` is the array; everything else is the array's too."""
+
+    value: np.ndarray[Any, Any]
+
+    def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray[Any, Any]:
+        return np.array(self.value, dtype=dtype, copy=copy)
+
+    def __array_ufunc__(self, ufunc: np.ufunc, method: str, *inputs: Any, **kwargs: Any) -> Any:
+        if "out" in kwargs:
+            kwargs["out"] = tuple(map(_plain, kwargs["out"]))
+        return getattr(ufunc, method)(*map(_plain, inputs), **kwargs)
+
+    @property
+    def logits(self) -> np.ndarray[Any, Any]:
+        return self.value
+
+    def __getattr__(self, name: str) -> Any:
+        if name == "value" or name.startswith("__"):
+            raise AttributeError(name)
+        return getattr(self.value, name)
+
+    def __getitem__(self, index: Any) -> Any:
+        return self.value[_plain(index)]
+
+    def __setitem__(self, index: Any, value: Any) -> None:
+        self.value[_plain(index)] = _plain(value)
+
+    def __len__(self) -> int:
+        return len(self.value)
+
+    def __iter__(self) -> Any:
+        return iter(self.value)
+
+    def __contains__(self, item: Any) -> bool:
+        return item in self.value
+
+    def __matmul__(self, other: Any) -> Any:
+        return self.value @ _plain(other)
+
+    def __bool__(self) -> bool:
+        return bool(self.value)
+
+    def __int__(self) -> int:
+        return int(self.value)
+
+    def __float__(self) -> float:
+        return float(self.value)
+
+    def __index__(self) -> int:
+        return self.value.__index__()
+
+    def __repr__(self) -> str:
+        return repr(self.value)
+
+    def __format__(self, spec: str) -> str:
+        return format(self.value, spec)
+
+    def __reduce__(self) -> Any:
+        return self.value.__reduce__()
+
+
+def _plain(value: Any) -> Any:
+    return value.value if isinstance(value, SavedArray) else value
+
+
+def make(recorder: Recorder, base: Base, chain: tuple[View, ...], node: int) -> DeferredArray:
+    """The deferred array of a node."""
+    value = DeferredArray()
+    value._begin(recorder, base, chain, node)
+    return value

@@ -1,0 +1,260 @@
+"""What all deferred values share, whichever face they wear: recording operations, shapes, writes, saving."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, ClassVar
+
+from ..errors import BadArgument, ControlFlow, ShapeUnknown, UnknownOp
+from ..graph import ops
+from ..graph.values import DTYPES, DType, TensorSpec
+from .notes import note
+from .recorder import Base, Recorder, View
+
+
+class Deferred:
+    """A value inside the model that will exist when the block has run.
+
+    Operators, indexing and every operation of the op table record a node. `role` marks the two values whose reading
+    has a rule of its own: "block" (a block's output, whose `[0]` is the hidden states, as published notebooks
+    write) and "model" (the model's output, whose `.logits` is itself).
+    """
+
+    _interpose_deferred: ClassVar[bool] = True
+    _recorder: Recorder
+    _base: Base
+    _chain: tuple[View, ...]
+    _at: tuple[int, int]
+    _role: str
+
+    def _begin(self, recorder: Recorder, base: Base, chain: tuple[View, ...], node: int) -> None:
+        self._recorder, self._base, self._chain = recorder, base, chain
+        self._at = base.node() if chain else node, node
+        self._role = ""
+
+    # -- what is known while recording -------------------------------------------------------------------------
+
+    @property
+    def _spec(self) -> TensorSpec:
+        spec = self._recorder.spec(self._at[1])
+        if not isinstance(spec, TensorSpec):
+            raise ShapeUnknown("the shape of this value depends on values, so it is known only after the block")
+        return spec
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self._spec.shape
+
+    @property
+    def ndim(self) -> int:
+        return len(self._spec.shape)
+
+    @property
+    def dtype(self) -> Any:
+        return DType(self._spec.dtype)
+
+    def size(self, dim: int | None = None) -> Any:
+        return self.shape if dim is None else self.shape[dim]
+
+    def dim(self) -> int:
+        return self.ndim
+
+    def numel(self) -> int:
+        return self._spec.numel
+
+    nelement = numel
+
+    def element_size(self) -> int:
+        return DTYPES[self._spec.dtype]
+
+    def is_floating_point(self) -> bool:
+        return self._spec.dtype.startswith(("float", "bfloat"))
+
+    def __len__(self) -> int:
+        if not self.shape:
+            raise BadArgument("a value without dimensions has no length")
+        return self.shape[0]
+
+    def __iter__(self) -> Iterator[Any]:
+        if self._role == "block":
+            raise BadArgument("a block's output isn't a tuple here; write output[0] for the hidden states")
+        return iter([self[index] for index in range(len(self))])
+
+    def __repr__(self) -> str:
+        spec = self._recorder.spec(self._at[1])
+        shown = f"{spec.dtype}{list(spec.shape)}" if isinstance(spec, TensorSpec) else "of unknown shape"
+        point = getattr(self._base, "point", "value")
+        return f"<deferred {shown} {point}{''.join(f'.{step[0]}' for step in self._chain)}>"
+
+    __hash__ = object.__hash__
+
+    # -- reading and writing parts -----------------------------------------------------------------------------
+
+    def __getitem__(self, index: Any) -> Any:
+        if self._role == "block" and type(index) is int:
+            if index != 0:
+                raise BadArgument(
+                    f"a block's output is its hidden states; row {index} of them is output[0][{index}]"
+                )
+            return self._recorder.again(self)
+        return self._recorder.op("getitem", (self, index), {})
+
+    def __setitem__(self, index: Any, value: Any) -> None:
+        if self._role == "block" and type(index) is int:
+            if index != 0:
+                raise BadArgument(f"row {index} of a block's hidden states is written output[0][{index}] = ...")
+            self._recorder.put_back(self, value)
+            return
+        plain = self._recorder.arg(index)
+        if self._recorder.is_view(value, self, ("getitem", plain)):
+            return  # the second half of `x[i] += y`, which has been written already
+        self._base.write(self._chain, plain, self._recorder.arg(value))
+
+    def _fill(self, value: Any) -> Any:
+        """Write all of it; returns the value itself, as torch's in-place methods do."""
+        self._base.write(self._chain, ..., self._recorder.arg(value))
+        return self
+
+    # -- keeping -----------------------------------------------------------------------------------------------
+
+    def save(self) -> Any:
+        """Keep the value as it is at this line: after the block it is a real tensor (without torch, an array)."""
+        if self._role == "block":
+            note("a block's saved output is [batch, seq, hidden]: after the block, [0] is its first row")
+        self._recorder.save(self)
+        return self
+
+    def _become(self, value: Any) -> None:
+        """Turn into the real value."""
+        raise NotImplementedError
+
+    # -- what needs the value itself ---------------------------------------------------------------------------
+
+    def __bool__(self) -> bool:
+        raise ControlFlow(
+            "Python can't branch on a value that exists only when the block runs; choose between values with "
+            "torch.where(condition, a, b), or save it and branch after the block"
+        )
+
+    def _no_number(self, *args: Any) -> Any:
+        raise ControlFlow(
+            "this value exists only when the block runs, so Python can't have it as a number; compute with it as it "
+            "is, or save it and take it after the block"
+        )
+
+    __int__ = __float__ = __index__ = __complex__ = item = tolist = numpy = _no_number
+
+    def __contains__(self, item: Any) -> bool:
+        raise ControlFlow("whether a deferred value contains something isn't known yet; write (x == item).any()")
+
+    def __array__(self, *args: Any, **kwargs: Any) -> Any:
+        raise ControlFlow("NumPy can't have this value before the block has run; save it and convert it afterwards")
+
+    # -- where it lives, which is not the graph's business -------------------------------------------------------
+
+    def cpu(self) -> Any:
+        return self
+
+    cuda = cpu
+
+    def to(self, *args: Any, **kwargs: Any) -> Any:
+        """A dtype conversion; devices are left to the server."""
+        wanted = [arg for arg in (*args, *kwargs.values()) if self._recorder.is_dtype(arg)]
+        if wanted:
+            return self._recorder.op("to", (self, wanted[0]), {})
+        other = next((arg for arg in args if hasattr(arg, "dtype")), None)
+        return self if other is None else self._recorder.op("to", (self, other.dtype), {})
+
+    def type(self, dtype: Any) -> Any:
+        return self._recorder.op("to", (self, dtype), {})
+
+    # -- operations --------------------------------------------------------------------------------------------
+
+    def _interpose_record(self, name: str, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
+        """What the `interpose.torch` namespace calls."""
+        return self._recorder.op(name, args, kwargs)
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__") or "_recorder" not in self.__dict__:
+            raise AttributeError(name)
+        if self._role == "model":
+            found = self._recorder.output_field(self, name)
+            if found is not None:
+                return found
+        if name in ops.INPLACE:
+            return in_place(self, name)
+        raise UnknownOp(f"a deferred tensor has no {name!r}{ops.nearest(name)}")
+
+
+def in_place(value: Deferred, name: str) -> Callable[..., Any]:
+    """A torch in-place method of a value: the operation it stands for, then a write of the result."""
+
+    def method(*args: Any, **kwargs: Any) -> Any:
+        if name == "zero_":
+            return value._fill(0)
+        if name in ("fill_", "copy_"):
+            return value._fill(args[0])
+        return value._fill(value._recorder.op(ops.INPLACE[name], (value, *args), kwargs))
+
+    return method
+
+
+def _method(name: str) -> Callable[..., Any]:
+    def method(self: Deferred, *args: Any, **kwargs: Any) -> Any:
+        return self._recorder.op(name, (self, *args), kwargs)
+
+    method.__name__ = name
+    return method
+
+
+def _reflected(name: str) -> Callable[..., Any]:
+    def method(self: Deferred, other: Any) -> Any:
+        return self._recorder.op(name, (other, self), {})
+
+    return method
+
+
+def _augmented(name: str) -> Callable[..., Any]:
+    def method(self: Deferred, other: Any) -> Any:
+        return self._fill(self._recorder.op(name, (self, other), {}))
+
+    return method
+
+
+_OPERATORS = {
+    "add": "add",
+    "sub": "sub",
+    "mul": "mul",
+    "truediv": "div",
+    "floordiv": "floor_divide",
+    "mod": "remainder",
+    "pow": "pow",
+    "matmul": "matmul",
+    "and": "bitwise_and",
+    "or": "bitwise_or",
+    "xor": "bitwise_xor",
+    "lshift": "bitwise_left_shift",
+    "rshift": "bitwise_right_shift",
+}
+_COMPARISONS = ("eq", "ne", "lt", "le", "gt", "ge")
+_UNARY = {"neg": "neg", "pos": "positive", "abs": "abs", "invert": "bitwise_not"}
+
+
+def _equip() -> None:
+    for name, op in ops.OPS.items():
+        if op.method and not hasattr(Deferred, name):
+            setattr(Deferred, name, _method(name))
+    for python, name in _OPERATORS.items():
+        setattr(Deferred, f"__{python}__", _method(name))
+        setattr(Deferred, f"__r{python}__", _reflected(name))
+        setattr(Deferred, f"__i{python}__", _augmented(name))
+    for name in _COMPARISONS:
+        setattr(Deferred, f"__{name}__", _method(name))
+    for python, name in _UNARY.items():
+        setattr(Deferred, f"__{python}__", _method(name))
+    for name in ("T", "mT", "H", "mH"):
+        if name in ops.OPS:
+            setattr(Deferred, name, property(_method(name)))
+
+
+_equip()

@@ -1,0 +1,208 @@
+"""Names of modules and their hook points, as the user writes them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+from ..errors import BadArgument, UnknownModule, UnknownPoint
+from ..graph.manifest import Leaf, Manifest, ModuleInfo, leaves, walk
+from ..graph.model import Key, Point
+from ..graph.values import Ref
+from .recorder import Recorder
+
+if TYPE_CHECKING:
+    from .tracer import Model
+
+COMMON = ("output", "input", "inputs")
+
+
+class Module:
+    """A module of the model: `model.transformer.h[5].attn`.
+
+    `output`, `input` (the first argument) and `inputs` (all of them) are its hook points, beside those the model
+    family names. A child of one of these names comes first; the point stays reachable as `points["output"]`.
+    """
+
+    _owner: Model
+    _path: str
+    _call: int | None
+
+    def __init__(self, model: Model, path: str, call: int | None = None) -> None:
+        self.__dict__.update(_owner=model, _path=path, _call=call)
+
+    @property
+    def _manifest(self) -> Manifest:
+        return self._owner._tree()
+
+    @property
+    def _info(self) -> ModuleInfo:
+        return self._manifest.module(self._path)
+
+    @property
+    def points(self) -> Points:
+        """The module's hook points by name, also those a child's name shadows."""
+        return Points(self)
+
+    @property
+    def calls(self) -> Calls:
+        """The module's calls within one forward, for one that is called several times: `calls[1].output`."""
+        return Calls(self)
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__"):
+            raise AttributeError(name)
+        info = self._info
+        if name in self._manifest.children[self._path]:
+            return self._child(name)
+        if name in COMMON or name in info.points:
+            return self.points[name]
+        if name in info.params:
+            recorder = self._owner._recording()
+            return recorder.value(recorder.node("param", (self._path, name)))
+        where = f"{self._path} ({info.cls})" if self._path else f"{self._manifest.model} ({info.cls})"
+        raise UnknownModule(f"{where} has no {name!r}{self._manifest.nearest(self._child_path(name))}")
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name in COMMON or name in self._info.points:
+            self.points[name] = value
+        else:
+            raise UnknownPoint(f"only hook points can be assigned: output, input, inputs; {name!r} is none")
+
+    def __getitem__(self, index: int | slice) -> Any:
+        children = self._numbered()
+        try:
+            names = children[index]
+        except IndexError:
+            raise UnknownModule(f"{self._path} has {len(children)} modules; there is no [{index}]") from None
+        return [self._child(name) for name in names] if isinstance(names, list) else self._child(names)
+
+    def __len__(self) -> int:
+        return len(self._numbered())
+
+    def __iter__(self) -> Iterator[Any]:
+        return iter([self._child(name) for name in self._numbered()])
+
+    def __call__(self, value: Any) -> Any:
+        """The module's output for another value than the model's: `model.lm_head(h)`. Fires no hooks."""
+        recorder = self._owner._recording()
+        given = recorder.arg(value)
+        if not isinstance(given, Ref):
+            raise BadArgument(f"{self._path} is called on a tensor")
+        return recorder.value(recorder.node("call", (self._path, given)))
+
+    def __repr__(self) -> str:
+        from ..draw import draw
+
+        return draw(self._manifest, self._path)
+
+    def _numbered(self) -> list[str]:
+        names = list(self._manifest.children[self._path])
+        if not all(name.isdigit() for name in names):
+            raise TypeError(f"{self._path or 'the model'} is no list of modules; its children are {', '.join(names)}")
+        return names
+
+    def _child(self, name: str) -> Module:
+        return Module(self._owner, self._child_path(name))
+
+    def _child_path(self, name: str) -> str:
+        return f"{self._path}.{name}" if self._path else name
+
+
+class Calls:
+    def __init__(self, module: Module) -> None:
+        self._module = module
+
+    def __getitem__(self, index: int) -> Module:
+        return Module(self._module._owner, self._module._path, index)
+
+
+class Points:
+    """Hook points of one module by name. Reading one inside a block gives a deferred value; assigning replaces it."""
+
+    def __init__(self, module: Module) -> None:
+        self._module = module
+
+    def __getitem__(self, name: str) -> Any:
+        recorder = self._module._owner._recording()
+        point, role = self._find(name)
+        value = recorder.at(point)
+        if role:
+            value._role = role
+        return value
+
+    def __setitem__(self, name: str, value: Any) -> None:
+        recorder = self._module._owner._recording()
+        point, role = self._find(name)
+        if role == "block" and isinstance(value, tuple) and len(value) == 1:
+            value = value[0]
+        layout = walk(recorder.manifest.module(point.module).points[point.name], point.path)
+        if isinstance(layout, Leaf):
+            recorder.replace(point, value)
+        else:
+            _replace_parts(recorder, point, layout, value)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._module._info.points)
+
+    def __repr__(self) -> str:
+        return f"<points of {self._module._path or 'the model'}: {', '.join(self)}>"
+
+    def _find(self, name: str) -> tuple[Point, str]:
+        """The point a name stands for here, and the role of what is read there."""
+        module = self._module
+        info, call = module._info, module._call or 0
+        times = len(info.events.get("enter", ()))
+        if times > 1 and module._call is None:
+            raise UnknownPoint(f"{module._path} is called {times} times in a forward; say which: .calls[0].{name}")
+        if info.stands_for is not None and name in COMMON:
+            path, other = info.stands_for
+            return Point(path, other, call=call), ""
+        if name == "input":
+            return Point(module._path, "inputs", self._first(info), call), ""
+        if name not in info.points:
+            offered = ", ".join(info.points) or "none: the model's forward doesn't call it"
+            raise UnknownPoint(f"{module._path or 'the model'} has no hook point {name!r}; it has {offered}")
+        point = Point(module._path, name, call=call)
+        if name != "output":
+            return point, ""
+        return self._output(point, info)
+
+    def _output(self, point: Point, info: ModuleInfo) -> tuple[Point, str]:
+        layout = info.points["output"]
+        if point.module in self._module._manifest.blocks:
+            path: tuple[Key, ...] = (0,) if isinstance(layout, tuple) else ()
+            return replace(point, path=path), "block"
+        if not point.module and isinstance(layout, dict) and layout.get("logits") is not None:
+            return replace(point, path=("logits",)), "model"
+        return point, ""
+
+    def _first(self, info: ModuleInfo) -> tuple[Key, ...]:
+        """Where a module's first argument is, given by position or by name."""
+        inputs = info.points.get("inputs")
+        if isinstance(inputs, tuple) and len(inputs) == 2:
+            args, kwargs = inputs
+            if isinstance(args, tuple) and args:
+                return (0, 0)
+            if isinstance(kwargs, dict):
+                for name, layout in kwargs.items():
+                    if leaves(layout):
+                        return (1, name)
+        raise UnknownPoint(f"{info.path or 'the model'} was given no tensor; there is no input to read")
+
+
+def _replace_parts(recorder: Recorder, point: Point, layout: Any, value: Any) -> None:
+    """Replace every tensor of a nest by the one at the same place of `value`."""
+    keys = list(layout) if isinstance(layout, dict) else list(range(len(layout or ())))
+    try:
+        parts = {key: value[key] for key in keys}
+    except (LookupError, TypeError):
+        raise BadArgument(f"{point} is a nest of {keys}; give one value for each") from None
+    for key, part in parts.items():
+        inner, at = layout[key], replace(point, path=(*point.path, key))
+        if isinstance(inner, Leaf):
+            recorder.replace(at, part)
+        elif inner is not None:
+            _replace_parts(recorder, at, inner, part)
+

@@ -1,0 +1,132 @@
+"""The torch face of deferred values: tensors on the meta device until the block has run, real ones after.
+
+The only torch code outside `runtime`. A deferred tensor is a `torch.Tensor` subclass, so functions of torch hand
+themselves over to it; when its value comes, the real tensor's content is swapped into the same Python object.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from ..errors import BadArgument, UnknownOp
+from ..graph import ops
+from ..graph.values import TensorSpec
+from .deferred import Deferred, in_place
+from .recorder import Base, Recorder, View, is_deferred
+from .torch_names import function_table
+
+_FUNCTIONS = function_table()
+
+
+class DeferredTensor(Deferred, torch.Tensor):  # type: ignore[misc]
+    """A tensor that will exist when the block has run."""
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        recorder = _recorder_of((*args, *(kwargs or {}).values()))
+        found = _FUNCTIONS.get(func)
+        if found is not None:
+            name, swapped = found
+            args = (args[1], args[0]) if swapped else args
+            return recorder.op(name, args, kwargs or {})
+        name = getattr(func, "__name__", str(func))
+        if name in ("__get__", "__set__"):
+            name = func.__self__.__name__
+        if name in ops.INPLACE and is_deferred(args[0]):
+            return in_place(args[0], name)(*args[1:], **(kwargs or {}))
+        if name in ("__setitem__", "__set__") or name in ops.INPLACE:
+            raise BadArgument("a real tensor can't take a deferred value; compute the result as a new value")
+        if name in _KNOWN:
+            return getattr(args[0], name)(*args[1:]) if name not in _ATTRIBUTES else getattr(args[0], name)
+        raise UnknownOp(f"torch's {name} isn't in the op table{ops.nearest(name)}")
+
+    @property
+    def shape(self) -> torch.Size:  # type: ignore[override]
+        return torch.Size(self._spec.shape)
+
+    @property
+    def dtype(self) -> torch.dtype:  # type: ignore[override]
+        found: torch.dtype = getattr(torch, self._spec.dtype)
+        return found
+
+    @property
+    def device(self) -> torch.device:  # type: ignore[override]
+        return torch.device("cpu")
+
+    def __repr__(self, **_: Any) -> str:  # type: ignore[override]
+        return Deferred.__repr__(self)
+
+    def _become(self, value: Any) -> None:
+        become(self, value)
+
+
+_ATTRIBUTES = frozenset({"shape", "ndim", "dtype", "device"})
+_KNOWN = _ATTRIBUTES | {"size", "dim", "numel", "is_floating_point", "element_size", "__len__", "nelement"}
+
+
+class SavedTensor(torch.Tensor):
+    """A saved value: a tensor like any other. What is computed from it is a plain tensor.
+
+    `value` is the same memory as a plain `torch.Tensor`.
+    """
+
+    __torch_function__ = torch._C._disabled_torch_function_impl
+
+    @property
+    def value(self) -> torch.Tensor:
+        return self.as_subclass(torch.Tensor)
+
+    @property
+    def logits(self) -> torch.Tensor:
+        """The tensor itself: notebooks read `.logits` of a saved model output."""
+        return self
+
+    def detach(self) -> torch.Tensor:
+        # nn.Parameter insists on its argument's own class.
+        return torch.Tensor.detach(self).as_subclass(type(self))
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> torch.Tensor:
+        return self.value.__deepcopy__(memo)  # type: ignore[no-any-return, no-untyped-call]
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        return self.value.__reduce_ex__(protocol)
+
+    def __repr__(self, **kwargs: Any) -> str:  # type: ignore[override]
+        return repr(self.value)
+
+    def __format__(self, spec: str) -> str:
+        return format(self.value, spec)
+
+
+def make(recorder: Recorder, base: Base, chain: tuple[View, ...], node: int) -> DeferredTensor:
+    """The deferred tensor of a node."""
+    spec = recorder.spec(node)
+    known = isinstance(spec, TensorSpec)
+    meta = torch.empty(
+        spec.shape if known else (), dtype=getattr(torch, spec.dtype) if known else None, device="meta"
+    )
+    value: DeferredTensor = torch.Tensor._make_subclass(DeferredTensor, meta)
+    value._begin(recorder, base, chain, node)
+    return value
+
+
+def become(deferred: torch.Tensor, value: torch.Tensor) -> None:
+    """Put a real tensor's content into a deferred one."""
+    real = value.as_subclass(SavedTensor)
+    torch._C._swap_tensor_impl(deferred, real)  # type: ignore[attr-defined]
+    deferred.__dict__.clear()
+    deferred.__class__ = SavedTensor
+
+
+def _recorder_of(values: Any) -> Recorder:
+    for value in values:
+        if is_deferred(value):
+            return value._recorder  # type: ignore[no-any-return]
+        if isinstance(value, (tuple, list)):
+            try:
+                return _recorder_of(value)
+            except LookupError:
+                continue
+    raise LookupError("no deferred value among the arguments")

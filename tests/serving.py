@@ -1,0 +1,50 @@
+"""A real server for tests: `interpose serve` in processes of its own, gone when the block is left."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+INTERPOSE = Path(sys.executable).with_name("interpose")
+
+
+@dataclass(frozen=True)
+class Served:
+    """A server that is ready. `process` is its supervisor."""
+
+    host: str
+    key: str
+    data_dir: Path
+    process: subprocess.Popen[str]
+
+    @property
+    def env(self) -> dict[str, str]:
+        return {"INTERPOSE_HOST": self.host, "INTERPOSE_API_KEY": self.key}
+
+
+@contextmanager
+def serve(*models: str, data_dir: Path, options: tuple[str, ...] = (), env: dict[str, str] | None = None) -> Iterator[Served]:
+    """Serve models (`NAME=FOLDER`) on a free port until the block is left."""
+    log = (data_dir.parent / f"{data_dir.name}.log").open("w+")
+    command = [INTERPOSE, "serve", *models, "--port", "0", "--data-dir", data_dir, "--print-env", *options]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=log, text=True, env=os.environ | (env or {}))
+    try:
+        assert process.stdout is not None
+        lines = [process.stdout.readline().strip() for _ in range(2)]
+        if not all(lines):
+            log.seek(0)
+            raise RuntimeError(f"the server didn't start:\n{log.read()[-4000:]}")
+        found = dict(line.split("=", 1) for line in lines)
+        yield Served(found["INTERPOSE_HOST"], found["INTERPOSE_API_KEY"], data_dir, process)
+    finally:
+        process.send_signal(signal.SIGTERM)
+        process.wait(30)
+        log.close()
+        assert process.stdout is not None
+        process.stdout.close()
