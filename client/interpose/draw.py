@@ -1,0 +1,151 @@
+"""The text of `print(model)`: the module tree with parameters and output shapes, equal neighbours folded."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from itertools import pairwise
+
+from .graph.manifest import Layout, Leaf, Manifest, ModuleInfo
+
+
+@dataclass(frozen=True)
+class _Line:
+    """One line of the drawing, in three columns."""
+
+    label: str
+    params: str = ""
+    output: str = ""
+
+
+@dataclass
+class _Fold:
+    """Neighbours that look the same inside: a run of blocks, or a single module."""
+
+    paths: list[str] = field(default_factory=list)
+
+    @property
+    def name(self) -> str:
+        first, last = (path.rpartition(".")[2] for path in (self.paths[0], self.paths[-1]))
+        return first if first == last else f"{first}-{last}"
+
+
+def draw(manifest: Manifest, path: str = "") -> str:
+    """The model, or the part of it at `path`, as a tree: a module a line, under the names that address it.
+
+    Parameters stand in the second column, the output's shape in the third; a dtype is named where it isn't the
+    model's. Named points stand on lines of their own, below their module. Raises UnknownModule.
+    """
+    manifest.module(path)
+    lines = list(_module(manifest, _Fold([path]), 0))
+    left = max((len(line.label) for line in lines if line.params or line.output), default=0)
+    middle = max(len(line.params) for line in lines)
+    rows = (f"{line.label:<{left}}  {line.params:<{middle}}  {line.output}".rstrip() for line in lines)
+    return "\n".join(rows if path else [_title(manifest), "", *rows, *_notes(manifest)])
+
+
+def _title(manifest: Manifest) -> str:
+    facts = [manifest.dtype]
+    if manifest.blocks:
+        facts.append(f"{len(manifest.blocks)} blocks")
+    if manifest.vocab is not None:
+        facts.append(f"{manifest.vocab} tokens in the vocabulary")
+    if manifest.positions is not None:
+        facts.append(f"at most {manifest.positions} positions")
+    return f"{manifest.model}: {', '.join(facts)}"
+
+
+def _notes(manifest: Manifest) -> list[str]:
+    notes = []
+    if manifest.attention != "interpose":
+        notes.append(f"The inside of attention has no points of its own: {manifest.attention}")
+    if not manifest.row_independent:
+        notes.append(f"Runs alone, never beside other jobs: {manifest.row_note}")
+    return ["", *notes] if notes else []
+
+
+def _module(manifest: Manifest, fold: _Fold, depth: int) -> Iterator[_Line]:
+    path, indent = fold.paths[0], "  " * depth
+    info = manifest.modules[path]
+    between = " x " if len(fold.paths) > 1 else ": "
+    name = fold.name if depth else path
+    label = f"{indent}{name}{between}{info.cls}" if path else info.cls
+    params = ", ".join(
+        f"{name} {_tensor(param.shape, param.dtype, manifest)}" for name, param in info.params.items()
+    )
+    yield _Line(label, params, _result(manifest, info))
+    for shape, names in _points(manifest, info).items():
+        yield _Line(f"{indent}  . {', '.join(names)} {shape}")
+    for child in _folded(manifest, path):
+        yield from _module(manifest, child, depth + 1)
+
+
+def _result(manifest: Manifest, info: ModuleInfo) -> str:
+    if info.stands_for is not None:
+        module, point = info.stands_for
+        return f"stands for {point} of {module.rpartition('.')[2]}"
+    calls = len(info.events.get("exit", ()))
+    if not calls:
+        # Containers such as a ModuleList are never called either, which nobody needs to be told.
+        return "" if manifest.children[info.path] else "(never called)"
+    shown = _layout(info.points.get("output"), manifest, outermost=True)
+    often = f" ({calls} calls)" if calls > 1 else ""
+    return f"-> {shown}{often}" if shown or often else ""
+
+
+def _points(manifest: Manifest, info: ModuleInfo) -> dict[str, list[str]]:
+    """Shape -> named points of that shape."""
+    found: dict[str, list[str]] = {}
+    for name, layout in info.points.items():
+        if name not in ("output", "inputs"):
+            found.setdefault(_layout(layout, manifest), []).append(name)
+    return found
+
+
+def _layout(layout: Layout, manifest: Manifest, outermost: bool = False) -> str:
+    """A nest of shapes. What isn't a tensor is left out of a dict, and is "-" within a tuple."""
+    if isinstance(layout, Leaf):
+        return _tensor(layout.dims, layout.dtype, manifest)
+    if isinstance(layout, tuple):
+        parts = [_layout(item, manifest) for item in layout]
+        return f"({', '.join(part or '-' for part in parts)})" if any(parts) else ""
+    if isinstance(layout, dict):
+        shown = {name: _layout(item, manifest) for name, item in layout.items()}
+        text = ", ".join(f"{name} {part}" for name, part in shown.items() if part)
+        return text if outermost or not text else f"{{{text}}}"
+    return ""
+
+
+def _tensor(dims: tuple[int | str, ...], dtype: str, manifest: Manifest) -> str:
+    shape = f"[{', '.join(str(dim) for dim in dims)}]"
+    return shape if dtype == manifest.dtype else f"{shape} {dtype}"
+
+
+def _folded(manifest: Manifest, path: str) -> list[_Fold]:
+    """A module's children, with runs of numbered ones that look the same taken together."""
+    children = [f"{path}.{name}" if path else name for name in manifest.children[path]]
+    folds = [_Fold([child]) for child in children[:1]]
+    for before, child in pairwise(children):
+        if _follows(before, child) and _alike(manifest, before, child):
+            folds[-1].paths.append(child)
+        else:
+            folds.append(_Fold([child]))
+    return folds
+
+
+def _follows(before: str, after: str) -> bool:
+    first, second = before.rpartition(".")[2], after.rpartition(".")[2]
+    return first.isdecimal() and second.isdecimal() and int(second) == int(first) + 1
+
+
+def _alike(manifest: Manifest, first: str, second: str) -> bool:
+    """Whether two modules would be drawn the same but for their names."""
+    one, other = manifest.modules[first], manifest.modules[second]
+    ones, others = manifest.children[first], manifest.children[second]
+    return (
+        (one.cls, one.params, one.points) == (other.cls, other.params, other.points)
+        and len(one.events.get("exit", ())) == len(other.events.get("exit", ()))
+        and (one.stands_for is None) == (other.stands_for is None)
+        and ones == others
+        and all(_alike(manifest, f"{first}.{name}", f"{second}.{name}") for name in ones)
+    )
