@@ -1,0 +1,66 @@
+"""The gateway: an app made of its parts."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from importlib.metadata import version
+
+from fastapi import FastAPI
+
+from . import problems
+from .blobs import Blobs
+from .broker.connect import Broker
+from .catalogue import Catalogue
+from .handshake import Handshake
+from .limits import RateLimit
+from .metrics import Metrics
+from .notifier import Notifier
+from .parts import Parts
+from .positions import Positions
+from .routes import admin, health, jobs, me, models, pages, stream, tensors
+from .settings import Settings
+from .streams import OpenStreams
+from .sweeper import sweep_forever
+
+ROUTERS = (jobs, models, tensors, me, admin, stream, health, pages)
+
+
+def create_app(settings: Settings, broker: Broker, blobs: Blobs) -> FastAPI:
+    """The app over a broker and a blob store, both of which stay the caller's to close."""
+    metrics = Metrics()
+    parts = Parts(
+        settings=settings,
+        broker=broker,
+        blobs=blobs,
+        catalogue=Catalogue(broker.models),
+        notifier=Notifier(broker),
+        positions=Positions(broker.queue, settings.position_s),
+        rate=RateLimit(settings.rate_per_s, settings.rate_burst),
+        metrics=metrics,
+        open_streams=OpenStreams(settings.streams_per_user, metrics.streams),
+    )
+    app = FastAPI(title="Interpose", version=version("interpose"), lifespan=_background)
+    app.state.parts = parts
+    app.add_middleware(Handshake, protocols=settings.protocols, metrics=metrics)
+    problems.install(app)
+    for module in ROUTERS:
+        app.include_router(module.router)
+    return app
+
+
+@asynccontextmanager
+async def _background(app: FastAPI) -> AsyncIterator[None]:
+    """The notifier and the sweeper, as long as the app runs."""
+    parts: Parts = app.state.parts
+    tasks = [
+        asyncio.create_task(parts.notifier.run()),
+        asyncio.create_task(sweep_forever(parts.settings, parts.broker, parts.blobs)),
+    ]
+    try:
+        yield
+    finally:
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)

@@ -1,0 +1,67 @@
+"""The gateway's process: `python -m interpose_server.gateway [--fd N | --host H --port P]`."""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import socket
+from collections.abc import Sequence
+
+import uvicorn
+import uvloop
+
+from . import logs
+from .app import create_app
+from .blobs import LocalBlobs
+from .broker.connect import connect
+from .settings import Settings
+
+MAX_MESSAGE = 64 << 10
+"""A client only ever sends short messages on its stream."""
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(prog="interpose-gateway")
+    parser.add_argument("--fd", type=int, help="a listening socket inherited from the parent")
+    parser.add_argument("--host", default="127.0.0.1")
+    parser.add_argument("--port", type=int, default=8000)
+    wanted = parser.parse_args(argv)
+    logs.setup("gateway")
+    bound = socket.socket(fileno=wanted.fd) if wanted.fd is not None else listen(wanted.host, wanted.port)
+    uvloop.run(serve(Settings(), bound))
+
+
+def listen(host: str, port: int) -> socket.socket:
+    """A listening socket; port 0 takes a free one."""
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    bound = socket.socket(family, socket.SOCK_STREAM)
+    bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    bound.bind((host, port))
+    bound.listen(2048)
+    return bound
+
+
+async def serve(settings: Settings, bound: socket.socket) -> None:
+    """Serve until SIGTERM or SIGINT, then finish what is being answered."""
+    broker = connect(settings)
+    blobs = LocalBlobs(settings.blob_dir, settings.blob_bytes)
+    await asyncio.to_thread(blobs.recount)
+    config = uvicorn.Config(
+        create_app(settings, broker, blobs),
+        http="httptools",
+        ws="websockets-sansio",
+        ws_max_size=MAX_MESSAGE,
+        ws_per_message_deflate=False,
+        log_config=None,
+        access_log=False,
+        server_header=False,
+        timeout_graceful_shutdown=5,
+    )
+    try:
+        await uvicorn.Server(config).serve(sockets=[bound])
+    finally:
+        await broker.close()
+
+
+if __name__ == "__main__":
+    main()

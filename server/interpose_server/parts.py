@@ -1,0 +1,36 @@
+"""What the routes of one app share."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from starlette.requests import HTTPConnection
+
+from .blobs import Blobs
+from .broker.connect import Broker
+from .catalogue import Catalogue
+from .limits import RateLimit
+from .metrics import Metrics
+from .notifier import Notifier
+from .positions import Positions
+from .settings import Settings
+from .streams import OpenStreams
+
+
+@dataclass(frozen=True, slots=True)
+class Parts:
+    settings: Settings
+    broker: Broker
+    blobs: Blobs
+    catalogue: Catalogue
+    notifier: Notifier
+    positions: Positions
+    rate: RateLimit
+    metrics: Metrics
+    open_streams: OpenStreams
+
+    @staticmethod
+    def of(connection: HTTPConnection) -> Parts:
+        parts = connection.app.state.parts
+        assert isinstance(parts, Parts)
+        return parts

@@ -1,0 +1,153 @@
+"""One job's events from the broker's stream to one client's websocket."""
+
+from __future__ import annotations
+
+import asyncio
+import struct
+from contextlib import suppress
+
+from interpose.errors import InternalError, InterposeError, InvalidPayload, UnknownJob
+from interpose.graph.values import TensorSpec
+from interpose.wire.messages import CHUNK, Event, Hello, Log, Position, Refused, Save, Status, Subscribe, encode
+from interpose.wire.status import JobStatus
+from interpose.wire.tensors import decode_spec
+from redis.exceptions import RedisError
+from starlette.websockets import WebSocket, WebSocketDisconnect
+
+from .blobs import Reader
+from .broker import events, keys
+from .broker.events import Stored
+from .parts import Parts
+from .results import open_save
+
+_HEAD = struct.Struct(">B16sIQ")
+
+AWAKE_S = 10.0
+"""Without a wake-up, look again after so long: one may have been lost with the broker's connection."""
+
+SMALL = 64 << 10
+"""Reads up to this size are done on the event loop."""
+
+
+class Line:
+    """The sending side of a websocket. Relays take turns message by message, so none holds up the others."""
+
+    def __init__(self, websocket: WebSocket) -> None:
+        self._websocket = websocket
+        self._turn = asyncio.Lock()
+
+    async def send(self, message: Hello | Event | Position | Refused) -> None:
+        await self.send_frame(encode(message))
+
+    async def send_frame(self, frame: bytes | bytearray) -> None:
+        """Returns when the client takes more. The frame's memory may be used again then."""
+        async with self._turn:
+            await self._websocket.send({"type": "websocket.send", "bytes": frame})
+
+
+class Relay:
+    """Sends everything after the event the client has, then follows the job to its end."""
+
+    def __init__(self, parts: Parts, line: Line, user: str, wanted: Subscribe) -> None:
+        self._parts = parts
+        self._line = line
+        self._user = user
+        self._job = wanted.job
+        self._ref = keys.ref(user, wanted.job)
+        self._after = wanted.after
+        self._offset = wanted.offset
+        self._place: int | None = None
+
+    async def run(self) -> None:
+        try:
+            with self._parts.notifier.listening(self._ref) as bell:
+                await self._follow(bell)
+        except InterposeError as error:
+            await self._refuse(error)
+        except RedisError:
+            await self._refuse(InternalError("the server lost its queue for a moment; subscribe again"))
+        except WebSocketDisconnect:
+            pass
+
+    async def _refuse(self, error: InterposeError) -> None:
+        with suppress(WebSocketDisconnect):
+            await self._line.send(Refused.of(error, self._job))
+
+    async def _follow(self, bell: asyncio.Event) -> None:
+        info = await self._parts.broker.queue.info(self._user, self._job)
+        waiting, looked = info.status is JobStatus.QUEUED, False
+        while True:
+            bell.clear()
+            batch = await events.read(self._parts.broker.redis, self._ref, self._after)
+            for event in batch:
+                status = await self._send(event)
+                if status is not None and status.terminal:
+                    return
+                waiting = status is JobStatus.QUEUED if status else waiting
+            if batch:
+                looked = False
+            elif looked and not await self._parts.broker.redis.exists(keys.JOB.format(ref=self._ref)):
+                raise UnknownJob("the job has expired")
+            else:
+                looked = True
+                await self._wait(bell, info.model, waiting)
+
+    async def _wait(self, bell: asyncio.Event, model: str, waiting: bool) -> None:
+        if waiting:
+            place = await self._parts.positions.place(model, self._ref)
+            if place is not None and place != self._place and not bell.is_set():
+                self._place = place
+                await self._line.send(Position(self._job, place))
+        try:
+            async with asyncio.timeout(self._parts.settings.position_s if waiting else AWAKE_S):
+                await bell.wait()
+        except TimeoutError:
+            return
+
+    async def _send(self, event: Stored) -> JobStatus | None:
+        """Send one event, with its bytes. Returns the status it tells of, if it is one."""
+        offset, self._offset = self._offset, 0
+        status = None
+        if event.kind == "save":
+            await self._send_save(event, offset)
+        elif event.kind == "log":
+            body = event.body
+            await self._line.send(Log(self._job, event.seq, event.attempt, body["node"], body["text"]))
+        else:
+            status = JobStatus(event.body["status"])
+            error = event.body.get("error")
+            await self._line.send(Status(self._job, event.seq, event.attempt, status, error))
+        self._after = event.seq
+        return status
+
+    async def _send_save(self, event: Stored, offset: int) -> None:
+        body = event.body
+        tensors: tuple[TensorSpec, ...] = tuple(map(decode_spec, body["tensors"]))
+        save = Save(self._job, event.seq, event.attempt, body["node"], body["tree"], tensors)
+        if offset > save.nbytes:
+            raise InvalidPayload(f"offset {offset:,} lies beyond a save of {save.nbytes:,} bytes")
+        reader = open_save(self._parts.blobs, self._user, event)
+        try:
+            await self._line.send(save)
+            await self._send_chunks(event.seq, reader, offset)
+        finally:
+            reader.close()
+        self._parts.metrics.sent.inc(save.nbytes - offset)
+
+    async def _send_chunks(self, seq: int, reader: Reader, offset: int) -> None:
+        # One buffer for the whole save: the socket has copied a frame by the time its send returns.
+        size = min(self._parts.settings.chunk_bytes, reader.size - offset)
+        frame = bytearray(_HEAD.size + size)
+        while offset < reader.size:
+            size = min(size, reader.size - offset)
+            del frame[_HEAD.size + size :]
+            _HEAD.pack_into(frame, 0, CHUNK, bytes.fromhex(self._job), seq, offset)
+            with memoryview(frame)[_HEAD.size :] as view:
+                if size <= SMALL:
+                    done = reader.readinto(offset, view)
+                else:
+                    done = await asyncio.to_thread(reader.readinto, offset, view)
+            if done < size:
+                raise UnknownJob("the job's result is incomplete")
+            await self._line.send_frame(frame)
+            offset += size

@@ -1,0 +1,123 @@
+"""A completed job's saves as one file: safetensors or msgpack, streamed piece by piece."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import AsyncIterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import msgpack
+from interpose.errors import UnknownJob
+from interpose.wire.tensors import decode_spec
+
+from .blobs import BlobKey, Blobs, Reader
+from .broker import events, keys
+from .broker.events import Stored
+from .parts import Parts
+
+SAFETENSORS = {
+    "bool": "BOOL", "uint8": "U8", "int8": "I8", "int16": "I16", "int32": "I32", "int64": "I64",
+    "float8_e4m3fn": "F8_E4M3", "float8_e5m2": "F8_E5M2", "float16": "F16", "bfloat16": "BF16",
+    "float32": "F32", "float64": "F64", "complex64": "C64", "complex128": "C128",
+}  # fmt: skip
+
+
+def blob_key(user: str, name: str) -> BlobKey:
+    return BlobKey(user, "result", name)
+
+
+class Inline:
+    """Bytes that came through the broker, read as a blob is."""
+
+    def __init__(self, data: bytes) -> None:
+        self._data = data
+        self.size = len(data)
+
+    def readinto(self, offset: int, buffer: memoryview) -> int:
+        part = self._data[offset : offset + buffer.nbytes]
+        buffer[: len(part)] = part
+        return len(part)
+
+    def close(self) -> None:
+        pass
+
+
+def open_save(blobs: Blobs, user: str, save: Stored) -> Reader:
+    """A save's bytes. Raises UnknownJob if they have expired."""
+    if not save.blob:
+        return Inline(save.data)
+    reader = blobs.open(blob_key(user, save.blob))
+    if reader is None:
+        raise UnknownJob("the job's result has expired; run it again")
+    return reader
+
+
+@dataclass(frozen=True, slots=True)
+class Results:
+    """Args: saves: those of the attempt that completed, in the order they were made."""
+
+    parts: Parts
+    user: str
+    job: str
+    saves: Sequence[Stored]
+
+    @classmethod
+    async def of(cls, parts: Parts, user: str, job: str, attempt: int) -> Results:
+        found: list[Stored] = []
+        after = 0
+        while batch := await events.read(parts.broker.redis, keys.ref(user, job), after):
+            found += [event for event in batch if event.kind == "save" and event.attempt == attempt]
+            after = batch[-1].seq
+        return cls(parts, user, job, found)
+
+    def safetensors(self) -> tuple[int, AsyncIterator[bytes]]:
+        """Size and stream. Tensors are named "<node>.<index>"; the trees are in the metadata, as JSON."""
+        header: dict[str, Any] = {
+            "__metadata__": {"trees": json.dumps({save.body["node"]: save.body["tree"] for save in self.saves})}
+        }
+        at = 0
+        for save in self.saves:
+            for index, plain in enumerate(save.body["tensors"]):
+                spec = decode_spec(plain)
+                header[f"{save.body['node']}.{index}"] = {
+                    "dtype": SAFETENSORS[spec.dtype],
+                    "shape": list(spec.shape),
+                    "data_offsets": [at, at + spec.nbytes],
+                }
+                at += spec.nbytes
+        text = json.dumps(header).encode()
+        text += b" " * (-len(text) % 8)
+        head = len(text).to_bytes(8, "little") + text
+        return len(head) + at, self._stream([head] + [b""] * len(self.saves))
+
+    def msgpack(self) -> tuple[int, AsyncIterator[bytes]]:
+        """Size and stream of {"id", "saves": [{"node", "tree", "tensors", "data"}]}."""
+        packer = msgpack.Packer(autoreset=True)
+        start = packer.pack_map_header(2) + packer.pack("id") + packer.pack(self.job) + packer.pack("saves")
+        heads = [start + packer.pack_array_header(len(self.saves))]
+        for save in self.saves:
+            head = packer.pack_map_header(4)
+            for name in ("node", "tree", "tensors"):
+                head += packer.pack(name) + packer.pack(save.body[name])
+            # The 32-bit form of a byte string's head, so that its bytes can follow from a file.
+            heads.append(head + packer.pack("data") + b"\xc6" + save.body["nbytes"].to_bytes(4, "big"))
+        size = sum(map(len, heads)) + sum(save.body["nbytes"] for save in self.saves)
+        return size, self._stream(heads)
+
+    async def _stream(self, heads: Sequence[bytes]) -> AsyncIterator[bytes]:
+        """heads[0], then heads[k + 1] and the bytes of save k."""
+        yield heads[0]
+        step = self.parts.settings.chunk_bytes
+        for head, save in zip(heads[1:], self.saves, strict=True):
+            yield head
+            reader = open_save(self.parts.blobs, self.user, save)
+            try:
+                at = 0
+                while at < reader.size:
+                    buffer = bytearray(min(step, reader.size - at))
+                    at += await asyncio.to_thread(reader.readinto, at, memoryview(buffer))
+                    yield bytes(buffer)
+            finally:
+                reader.close()

@@ -1,0 +1,43 @@
+"""For load balancers and Prometheus."""
+
+from __future__ import annotations
+
+from fastapi import APIRouter, Request
+from fastapi.responses import JSONResponse, Response
+from interpose.errors import Forbidden
+from redis.exceptions import RedisError
+
+from ..auth import identify
+from ..broker.models import ModelState
+from ..parts import Parts
+
+router = APIRouter(tags=["health"])
+
+
+@router.get("/healthz", summary="The process answers")
+async def healthz() -> dict[str, str]:
+    return {"status": "ok"}
+
+
+@router.get("/readyz", summary="The broker answers and a model is ready; else 503", response_model=None)
+async def readyz(request: Request) -> Response:
+    try:
+        hosted = await Parts.of(request).broker.models.list()
+    except (RedisError, OSError):
+        return JSONResponse({"status": "no broker"}, 503)
+    ready = sum(model.state is ModelState.READY for model in hosted)
+    body = {"status": "ok" if ready else "no model ready", "ready": ready, "models": len(hosted)}
+    return JSONResponse(body, 200 if ready else 503)
+
+
+@router.get("/metrics", summary="Prometheus figures; an admin's key unless the server opens them")
+async def metrics(request: Request) -> Response:
+    parts = Parts.of(request)
+    if not parts.settings.metrics_open and not (await identify(request)).admin:
+        raise Forbidden("figures need an admin's key")
+    figures = parts.metrics
+    for hosted in await parts.broker.models.list():
+        figures.ready.labels(hosted.name).set(hosted.state is ModelState.READY)
+        figures.waiting.labels(hosted.name).set(await parts.broker.queue.depth(hosted.name))
+    figures.blob_bytes.set(parts.blobs.used())
+    return Response(figures.text(), media_type="text/plain; version=0.0.4")

@@ -1,0 +1,64 @@
+"""Models: which are served, their manifests, their tokenizers."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Any
+
+import msgpack
+from fastapi import APIRouter, Request
+from fastapi.responses import JSONResponse, Response
+from interpose.errors import ModelUnavailable, NotFound
+from interpose.wire.protocol import MSGPACK
+
+from ..auth import User, allow
+from ..blobs import BlobKey
+from ..parts import Parts
+
+router = APIRouter(prefix="/v1/models", tags=["models"])
+
+
+def tokenizer_key(sha: str) -> BlobKey:
+    return BlobKey("", "tokenizer", sha)
+
+
+@router.get("", summary="Models this key may use")
+async def list_models(request: Request, user: User) -> dict[str, list[dict[str, Any]]]:
+    found = await Parts.of(request).broker.models.list()
+    return {"models": [hosted.to_plain() for hosted in found if user.allows(hosted.name)]}
+
+
+@router.get("/{model:path}/tokenizer", summary="The model's tokenizer.json")
+async def tokenizer(request: Request, model: str, user: User) -> Response:
+    allow(user, model)
+    parts = Parts.of(request)
+    hosted = await parts.broker.models.get(model)
+    mark = f'"{hosted.tokenizer}"'
+    if hosted.tokenizer and request.headers.get("if-none-match") == mark:
+        return Response(status_code=304, headers={"ETag": mark})
+    reader = parts.blobs.open(tokenizer_key(hosted.tokenizer)) if hosted.tokenizer else None
+    if reader is None:
+        raise NotFound(f"{model} has no tokenizer here; give it token ids")
+    try:
+        data = bytearray(reader.size)
+        await asyncio.to_thread(reader.readinto, 0, memoryview(data))
+    finally:
+        reader.close()
+    return Response(bytes(data), media_type="application/json", headers={"ETag": mark})
+
+
+@router.get("/{model:path}", summary="The model's manifest: msgpack if asked for, else JSON")
+async def manifest(request: Request, model: str, user: User) -> Response:
+    allow(user, model)
+    models = Parts.of(request).broker.models
+    hosted = await models.get(model)
+    if not hosted.fingerprint:
+        raise ModelUnavailable(f"{model} is still {hosted.state}; try again", details={"retry_after_s": 2})
+    mark = f'"{hosted.fingerprint}"'
+    headers = {"ETag": mark, "Vary": "Accept", "Cache-Control": "private, no-cache"}
+    if request.headers.get("if-none-match") in (mark, hosted.fingerprint):
+        return Response(status_code=304, headers=headers)
+    raw = await models.manifest(model)
+    if MSGPACK in request.headers.get("accept", ""):
+        return Response(raw, media_type=MSGPACK, headers=headers)
+    return JSONResponse(msgpack.unpackb(raw), headers=headers)

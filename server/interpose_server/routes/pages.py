@@ -1,0 +1,41 @@
+"""The page a browser finds at the root."""
+
+from __future__ import annotations
+
+from html import escape
+
+from fastapi import APIRouter, Request
+from fastapi.responses import HTMLResponse
+
+from ..parts import Parts
+
+router = APIRouter(include_in_schema=False)
+
+_PAGE = """<!doctype html>
+<html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width">
+<title>Interpose</title>
+<style>body {{ font: 16px/1.5 system-ui; margin: 3rem auto; max-width: 44rem; padding: 0 1rem }}
+td, th {{ padding: .2rem 1.5rem .2rem 0; text-align: left }} code, pre {{ background: #8882; padding: .1rem .3rem }}
+pre {{ padding: .8rem; overflow: auto }}</style>
+<h1>Interpose</h1>
+<table><tr><th>model<th>state</tr>{rows}</table>
+<pre>from interpose import CONFIG, LanguageModel
+
+CONFIG.HOST, CONFIG.API_KEY = "{host}", "ip_..."
+model = LanguageModel("{model}")
+with model.trace("The capital of France is", remote=True):
+    logits = model.output.save()</pre>
+<p>Keys come from whoever runs this server. The HTTP interface is described at <a href="/docs">/docs</a>.</p>
+</html>
+"""
+
+
+@router.get("/", response_class=HTMLResponse)
+async def status(request: Request) -> str:
+    hosted = await Parts.of(request).broker.models.list()
+    rows = "".join(f"<tr><td>{escape(model.name)}<td>{escape(model.state)}</tr>" for model in hosted)
+    return _PAGE.format(
+        rows=rows or "<tr><td colspan=2>none yet</tr>",
+        host=escape(str(request.base_url).rstrip("/")),
+        model=escape(hosted[0].name if hosted else "org/name"),
+    )

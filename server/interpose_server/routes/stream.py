@@ -1,0 +1,105 @@
+"""One websocket a client, many jobs on it."""
+
+from __future__ import annotations
+
+import asyncio
+from contextlib import suppress
+from typing import Any
+
+from fastapi import APIRouter, WebSocket
+from interpose.errors import InterposeError, InvalidPayload, QueueFull, Unauthorized
+from interpose.wire.messages import Ack, Hello, Refused, Subscribe, Unsubscribe, decode_client
+from starlette.websockets import WebSocketDisconnect
+
+from ..auth import identify
+from ..broker.accounts import Key
+from ..parts import Parts
+from ..problems import problem
+from ..relay import Line, Relay
+
+router = APIRouter(prefix="/v1/stream")
+
+REVOKED = 4401
+"""Close code: the key is no longer valid."""
+
+
+@router.websocket("")
+async def stream(websocket: WebSocket) -> None:
+    parts = Parts.of(websocket)
+    try:
+        key = await identify(websocket)
+        parts.open_streams.enter(key.user)
+    except InterposeError as error:
+        await websocket.send_denial_response(problem(error))
+        return
+    try:
+        await websocket.accept()
+        await Stream(parts, key, websocket).run()
+    finally:
+        parts.open_streams.leave(key.user)
+
+
+class Stream:
+    """A connection: a task that reads what the client asks for, and one relay for each job it subscribed to."""
+
+    def __init__(self, parts: Parts, key: Key, websocket: WebSocket) -> None:
+        self._parts = parts
+        self._key = key
+        self._websocket = websocket
+        self._line = Line(websocket)
+        self._relays: dict[str, asyncio.Task[None]] = {}
+
+    async def run(self) -> None:
+        revoked = asyncio.Event()
+        tasks: list[asyncio.Task[Any]] = []
+        with self._parts.notifier.on_revoked(self._key.id, revoked.set):
+            try:
+                await self._line.send(Hello(chunk_bytes=self._parts.settings.chunk_bytes))
+                # The key may have been revoked between its check and this point.
+                await identify(self._websocket)
+                tasks = [asyncio.create_task(self._read()), asyncio.create_task(revoked.wait())]
+                await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+                if revoked.is_set():
+                    raise Unauthorized("the API key was revoked")
+            except InterposeError as error:
+                with suppress(WebSocketDisconnect):
+                    await self._line.send(Refused.of(error))
+                    await self._websocket.close(REVOKED, "the key is no longer valid")
+            except WebSocketDisconnect:
+                pass
+            finally:
+                await self._stop([*tasks, *self._relays.values()])
+
+    async def _stop(self, tasks: list[asyncio.Task[Any]]) -> None:
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+
+    async def _read(self) -> None:
+        while True:
+            message = await self._websocket.receive()
+            if message["type"] == "websocket.disconnect":
+                raise WebSocketDisconnect(message.get("code") or 1005)
+            try:
+                await self._take(decode_client(message.get("bytes") or b""))
+            except InterposeError as error:
+                await self._line.send(Refused.of(error))
+
+    async def _take(self, message: Subscribe | Unsubscribe | Ack) -> None:
+        old = self._relays.pop(message.job, None)
+        match message:
+            case Subscribe():
+                if old is not None:
+                    await self._stop([old])
+                self._relays = {job: task for job, task in self._relays.items() if not task.done()}
+                if len(self._relays) >= self._parts.settings.subscriptions:
+                    raise QueueFull(f"more than {self._parts.settings.subscriptions} jobs on one stream")
+                relay = Relay(self._parts, self._line, self._key.user, message)
+                self._relays[message.job] = asyncio.create_task(relay.run())
+            case Unsubscribe():
+                if old is not None:
+                    await self._stop([old])
+            case Ack():
+                await self._parts.broker.queue.ack(self._key.user, message.job)
+            case _:
+                raise InvalidPayload("an unknown message")

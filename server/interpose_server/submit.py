@@ -1,0 +1,99 @@
+"""From a submission's bytes to a queued job: decode, check, store, enqueue."""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+from collections.abc import Callable
+from typing import TypeVar
+
+import msgpack
+from interpose.errors import MissingAttachment
+from interpose.graph.codec import encode_graph
+from interpose.graph.footprint import Footprint
+from interpose.graph.manifest import Manifest
+from interpose.graph.validate import validate
+from interpose.wire.protocol import JSON, MSGPACK
+from interpose.wire.status import JobStatus
+from interpose.wire.submission import Submission, decode_submission
+
+from . import attachments
+from .auth import allow
+from .blobs import BlobKey
+from .broker.accounts import Key
+from .broker.queue import NewJob
+from .parts import Parts
+
+QUICK_BYTES = 32 << 10
+"""Up to here a submission is checked on the event loop: a thread would cost more than it frees."""
+
+T = TypeVar("T")
+
+
+def payload_key(user: str, digest: str) -> BlobKey:
+    return BlobKey(user, "payload", digest)
+
+
+async def submit(
+    parts: Parts, key: Key, body: bytes, content_type: str
+) -> tuple[Submission, JobStatus, int | None]:
+    """Accept a job. Returns it, its status and its place in the queue.
+
+    Raises:
+        InterposeError: whatever is wrong with it; nothing is queued then.
+    """
+    limits = parts.settings.limits
+    kind = JSON if content_type == JSON else content_type or MSGPACK
+    large = len(body) > QUICK_BYTES
+    job = await _maybe_thread(large, lambda: decode_submission(body, limits, kind))
+    allow(key, job.model)
+    manifest = await parts.catalogue.ready(job.model, job.revision)
+    footprint = await _maybe_thread(large, lambda: _check(parts, job, manifest))
+    digest = hashlib.sha256(body).hexdigest()
+    ttl_s = parts.settings.queue_ttl_s + parts.settings.result_ttl_s
+    payload = await _maybe_thread(
+        large or bool(job.graph.attachments), lambda: _store(parts, key, job, digest, ttl_s)
+    )
+    inline = len(payload) <= parts.settings.inline_bytes
+    status, place = await parts.broker.queue.submit(
+        NewJob(
+            user=key.user,
+            id=job.id,
+            model=job.model,
+            digest=digest,
+            payload=payload if inline else b"",
+            blob="" if inline else digest,
+            footprint=footprint,
+            timeout_s=min(job.timeout_s or limits.wall_s, limits.wall_s),
+            key=key.id,
+        )
+    )
+    parts.metrics.jobs.labels(job.model).inc()
+    return job, status, place
+
+
+def _check(parts: Parts, job: Submission, manifest: Manifest) -> Footprint:
+    return validate(job.graph, manifest, parts.settings.limits, batching=job.batching).footprint
+
+
+def _store(parts: Parts, key: Key, job: Submission, digest: str, ttl_s: float) -> bytes:
+    """Keep attachments and, if it is large, the graph. Returns the graph's msgpack."""
+    missing = []
+    for sha, spec in job.graph.attachments.items():
+        if sha in job.attachments:
+            attachments.store(parts.blobs, key.user, sha, spec, job.attachments[sha], ttl_s)
+        elif parts.blobs.keep(attachments.blob_key(key.user, sha), ttl_s) is None:
+            missing.append(sha)
+    if missing:
+        raise MissingAttachment(
+            f"{len(missing)} of the job's tensors were never uploaded, or have expired: {missing[0]}",
+            details={"missing": missing[:64]},
+        )
+    payload: bytes = msgpack.packb(encode_graph(job.graph))
+    if len(payload) > parts.settings.inline_bytes:
+        parts.blobs.put(payload_key(key.user, digest), [payload], ttl_s)
+    return payload
+
+
+async def _maybe_thread(large: bool, work: Callable[[], T]) -> T:
+    return await asyncio.to_thread(work) if large else work()
