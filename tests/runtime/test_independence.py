@@ -7,13 +7,12 @@ from typing import Any
 
 import pytest
 import torch
-from models import tiny
-from torch import nn
-from transformers import AutoModelForCausalLM
-
 from interpose.runtime.independence import Buffers, check, thresholds
 from interpose.runtime.inputs import batch_inputs, measure_feeding, principal, sample_rows
 from interpose.runtime.loading import wrap
+from models import tiny
+from torch import nn
+from transformers import AutoModelForCausalLM
 
 DYNAMIC = {"rope_type": "dynamic", "factor": 4.0, "rope_theta": 10000.0}
 LONG = {

@@ -6,12 +6,11 @@ from typing import Any
 
 import pytest
 import torch
+from interpose.errors import BadArgument
+from interpose.runtime.inputs import batch_inputs, measure_feeding, principal, sample_rows
 from models import tiny
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoModelForMaskedLM, RobertaConfig, RobertaForMaskedLM
-
-from interpose.errors import BadArgument
-from interpose.runtime.inputs import batch_inputs, measure_feeding, principal, sample_rows
 
 ROWS = [[5, 6, 7, 8, 9, 10, 11], [15, 16], [25, 26, 27, 28]]
 
