@@ -137,8 +137,7 @@ class JobStream:
         self.status = event.status
         if event.status is not JobStatus.QUEUED:
             self.position = None
-        if event.status in (JobStatus.FAILED, JobStatus.CANCELLED):
-            self.error = _ended(event)
+        self.error = reason(event.status, event.error)
         return [Changed(event.status, event.attempt, event.error)]
 
     def _begin(self, save: Save, stale: bool) -> list[Happening]:
@@ -214,9 +213,10 @@ class _Incoming:
         return Saved(self.save.node, self.save.tree, specs, tuple(parts))
 
 
-def _ended(event: Status) -> InterposeError:
-    if event.error is not None:
-        return from_wire(event.error)
-    if event.status is JobStatus.CANCELLED:
-        return JobCancelled("the job was cancelled")
-    return from_wire({"code": "job_error", "message": "the job failed and the server gave no reason"})
+def reason(status: JobStatus, error: Mapping[str, Any] | None) -> InterposeError | None:
+    """Why a job that is in this state has no result and won't; None if that isn't so."""
+    if status is JobStatus.CANCELLED:
+        return from_wire(error) if error else JobCancelled("the job was cancelled")
+    if status is JobStatus.FAILED:
+        return from_wire(error or {"code": "job_error", "message": "the job failed; the server gave no reason"})
+    return None

@@ -1,0 +1,143 @@
+"""Running graphs on a server: submit, wait, list."""
+
+from __future__ import annotations
+
+import uuid
+from collections.abc import Callable, Mapping
+from functools import partial
+from typing import Any
+
+from .catalog import fetch_manifest, fetch_models, fetch_tokenizer
+from .config import CONFIG, Endpoint, endpoint
+from .errors import BadArgument
+from .graph.model import Graph
+from .job import Job, JobInfo
+from .progress import Progress
+from .transports.base import Transport
+from .transports.loop import background
+from .wire.stream import Happening
+from .wire.submission import Batching, Submission
+from .wire.tensors import Encoded, encode_tensor
+
+
+def run_remote(
+    graph: Graph,
+    model: str,
+    attachments: Mapping[str, Any],
+    *,
+    revision: str | None = None,
+    batching: Batching = "auto",
+    timeout: float | None = None,
+    host: str | None = None,
+    api_key: str | None = None,
+    on_event: Callable[[Happening], None] | None = None,
+    transport: Transport | None = None,
+) -> dict[int, Any]:
+    """Run a graph and wait for its saved values, by node id. Ctrl-C cancels the job.
+
+    Args:
+        model: the name the server serves it under.
+        attachments: content id -> tensor or array, for all that the graph names.
+        revision: the manifest's revision the graph was recorded against; None takes what is served.
+        batching: "exclusive" to share the forward with nobody.
+        timeout: seconds it may run; the server's own limit holds besides.
+        host, api_key: the server; `CONFIG`'s by default.
+        on_event: told of each event in this thread, instead of the progress line.
+        transport: where to run it, instead of a server.
+
+    Raises:
+        InterposeError: as the job's, or the connection's.
+    """
+    job, submission, encoded = _prepare(
+        graph, model, attachments, revision, batching, timeout, host, api_key, transport
+    )
+    job.begin(submission, encoded)
+    try:
+        if on_event is not None:
+            told = on_event
+            job.wait(lambda event: None if event is None else told(event))
+        else:
+            with Progress() as progress:
+                job.wait(progress.show)
+    except BaseException:
+        # Whatever ended the wait, nobody will ask for this job again.
+        job.interrupt()
+        raise
+    values = job.values()
+    job.release()
+    return values
+
+
+def submit_remote(
+    graph: Graph,
+    model: str,
+    attachments: Mapping[str, Any],
+    *,
+    revision: str | None = None,
+    batching: Batching = "auto",
+    timeout: float | None = None,
+    host: str | None = None,
+    api_key: str | None = None,
+    transport: Transport | None = None,
+) -> Job:
+    """Hand a graph in and go on; arguments as of `run_remote`. Raises InterposeError if it isn't accepted."""
+    job, submission, encoded = _prepare(
+        graph, model, attachments, revision, batching, timeout, host, api_key, transport
+    )
+    job.submit(submission, encoded)
+    return job
+
+
+def jobs(*, host: str | None = None, api_key: str | None = None) -> list[JobInfo]:
+    """The jobs of this key that the server still knows, as it lists them."""
+    from .transports.http import body_of
+    from .transports.remote import remote
+
+    server = remote(endpoint(host, api_key))
+    answer = background().run(server.http.request("GET", "/v1/jobs", patience=CONFIG.CONNECT_TIMEOUT))
+    plain = body_of(answer)
+    return [JobInfo.from_plain(item) for item in (plain.get("jobs", []) if isinstance(plain, dict) else plain)]
+
+
+def _prepare(
+    graph: Graph,
+    model: str,
+    attachments: Mapping[str, Any],
+    revision: str | None,
+    batching: Batching,
+    timeout: float | None,
+    host: str | None,
+    api_key: str | None,
+    transport: Transport | None,
+) -> tuple[Job, Submission, Mapping[str, Encoded]]:
+    encoded = {sha: encode_tensor(attachments[sha]) for sha in graph.attachments if sha in attachments}
+    if missing := graph.attachments.keys() - encoded.keys():
+        raise BadArgument(f"{len(missing)} tensors the graph names aren't among the attachments")
+    submission = Submission(uuid.uuid4().hex, model, graph, revision=revision, batching=batching, timeout_s=timeout)
+    find: Callable[[], Transport] = (
+        partial(_remote, endpoint(host, api_key)) if transport is None else partial(_given, transport)
+    )
+    return Job(submission.id, model, find, graph=graph), submission, encoded
+
+
+def _given(transport: Transport) -> Transport:
+    return transport
+
+
+def _remote(server: Endpoint) -> Transport:
+    # Its libraries take long to import, and a local user needs none of them.
+    from .transports.remote import remote
+
+    return remote(server)
+
+
+__all__ = [
+    "Job",
+    "JobInfo",
+    "fetch_manifest",
+    "fetch_models",
+    "fetch_tokenizer",
+    "jobs",
+    "run_remote",
+    "submit_remote",
+]

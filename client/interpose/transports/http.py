@@ -1,0 +1,156 @@
+"""Requests to a server over HTTP: headers, retries, and every failure as an error of ours."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import random
+from collections.abc import AsyncIterator, Collection, Iterator, Mapping
+from typing import Any
+
+import httpx
+
+from ..config import Endpoint
+from ..errors import ConnectionFailed, InterposeError, InvalidPayload, VersionMismatch, from_wire
+from ..wire.fields import unpack
+from ..wire.protocol import HEADER, MSGPACK, PROBLEM, PROTOCOL
+
+_PIECE = 1 << 20
+_TIMEOUTS = httpx.Timeout(connect=5.0, read=120.0, write=120.0, pool=120.0)
+
+
+def headers(endpoint: Endpoint) -> dict[str, str]:
+    """What every request carries."""
+    own = {HEADER: str(PROTOCOL)}
+    if endpoint.key:
+        own["Authorization"] = f"Bearer {endpoint.key}"
+    return own
+
+
+def delays() -> Iterator[float]:
+    """Seconds to wait before each next try: doubling from 50 ms to 5 s, spread lest clients march in step."""
+    delay = 0.05
+    while True:
+        yield delay * random.uniform(0.5, 1.5)
+        delay = min(delay * 2, 5.0)
+
+
+class Http:
+    """One connection pool to one server."""
+
+    def __init__(self, endpoint: Endpoint) -> None:
+        self.endpoint = endpoint
+        secure = endpoint.url.startswith("https:")
+        self._client = httpx.AsyncClient(
+            headers=headers(endpoint),
+            timeout=_TIMEOUTS,
+            # Proxies of the environment aren't for this machine. Certificates take long to load; http needs none.
+            trust_env=not endpoint.local,
+            verify=secure,
+        )
+
+    async def request(
+        self,
+        method: str,
+        path: str,
+        *,
+        content: bytes | memoryview | None = None,
+        extra: Mapping[str, str] | None = None,
+        patience: float,
+        expected: Collection[int] = (),
+    ) -> httpx.Response:
+        """An answer below 400, or of a status that is `expected`. Lost connections are tried again.
+
+        Args:
+            content: the body; asked for again on each try.
+            patience: seconds for which to try.
+
+        Raises:
+            InterposeError: the one the server described.
+            ConnectionFailed: nothing answered in time, or what did is no Interpose server.
+        """
+        deadline = asyncio.get_running_loop().time() + patience
+        for delay in delays():
+            try:
+                return self._checked(await self._once(method, path, content, extra), expected)
+            except ConnectionFailed:
+                if asyncio.get_running_loop().time() + delay >= deadline:
+                    raise
+            await asyncio.sleep(delay)
+        raise AssertionError("delays never end")
+
+    async def _once(
+        self, method: str, path: str, content: bytes | memoryview | None, extra: Mapping[str, str] | None
+    ) -> httpx.Response:
+        sent = dict(extra or {})
+        body: bytes | AsyncIterator[bytes] | None = None
+        if isinstance(content, memoryview):
+            sent["Content-Length"] = str(content.nbytes)
+            body = _pieces(content)
+        elif content is not None:
+            body = content
+        try:
+            return await self._client.request(method, self.endpoint.url + path, content=body, headers=sent)
+        except (httpx.HTTPError, httpx.InvalidURL, OSError) as error:
+            raise unreachable(self.endpoint, error) from error
+
+    def _checked(self, answer: httpx.Response, expected: Collection[int]) -> httpx.Response:
+        if answer.headers.get("content-type", "").startswith(PROBLEM):
+            raise problem(answer.content, answer.headers)
+        check_protocol(self.endpoint, answer.headers.get(HEADER), answer.status_code)
+        if answer.status_code >= 400 and answer.status_code not in expected:
+            raise ConnectionFailed(f"{self.endpoint.url} answered {answer.status_code} without saying why")
+        return answer
+
+    async def close(self) -> None:
+        await self._client.aclose()
+
+
+async def _pieces(view: memoryview) -> AsyncIterator[bytes]:
+    for start in range(0, view.nbytes, _PIECE):
+        yield bytes(view[start : start + _PIECE])
+
+
+def problem(body: bytes | bytearray | None, answered: Mapping[str, str]) -> InterposeError:
+    """The error a problem+json body describes."""
+    try:
+        plain = json.loads(body or b"")
+    except ValueError:
+        plain = None
+    if not isinstance(plain, dict) or "code" not in plain:
+        return ConnectionFailed("the server refused, and its reason can't be read")
+    error = from_wire(plain)
+    wait = answered.get("retry-after", "")
+    if wait.isdigit():
+        error.details.setdefault("retry_after_s", int(wait))
+    return error
+
+
+def check_protocol(endpoint: Endpoint, stated: str | None, status: int) -> None:
+    """Raises VersionMismatch, or ConnectionFailed where an answer states no protocol at all."""
+    if stated is None:
+        raise ConnectionFailed(
+            f"what answers at {endpoint.url} (status {status}) isn't an Interpose server; check INTERPOSE_HOST"
+        )
+    if stated != str(PROTOCOL):
+        raise VersionMismatch(
+            f"the server speaks protocol {stated[:16]}, this client {PROTOCOL}; upgrade the older of the two",
+            details={"client": PROTOCOL, "server": stated[:16]},
+        )
+
+
+def unreachable(endpoint: Endpoint, error: BaseException) -> ConnectionFailed:
+    reason = str(error) or type(error).__name__
+    return ConnectionFailed(
+        f"can't reach {endpoint.url}: {reason}; is the server running, and INTERPOSE_HOST right?"
+    )
+
+
+def body_of(answer: httpx.Response) -> Any:
+    """The decoded body, JSON or msgpack. Raises InvalidPayload."""
+    if answer.headers.get("content-type", "").startswith(MSGPACK):
+        return unpack(answer.content, longest=1 << 20, containers=1 << 22)
+    try:
+        return answer.json()
+    except ValueError as error:
+        raise InvalidPayload(f"the server's answer isn't JSON: {error}") from error

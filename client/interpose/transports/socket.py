@@ -1,0 +1,206 @@
+"""One websocket to a server, carrying the streams of many jobs; reconnects, and resumes each where it was."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncGenerator, Callable
+from dataclasses import dataclass, field
+
+from websockets.asyncio.client import ClientConnection, connect
+from websockets.exceptions import ConnectionClosed, InvalidStatus, InvalidURI, WebSocketException
+
+from ..config import Endpoint
+from ..errors import ConfigError, ConnectionFailed, InterposeError, InvalidPayload, VersionMismatch
+from ..wire.messages import Ack, ClientMessage, Hello, Refused, ServerMessage, Unsubscribe, decode_server, encode
+from ..wire.protocol import MAX_CHUNK_BYTES, PROBLEM, PROTOCOL
+from ..wire.stream import Happening, JobStream, OutOfStep
+from .http import delays, headers, problem, unreachable
+
+_MAX_FRAME = MAX_CHUNK_BYTES + (1 << 16)
+_SETTLED_S = 5.0
+_MAX_GAPS = 5
+
+
+@dataclass
+class _Feed:
+    """One job's stream, and what it made happen but nobody has taken yet; None ends it.
+
+    Attributes:
+        gaps: how often it fell out of step since it last moved.
+    """
+
+    stream: JobStream
+    queue: asyncio.Queue[Happening | InterposeError | None] = field(default_factory=asyncio.Queue)
+    gaps: int = 0
+
+
+class _Again(Exception):
+    """The connection is of no more use; a new one is."""
+
+
+class Socket:
+    """Opened by the first who needs it, or ahead of that by `open`, and kept.
+
+    Args:
+        patience: seconds an outage may last, asked anew each time, before those who follow a job are told.
+    """
+
+    def __init__(self, endpoint: Endpoint, patience: Callable[[], float]) -> None:
+        self.endpoint = endpoint
+        self._patience = patience
+        self._feeds: dict[str, _Feed] = {}
+        self._connection: ClientConnection | None = None
+        self._task: asyncio.Task[None] | None = None
+        self._moved = False
+
+    def open(self) -> None:
+        """Start connecting, unless it is connected or under way."""
+        if self._task is None or self._task.done():
+            self._task = asyncio.create_task(self._keep(), name="interpose-stream")
+
+    async def follow(self, job: str) -> AsyncGenerator[Happening, None]:
+        """What happens to a job, from its beginning to its end. One follower a job.
+
+        Raises:
+            InterposeError: the server doesn't know the job, or can't be reached for too long.
+        """
+        assert job not in self._feeds, "one follower a job"
+        feed = self._feeds[job] = _Feed(JobStream(job))
+        try:
+            self.open()
+            if self._connection is not None:
+                await self._send(self._connection, feed.stream.resume())
+            while (item := await feed.queue.get()) is not None:
+                if isinstance(item, InterposeError):
+                    raise item
+                yield item
+        finally:
+            del self._feeds[job]
+            if not feed.stream.done:
+                await self.send(Unsubscribe(job))
+
+    async def send(self, message: Unsubscribe | Ack) -> None:
+        """Send if connected; what it says is lost with the connection anyway."""
+        if self._connection is not None:
+            await self._send(self._connection, message)
+
+    async def close(self) -> None:
+        if self._task is not None:
+            self._task.cancel()
+            await asyncio.gather(self._task, return_exceptions=True)
+
+    async def _keep(self) -> None:
+        """Connect as long as somebody follows a job; give up on an outage longer than patience."""
+        clock = asyncio.get_running_loop().time
+        lost_at, waits = clock(), delays()
+        while True:
+            began, self._moved = clock(), False
+            try:
+                await self._converse()
+                reason: BaseException | None = None
+            except InterposeError as error:
+                return self._tell_all(error)
+            except (OSError, WebSocketException, TimeoutError, _Again) as error:
+                reason = error
+            if self._moved or clock() - began > _SETTLED_S:
+                lost_at, waits = clock(), delays()
+            if not self._feeds:
+                return None
+            if clock() - lost_at > self._patience():
+                return self._tell_all(
+                    unreachable(self.endpoint, reason or ConnectionError("the connection closed"))
+                )
+            await asyncio.sleep(next(waits))
+
+    def _tell_all(self, error: InterposeError) -> None:
+        for feed in self._feeds.values():
+            feed.queue.put_nowait(error)
+
+    async def _converse(self) -> None:
+        """One connection, from the handshake to its end.
+
+        Raises:
+            InterposeError: there is no point in trying again.
+        """
+        url = "ws" + self.endpoint.url.removeprefix("http") + "/v1/stream"
+        try:
+            async with connect(
+                url,
+                additional_headers=headers(self.endpoint),
+                compression=None,
+                max_size=_MAX_FRAME,
+                proxy=None if self.endpoint.local else True,
+                open_timeout=10,
+                close_timeout=1,
+            ) as connection:
+                await self._greet(connection)
+                async for frame in connection:
+                    self._take(_decoded(frame))
+        except InvalidStatus as error:
+            raise _refusal(error, self.endpoint) from error
+        except InvalidURI as error:
+            raise ConfigError(f"{self.endpoint.url} isn't an address a websocket can have") from error
+        finally:
+            self._connection = None
+
+    async def _greet(self, connection: ClientConnection) -> None:
+        hello = _decoded(await asyncio.wait_for(connection.recv(), 10))
+        if isinstance(hello, Refused):
+            raise hello.exception()
+        if not isinstance(hello, Hello) or hello.protocol != PROTOCOL:
+            spoken = hello.protocol if isinstance(hello, Hello) else "?"
+            raise VersionMismatch(f"the server speaks protocol {spoken}, this client {PROTOCOL}")
+        # Whoever joins from here on subscribes by themselves; no await lies between.
+        waiting = list(self._feeds.values())
+        self._connection = connection
+        for feed in waiting:
+            await self._send(connection, feed.stream.resume())
+
+    async def _send(self, connection: ClientConnection, message: ClientMessage) -> None:
+        try:
+            await connection.send(encode(message))
+        except ConnectionClosed:
+            pass  # The next connection subscribes to all that is followed.
+
+    def _take(self, message: ServerMessage) -> None:
+        if isinstance(message, Hello):
+            return
+        if message.job is None:
+            raise message.exception() if isinstance(message, Refused) else _Again
+        feed = self._feeds.get(message.job)
+        if feed is None or feed.stream.done:
+            return
+        try:
+            happened = feed.stream.feed(message)
+        except OutOfStep as error:
+            feed.gaps += 1
+            if feed.gaps <= _MAX_GAPS:
+                raise _Again from error
+            feed.queue.put_nowait(error)
+        except InterposeError as error:
+            feed.queue.put_nowait(error)
+        else:
+            if happened:
+                feed.gaps, self._moved = 0, True
+            for item in happened:
+                feed.queue.put_nowait(item)
+            if feed.stream.done:
+                feed.queue.put_nowait(None if feed.stream.status.terminal else feed.stream.error)
+
+
+def _decoded(frame: str | bytes) -> ServerMessage:
+    if isinstance(frame, str):
+        raise InvalidPayload("the server sent text where bytes belong")
+    return decode_server(frame)
+
+
+def _refusal(error: InvalidStatus, endpoint: Endpoint) -> Exception:
+    """What a refused handshake means: the server's own reason, or something that may pass."""
+    answer = error.response
+    if answer.headers.get("Content-Type", "").startswith(PROBLEM):
+        return problem(answer.body, {name.lower(): value for name, value in answer.headers.raw_items()})
+    if answer.status_code >= 500 or answer.status_code == 429:
+        return ConnectionError(f"the stream was refused with {answer.status_code}")
+    return ConnectionFailed(
+        f"{endpoint.url} has no stream (status {answer.status_code}); is it an Interpose server?"
+    )
