@@ -1,16 +1,15 @@
 """A first look inside: next token, a middle layer, a patch, and a logit lens. Needs no torch on this side.
 
-    INTERPOSE_HOST=... INTERPOSE_API_KEY=... python examples/first_trace.py [MODEL]
+INTERPOSE_HOST=... INTERPOSE_API_KEY=... python examples/first_trace.py [MODEL]
 """
 
 import sys
 
 import numpy as np
-from rich.console import Console
-from rich.table import Table
-
 from interpose import LanguageModel
 from interpose import torch as t
+from rich.console import Console
+from rich.table import Table
 
 PROMPT, OTHER = "The capital of France is", "The capital of Italy is"
 

@@ -1,4 +1,4 @@
-"""`make demo`: a server on this machine with the small real model, and a first remote trace from a torch-free client.
+"""`make demo`: a server with the small real model on this machine, and a first trace from a torch-free client.
 
 It serves on until Ctrl-C, which stops everything it started.
 """
@@ -36,7 +36,9 @@ def _show(server: subprocess.Popen[str], client_python: str) -> int:
     if not all(lines):
         return server.wait()
     settings = dict(line.split("=", 1) for line in lines)
-    subprocess.run([client_python, ROOT / "examples" / "first_trace.py", MODEL], env=os.environ | settings, check=True)
+    subprocess.run(
+        [client_python, ROOT / "examples" / "first_trace.py", MODEL], env=os.environ | settings, check=True
+    )
     print("\nStill serving. In a notebook:\n")
     print("    from interpose import CONFIG, LanguageModel")
     print(f'    CONFIG.HOST, CONFIG.API_KEY = "{settings["INTERPOSE_HOST"]}", "{settings["INTERPOSE_API_KEY"]}"')

@@ -29,7 +29,9 @@ class Served:
 
 
 @contextmanager
-def serve(*models: str, data_dir: Path, options: tuple[str, ...] = (), env: dict[str, str] | None = None) -> Iterator[Served]:
+def serve(
+    *models: str, data_dir: Path, options: tuple[str, ...] = (), env: dict[str, str] | None = None
+) -> Iterator[Served]:
     """Serve models (`NAME=FOLDER`) on a free port until the block is left."""
     log = (data_dir.parent / f"{data_dir.name}.log").open("w+")
     command = [INTERPOSE, "serve", *models, "--port", "0", "--data-dir", data_dir, "--print-env", *options]

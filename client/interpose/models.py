@@ -118,7 +118,7 @@ class LanguageModel(Module):
         return tracer.recorder
 
     def _prefers_server(self) -> bool:
-        """Whether to look the model up on the server: it isn't loaded here, and a host is configured that has it."""
+        """Whether to look the model up on the server: it isn't loaded here, and the configured host has it."""
         if self._local is not None or not isinstance(self._source, str):
             return False
         if self._remote_manifest is not None:
@@ -162,7 +162,9 @@ class LanguageModel(Module):
     def _here(self) -> Any:
         if self._local is None:
             if importlib.util.find_spec("torch") is None:
-                raise ConfigError('a local run needs torch: pip install "interpose[local]", or trace with remote=True')
+                raise ConfigError(
+                    'a local run needs torch: pip install "interpose[local]", or trace with remote=True'
+                )
             from .transports.local import LocalModel
 
             if isinstance(self._source, (str, Path)):
@@ -175,17 +177,28 @@ class LanguageModel(Module):
     def _run_local(self, graph: Graph, tensors: Mapping[str, Any], options: Options) -> Mapping[int, Any]:
         return self._here().run(graph, tensors, exclusive=options.batching == "exclusive")  # type: ignore[no-any-return]
 
-    def _run_remote(
-        self, graph: Graph, tensors: Mapping[str, Any], options: Options
-    ) -> Mapping[int, Any] | Handle:
-        from .client import run_remote
+    def _run_remote(self, graph: Graph, tensors: Mapping[str, Any], options: Options) -> Mapping[int, Any] | Handle:
+        from .client import run_remote, submit_remote
+        from .wire.addressed import addressed
 
-        raise NotImplementedError
+        host, key = self._server
+        graph, tensors = addressed(graph, tensors)
+        send = run_remote if options.blocking else submit_remote
+        return send(
+            graph,
+            self._name(),
+            tensors,
+            revision=self._remote_manifest.revision,
+            batching=options.batching,
+            timeout=options.timeout,
+            host=host,
+            api_key=key,
+        )
 
 
 def _face(remote: bool) -> Any:
     """The face deferred values wear: torch's where torch is there and wanted."""
-    if remote and (CONFIG.backend == "numpy" or importlib.util.find_spec("torch") is None):
+    if remote and (CONFIG.BACKEND == "numpy" or importlib.util.find_spec("torch") is None):
         from .tracing.array_face import make
 
         return make

@@ -49,9 +49,7 @@ def place(request: pytest.FixtureRequest, folders: dict[str, Path]) -> Place:
     if request.param == "local":
         return Place(lambda name: _local(folders[name]), {})
     server: Served = request.getfixturevalue("served")
-    return Place(
-        lambda name: LanguageModel(name, host=server.host, api_key=server.key), {"remote": True}
-    )
+    return Place(lambda name: LanguageModel(name, host=server.host, api_key=server.key), {"remote": True})
 
 
 @dataclass(frozen=True)

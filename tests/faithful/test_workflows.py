@@ -114,8 +114,7 @@ def test_sweep(place: Any, stock: Callable[..., Any]) -> None:
         with model.trace(corrupted, **place.options):
             current = model.transformer.h[layer].output[0]
             current[:, position, :] = clean_cache[layer][:, position, :]
-            logits = model.output.save()
-        return logits
+            return model.output.save()
 
     inputs = twin.inputs(corrupted)
     positions = min(inputs["input_ids"].shape[1], clean_cache[0].shape[1])

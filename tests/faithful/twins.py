@@ -16,7 +16,9 @@ def _hidden(output: Any) -> Tensor:
 
 
 @torch.no_grad()
-def run(model: nn.Module, inputs: Mapping[str, Tensor], edits: Mapping[str, Edit] | None = None) -> dict[str, Tensor]:
+def run(
+    model: nn.Module, inputs: Mapping[str, Tensor], edits: Mapping[str, Edit] | None = None
+) -> dict[str, Tensor]:
     """Run a model and capture every module's first output tensor, and the logits as "".
 
     Args:

@@ -121,7 +121,7 @@ class Manifest:
         return found
 
     def nearest(self, path: str) -> str:
-        """"; did you mean ..." for a path that isn't there, or ""."""
+        """ "; did you mean ..." for a path that isn't there, or ""."""
         parent, _, name = path.rpartition(".")
         siblings = self.children.get(parent, ())
         close = difflib.get_close_matches(name, siblings, 3, 0.5)

@@ -1,8 +1,8 @@
 """Whether a graph can run on a model, and what it takes: the same check while recording and on the server.
 
-A `Checker` takes nodes one by one. For each it knows the shape where shapes tell, and the moment of the forward at
-which the value exists; from these follow wrong order, wrong shapes and the bounds on memory and work, before anything
-is queued.
+A `Checker` takes nodes one by one. For each it knows the shape where shapes tell, and the moment of the forward
+at which the value exists; from these follow wrong order, wrong shapes and the bounds on memory and work, before
+anything is queued.
 """
 
 from __future__ import annotations
@@ -124,7 +124,9 @@ class Checker:
             raise UnknownPoint(f"{where} has no hook point {point.name!r}; it has {offered}")
         moments = info.events.get(EVENT.get(point.name, point.name), ())
         if moments and point.call >= len(moments):
-            raise UnknownPoint(f"{where} is called {len(moments)} times in a forward; there is no call {point.call}")
+            raise UnknownPoint(
+                f"{where} is called {len(moments)} times in a forward; there is no call {point.call}"
+            )
         try:
             return walk(info.points[point.name], point.path)
         except KeyError as error:
@@ -201,7 +203,9 @@ class Checker:
         given = self._specs(value)
         if index is None:
             if isinstance(given, TensorSpec) and isinstance(spec, TensorSpec) and given.shape != spec.shape:
-                raise ShapeMismatch(f"replaced with shape {list(given.shape)}, where {list(spec.shape)} is expected")
+                raise ShapeMismatch(
+                    f"replaced with shape {list(given.shape)}, where {list(spec.shape)} is expected"
+                )
             if not isinstance(given, TensorSpec) and given is not UNKNOWN:
                 raise BadArgument("a value is replaced by a tensor")
         else:

@@ -196,7 +196,5 @@ def substitute(value: Arg, look: Callable[[int], Any]) -> Any:
         case tuple():
             return tuple(substitute(item, look) for item in value)
         case slice():
-            return slice(
-                substitute(value.start, look), substitute(value.stop, look), substitute(value.step, look)
-            )
+            return slice(substitute(value.start, look), substitute(value.stop, look), substitute(value.step, look))
     return value

@@ -15,9 +15,7 @@ from ..graph.model import Key
 def at(nest: Any, path: Sequence[Key]) -> Any:
     """The part at a path. Raises LookupError where it leads nowhere."""
     for key in path:
-        if isinstance(nest, (tuple, list)) and type(key) is int:
-            nest = nest[key]
-        elif isinstance(nest, Mapping):
+        if (isinstance(nest, (tuple, list)) and type(key) is int) or isinstance(nest, Mapping):
             nest = nest[key]
         elif key in _fields(nest):
             nest = getattr(nest, str(key))
@@ -62,7 +60,7 @@ def tensors(nest: Any, path: tuple[Key, ...] = ()) -> list[tuple[tuple[Key, ...]
 
 
 def transform(nest: Any, change: Callable[[torch.Tensor], Any]) -> Any:
-    """The nest in plain tuples, lists and dicts with every tensor changed; what is no tensor or plain scalar is None."""
+    """The nest in plain tuples, lists and dicts with every tensor changed; what is neither nor a scalar is None."""
     if isinstance(nest, torch.Tensor):
         return change(nest)
     if isinstance(nest, list):

@@ -73,4 +73,3 @@ def compile_graph(graph: Graph) -> Plan:
         tuple(map(tuple, users)),
         {key: {place: tuple(nodes) for place, nodes in places.items()} for key, places in accesses.items()},
     )
-

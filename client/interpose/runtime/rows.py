@@ -1,7 +1,8 @@
 """The part of a shared forward that belongs to one job, one run, one invoke.
 
-Rows of one run are left-padded together, so a run is a block of rows whose tokens end at its own length; several runs
-share a forward by padding on the right. An invoke's part is its rows and the last `longest` positions of its run.
+Rows of one run are left-padded together, so a run is a block of rows whose tokens end at its own length; several
+runs share a forward by padding on the right. An invoke's part is its rows and the last `longest` positions of its
+run.
 """
 
 from __future__ import annotations

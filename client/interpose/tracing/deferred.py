@@ -138,8 +138,8 @@ class Deferred:
 
     def _no_number(self, *args: Any) -> Any:
         raise ControlFlow(
-            "this value exists only when the block runs, so Python can't have it as a number; compute with it as it "
-            "is, or save it and take it after the block"
+            "this value exists only when the block runs, so Python can't have it as a number; compute with it as "
+            "it is, or save it and take it after the block"
         )
 
     __int__ = __float__ = __index__ = __complex__ = item = tolist = numpy = _no_number
@@ -183,7 +183,8 @@ class Deferred:
                 return found
         if name in ops.INPLACE:
             return in_place(self, name)
-        raise UnknownOp(f"a deferred tensor has no {name!r}{ops.nearest(name)}")
+        spellings = ops.lookup(name).spellings
+        raise UnknownOp(f"tensors have no method {name!r}; it is written {' or '.join(spellings)}")
 
 
 def in_place(value: Deferred, name: str) -> Callable[..., Any]:

@@ -100,7 +100,9 @@ class Module:
     def _numbered(self) -> list[str]:
         names = list(self._manifest.children[self._path])
         if not all(name.isdigit() for name in names):
-            raise TypeError(f"{self._path or 'the model'} is no list of modules; its children are {', '.join(names)}")
+            raise TypeError(
+                f"{self._path or 'the model'} is no list of modules; its children are {', '.join(names)}"
+            )
         return names
 
     def _child(self, name: str) -> Module:
@@ -119,7 +121,7 @@ class Calls:
 
 
 class Points:
-    """Hook points of one module by name. Reading one inside a block gives a deferred value; assigning replaces it."""
+    """Hook points of one module by name. Reading one in a block gives a deferred value; assigning replaces it."""
 
     def __init__(self, module: Module) -> None:
         self._module = module
@@ -205,4 +207,3 @@ def _replace_parts(recorder: Recorder, point: Point, layout: Any, value: Any) ->
             recorder.replace(at, part)
         elif inner is not None:
             _replace_parts(recorder, at, inner, part)
-

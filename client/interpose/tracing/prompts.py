@@ -64,7 +64,7 @@ def _rows(ids: Any) -> tuple[tuple[int, ...], ...]:
     if hasattr(ids, "detach"):
         ids = ids.detach().cpu().numpy()
     if isinstance(ids, np.ndarray):
-        if ids.ndim not in (1, 2) or not np.issubdtype(ids.dtype, np.integer) and ids.dtype != np.bool_:
+        if ids.ndim not in (1, 2) or (not np.issubdtype(ids.dtype, np.integer) and ids.dtype != np.bool_):
             raise BadArgument(f"token ids are integers [seq] or [batch, seq], not {ids.dtype}{list(ids.shape)}")
         ids = ids.tolist()
     if not isinstance(ids, Sequence) or isinstance(ids, (str, bytes)):

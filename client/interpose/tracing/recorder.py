@@ -19,8 +19,9 @@ from ..errors import BadArgument, DeferredError, InterposeError, NotSaved, Unkno
 from ..graph import ops
 from ..graph.manifest import Layout, Leaf, Manifest, walk
 from ..graph.model import Graph, Invoke, Key, Node, Point, Run, RunKind
-from ..graph.validate import Checker
+from ..graph.ops.declare import MANY
 from ..graph.trim import trimmed
+from ..graph.validate import Checker
 from ..graph.values import DTYPES, DType, Ref, TensorSpec
 from .source import caller
 
@@ -135,7 +136,9 @@ class Recorder:
         if not self.open:
             raise NotSaved("this value was not saved: add .save() inside the block to keep it")
         rest.setdefault("invoke", self.invoke)
-        node = Node(len(self._nodes), op, tuple(args), kwargs or {}, run=len(self.runs) - 1, source=caller(), **rest)
+        node = Node(
+            len(self._nodes), op, tuple(args), kwargs or {}, run=len(self.runs) - 1, source=caller(), **rest
+        )
         self._checker.add(node)
         self._nodes.append(node)
         return node.id
@@ -178,7 +181,7 @@ class Recorder:
             return self.value(node)
         count = len(spec) if isinstance(spec, tuple) else len(names)
         parts = [self.value(self.node("getitem", (Ref(node), index))) for index in range(count)]
-        return Several(parts, names if names != ops.MANY else ())
+        return Several(parts, names if names != MANY else ())
 
     def ref(self, value: Value) -> int:
         """The node of a deferred value in its newest version."""
@@ -218,7 +221,9 @@ class Recorder:
         """Put another value at a point."""
         given = self.arg(value)
         if not isinstance(given, Ref):
-            raise BadArgument(f"{point} is replaced by a tensor, not by {type(value).__name__}; to fill it write [:] = ...")
+            raise BadArgument(
+                f"{point} is replaced by a tensor, not by {type(value).__name__}; to fill it write [:] = ..."
+            )
         base = PointBase(self, len(self.runs) - 1, self.invoke, point)
         track = self._track(base)
         for old in track.bases:
@@ -306,7 +311,9 @@ class Recorder:
             return Ref(self._attach(value))
         if hasattr(value, "__index__"):
             return operator.index(value)
-        raise BadArgument(f"a {type(value).__name__} can't go into a graph; tensors, arrays, numbers and slices can")
+        raise BadArgument(
+            f"a {type(value).__name__} can't go into a graph; tensors, arrays, numbers and slices can"
+        )
 
     def _attach(self, tensor: Any) -> int:
         known = self._attached.get(id(tensor))
@@ -402,7 +409,9 @@ class Nest:
         try:
             return walk(self._layout, (key,))
         except KeyError:
-            raise UnknownPoint(f"{self._point} has no {key!r}; it has {', '.join(map(repr, self._keys()))}") from None
+            raise UnknownPoint(
+                f"{self._point} has no {key!r}; it has {', '.join(map(repr, self._keys()))}"
+            ) from None
 
 
 def is_deferred(value: Any) -> bool:
@@ -441,4 +450,3 @@ def snapshot(tensor: Any) -> Any:
 
 def _version(tensor: Any) -> int:
     return getattr(tensor, "_version", 0)
-

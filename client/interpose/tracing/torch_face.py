@@ -40,7 +40,7 @@ class DeferredTensor(Deferred, torch.Tensor):  # type: ignore[misc]
             raise BadArgument("a real tensor can't take a deferred value; compute the result as a new value")
         if name in _KNOWN:
             return getattr(args[0], name)(*args[1:]) if name not in _ATTRIBUTES else getattr(args[0], name)
-        raise UnknownOp(f"torch's {name} isn't in the op table{ops.nearest(name)}")
+        raise UnknownOp(f"{ops.lookup(name).name} isn't taken in this spelling, {func}")
 
     @property
     def shape(self) -> torch.Size:  # type: ignore[override]

@@ -52,7 +52,9 @@ class Handle(Protocol):
 class Execute(Protocol):
     """Runs a graph; with `blocking` gives the saved values by node, else the job that will have them."""
 
-    def __call__(self, graph: Graph, tensors: Mapping[str, Any], options: Options) -> Mapping[int, Any] | Handle: ...
+    def __call__(
+        self, graph: Graph, tensors: Mapping[str, Any], options: Options
+    ) -> Mapping[int, Any] | Handle: ...
 
 
 ACTIVE: ContextVar[Tracer | None] = ContextVar("interpose_tracer", default=None)
@@ -91,7 +93,9 @@ class Tracer:
         self._token = ACTIVE.set(self)
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         ACTIVE.reset(self._token)
         if error is not None:
             self.recorder.open = False
