@@ -1,15 +1,16 @@
 """The closed table of tensor operations: what each takes, gives and costs. No torch here."""
 
 from .binding import bind
-from .declare import Op, Param, Signature
+from .declare import MANY, Op, Param, Signature
 from .infer import Cost, cost, infer
-from .kinds import UNKNOWN, is_spec
+from .kinds import UNKNOWN
 from .kinds import is_spec as is_tensor
 from .spellings import INPLACE, SPELLINGS
-from .table import OPS, lookup, outputs_of
+from .table import OPS, lookup, nearest, outputs_of
 
 __all__ = [
     "INPLACE",
+    "MANY",
     "OPS",
     "SPELLINGS",
     "UNKNOWN",
@@ -20,8 +21,8 @@ __all__ = [
     "bind",
     "cost",
     "infer",
-    "is_spec",
     "is_tensor",
     "lookup",
+    "nearest",
     "outputs_of",
 ]

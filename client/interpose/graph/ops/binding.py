@@ -27,6 +27,9 @@ _NEUTRAL: Mapping[str, Callable[[Any], bool]] = {
     "sparse": lambda value: value is False,
     "max_norm": lambda value: value is None,
     "generator": lambda value: value is None,
+    "weight": lambda value: value is None,
+    "norm_type": lambda value: value == 2.0,
+    "return_indices": lambda value: value is False,
     "antialias": lambda value: value is False,
 }
 """What torch's own wrappers pass along: accepted, and dropped, where it asks for nothing."""

@@ -30,6 +30,11 @@ class Cost:
     peak_bytes: int
     flops: int
 
+    @property
+    def kept_bytes(self) -> int:
+        """New memory its outputs hold: nothing for a pure view."""
+        return self.out_bytes if self.peak_bytes else 0
+
 
 def infer(name: str, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Result:
     """The outputs of an operation on arguments with TensorSpec or UNKNOWN in place of tensors.

@@ -176,13 +176,12 @@ def _meshgrid(bound: Bound) -> tuple[TensorSpec, ...]:
     return tuple(TensorSpec(tuple(shape), spec.dtype) for spec in tensors)
 
 
-family.declare("t meshgrid(*tensors: tensors, indexing: 'ij'|'xy' = 'ij') -> *", _meshgrid, view=True)
+family.declare("t meshgrid(*tensors: tensors, indexing: 'ij'|'xy'? = None) -> *", _meshgrid)
 family.declare(
     "t broadcast_tensors(*tensors: tensors) -> *",
     lambda bound: tuple(
         TensorSpec(broadcast(*(one.shape for one in bound["tensors"])), spec.dtype) for spec in bound["tensors"]
     ),
-    view=True,
 )
 
 

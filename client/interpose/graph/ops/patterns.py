@@ -199,7 +199,7 @@ def _reduce_work(bound: Bound, outputs: Outputs) -> tuple[int, int]:
     return 4 * bound["input"].numel, 2 * bound["input"].nbytes
 
 
-family.declare("- rearrange(input: tensor, pattern: str, **sizes: int)", _rearrange, view=True)
+family.declare("- rearrange(input: tensor, pattern: str, **sizes: int)", _rearrange)
 family.declare(
     "- einops_reduce(input: tensor, pattern: str, reduction: 'mean'|'sum'|'max'|'min'|'prod', **sizes: int)",
     _reduce,

@@ -58,8 +58,13 @@ def _unknown(name: str) -> str:
     advice = _REFUSED.get(name.rpartition(".")[2])
     if advice is not None:
         return f"{name!r} isn't an operation of graphs: {advice}"
+    return f"{name!r} isn't an operation of graphs{nearest(name)}"
+
+
+def nearest(name: str) -> str:
+    """ "; did you mean ..." for a name that isn't an operation, or ""."""
     close = difflib.get_close_matches(name.rpartition(".")[2], list(OPS), 3, 0.6)
-    return f"{name!r} isn't an operation of graphs" + (f"; did you mean {' or '.join(close)}?" if close else "")
+    return f"; did you mean {' or '.join(close)}?" if close else ""
 
 
 def outputs_of(
