@@ -16,10 +16,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from urllib.parse import quote
 
-from .config import CONFIG, Endpoint, cache_folder, endpoint
+from .config import Endpoint, cache_folder, endpoint
 from .errors import InterposeError, InvalidPayload
 from .graph.manifest import Manifest, decode_manifest
-from .transports.loop import background
 from .wire.fields import HEX, unpack
 from .wire.protocol import MSGPACK
 
@@ -87,11 +86,11 @@ def fetch_models(host: str | None = None, api_key: str | None = None) -> list[Ma
     return models
 
 
-def _get(server: Endpoint, path: str, asked: Mapping[str, str]) -> httpx.Response:
-    from .transports.remote import remote
+def _get(server: Endpoint, path: str, extra: Mapping[str, str]) -> httpx.Response:
+    # Its libraries take long to import, and a local user needs none of them.
+    from .transports.remote import get
 
-    http = remote(server).http
-    return background().run(http.request("GET", path, extra=asked, patience=CONFIG.CONNECT_TIMEOUT))
+    return get(server, path, extra)
 
 
 def _decode(body: bytes) -> Manifest:

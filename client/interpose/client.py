@@ -8,13 +8,12 @@ from functools import partial
 from typing import Any
 
 from .catalog import fetch_manifest, fetch_models, fetch_tokenizer
-from .config import CONFIG, Endpoint, endpoint
+from .config import endpoint
 from .errors import BadArgument
 from .graph.model import Graph
-from .job import Job, JobInfo
+from .job import Job, JobInfo, remember, transport_to
 from .progress import Progress
 from .transports.base import Transport
-from .transports.loop import background
 from .wire.stream import Happening
 from .wire.submission import Batching, Submission
 from .wire.tensors import Encoded, encode_tensor
@@ -91,11 +90,9 @@ def submit_remote(
 def jobs(*, host: str | None = None, api_key: str | None = None) -> list[JobInfo]:
     """The jobs of this key that the server still knows, as it lists them."""
     from .transports.http import body_of
-    from .transports.remote import remote
+    from .transports.remote import get
 
-    server = remote(endpoint(host, api_key))
-    answer = background().run(server.http.request("GET", "/v1/jobs", patience=CONFIG.CONNECT_TIMEOUT))
-    plain = body_of(answer)
+    plain = body_of(get(endpoint(host, api_key), "/v1/jobs"))
     return [JobInfo.from_plain(item) for item in (plain.get("jobs", []) if isinstance(plain, dict) else plain)]
 
 
@@ -114,21 +111,16 @@ def _prepare(
     if missing := graph.attachments.keys() - encoded.keys():
         raise BadArgument(f"{len(missing)} tensors the graph names aren't among the attachments")
     submission = Submission(uuid.uuid4().hex, model, graph, revision=revision, batching=batching, timeout_s=timeout)
-    find: Callable[[], Transport] = (
-        partial(_remote, endpoint(host, api_key)) if transport is None else partial(_given, transport)
-    )
-    return Job(submission.id, model, find, graph=graph), submission, encoded
+    if transport is not None:
+        return Job(submission.id, model, partial(_given, transport), graph=graph), submission, encoded
+    server = endpoint(host, api_key)
+    job = Job(submission.id, model, partial(transport_to, server), graph=graph)
+    remember(server, job)
+    return job, submission, encoded
 
 
 def _given(transport: Transport) -> Transport:
     return transport
-
-
-def _remote(server: Endpoint) -> Transport:
-    # Its libraries take long to import, and a local user needs none of them.
-    from .transports.remote import remote
-
-    return remote(server)
 
 
 __all__ = [

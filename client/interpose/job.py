@@ -62,15 +62,15 @@ class JobInfo:
             raise InvalidPayload(f"the server describes a job in an unknown form: {problem!r}") from problem
 
 
-async def job_info(server: Endpoint, job: str) -> JobInfo:
-    """Raises UnknownJob."""
+def job_info(server: Endpoint, job: str) -> JobInfo:
+    """What the server says of one job. Raises UnknownJob."""
     from .transports.http import body_of
+    from .transports.remote import get
 
-    answer = await _remote(server).http.request("GET", f"/v1/jobs/{job}", patience=CONFIG.CONNECT_TIMEOUT)
-    return JobInfo.from_plain(body_of(answer))
+    return JobInfo.from_plain(body_of(get(server, f"/v1/jobs/{check_job(job)}")))
 
 
-def _remote(server: Endpoint) -> Any:
+def transport_to(server: Endpoint) -> Transport:
     # Its libraries take long to import, and a local user needs none of them.
     from .transports.remote import remote
 
@@ -143,13 +143,13 @@ class Job:
         Raises:
             UnknownJob: there is no such job, or its result has expired.
         """
-        asked, endpoint_ = check_job(job), endpoint(host, api_key)
-        found = _attached.get((os.getpid(), endpoint_, asked))
+        server = endpoint(host, api_key)
+        found = _followed.get((os.getpid(), server, job))
         if found is None:
-            info = background().run(job_info(endpoint_, asked))
-            found = cls(asked, info.model, partial(_remote, endpoint_), status=info.status)
-            found.position, found.attempt = info.position, info.attempt
-            _attached[os.getpid(), endpoint_, asked] = found
+            info = job_info(server, job)
+            found = cls(job, info.model, partial(transport_to, server), status=info.status)
+            found.position = info.position
+            remember(server, found)
             found.follow()
         return found
 
@@ -333,8 +333,13 @@ class Job:
         return error
 
 
-_attached: weakref.WeakValueDictionary[tuple[int, Endpoint, str], Job] = weakref.WeakValueDictionary()
+_followed: weakref.WeakValueDictionary[tuple[int, Endpoint, str], Job] = weakref.WeakValueDictionary()
 """Jobs this process (by its id) follows already: one follower each. Those in progress are held by their tasks."""
+
+
+def remember(server: Endpoint, job: Job) -> None:
+    """Attaching to a job that this process submitted gives the same job."""
+    _followed[os.getpid(), server, job.id] = job
 
 
 def _next(events: queue.SimpleQueue[Happening | Ended], deadline: float | None) -> Happening | Ended | None:

@@ -6,6 +6,8 @@ import asyncio
 from collections.abc import AsyncGenerator, Mapping
 from dataclasses import replace
 
+import httpx
+
 from ..config import CONFIG, Endpoint
 from ..errors import MissingAttachment
 from ..wire.messages import Ack
@@ -100,6 +102,12 @@ def remote(endpoint: Endpoint) -> Remote:
         found = own.kept.setdefault(endpoint, found)
         own.closers.append(found.close)
     return found
+
+
+def get(endpoint: Endpoint, path: str, extra: Mapping[str, str] | None = None) -> httpx.Response:
+    """One question to a server; waits for the answer. Raises InterposeError."""
+    http = remote(endpoint).http
+    return background().run(http.request("GET", path, extra=extra, patience=CONFIG.CONNECT_TIMEOUT))
 
 
 async def _make(endpoint: Endpoint) -> Remote:
