@@ -6,13 +6,10 @@ from interpose.errors import InvalidPayload
 from interpose.graph.values import TensorSpec
 from interpose.wire.tensors import Buffer, shape_text
 
-from .blobs import BlobKey, Blobs
+from . import blob_keys
+from .blobs import Blobs
 
 LONGEST_HEAD = 1024
-
-
-def blob_key(user: str, sha: str) -> BlobKey:
-    return BlobKey(user, "tensor", sha)
 
 
 def head(spec: TensorSpec) -> bytes:
@@ -21,7 +18,7 @@ def head(spec: TensorSpec) -> bytes:
 
 def store(blobs: Blobs, user: str, sha: str, spec: TensorSpec, data: Buffer, ttl_s: float) -> None:
     """Keep a tensor whose name was checked. Raises StorageFull."""
-    key = blob_key(user, sha)
+    key = blob_keys.tensor(user, sha)
     if blobs.keep(key, ttl_s) is None:
         blobs.put(key, [head(spec), data], ttl_s)
 
@@ -32,7 +29,7 @@ def load(blobs: Blobs, user: str, sha: str, spec: TensorSpec) -> bytearray | Non
     Raises:
         InvalidPayload: it was uploaded with another dtype or shape than the graph says.
     """
-    reader = blobs.open(blob_key(user, sha))
+    reader = blobs.open(blob_keys.tensor(user, sha))
     if reader is None:
         return None
     try:

@@ -12,7 +12,8 @@ import msgpack
 from interpose.errors import UnknownJob
 from interpose.wire.tensors import decode_spec
 
-from .blobs import BlobKey, Blobs, Reader
+from . import blob_keys
+from .blobs import Blobs, Reader
 from .broker import events, keys
 from .broker.events import Stored
 from .parts import Parts
@@ -22,10 +23,6 @@ SAFETENSORS = {
     "float8_e4m3fn": "F8_E4M3", "float8_e5m2": "F8_E5M2", "float16": "F16", "bfloat16": "BF16",
     "float32": "F32", "float64": "F64", "complex64": "C64", "complex128": "C128",
 }  # fmt: skip
-
-
-def blob_key(user: str, name: str) -> BlobKey:
-    return BlobKey(user, "result", name)
 
 
 class Inline:
@@ -48,7 +45,7 @@ def open_save(blobs: Blobs, user: str, save: Stored) -> Reader:
     """A save's bytes. Raises UnknownJob if they have expired."""
     if not save.blob:
         return Inline(save.data)
-    reader = blobs.open(blob_key(user, save.blob))
+    reader = blobs.open(blob_keys.result(user, save.blob))
     if reader is None:
         raise UnknownJob("the job's result has expired; run it again")
     return reader

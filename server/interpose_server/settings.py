@@ -33,6 +33,7 @@ class Settings(BaseSettings):
         max_attempts: a job whose worker died so many times isn't tried again.
         batch_rows, batch_tokens: of one shared forward; tokens are rows times the longest row.
         batch_memory_bytes: what the values of a batch's jobs may take together.
+        backlog_bytes: what a worker holds of saves not yet published before its engine waits.
         inline_bytes: saves and payloads up to this size go through the broker, larger ones through the blob store.
         grace_s: how long a running batch may take to finish when the server stops.
         metrics_open: whether /metrics answers without an admin's key.
@@ -45,32 +46,33 @@ class Settings(BaseSettings):
     limits: Limits = Field(default_factory=Limits)
     protocols: tuple[int, ...] = (PROTOCOL,)
 
-    queued_per_user: int = Field(1000, ge=1)
-    running_per_user: int = Field(256, ge=1)
-    queued_total: int = Field(20_000, ge=1)
-    rate_per_s: float = Field(1000.0, gt=0)
-    rate_burst: float = Field(2000.0, ge=1)
+    queued_per_user: int = Field(default=1000, ge=1)
+    running_per_user: int = Field(default=256, ge=1)
+    queued_total: int = Field(default=20_000, ge=1)
+    rate_per_s: float = Field(default=1000.0, gt=0)
+    rate_burst: float = Field(default=2000.0, ge=1)
 
-    result_ttl_s: float = Field(3600.0, gt=0)
-    acked_ttl_s: float = Field(60.0, gt=0)
-    queue_ttl_s: float = Field(86_400.0, gt=0)
-    sweep_s: float = Field(5.0, gt=0)
-    blob_bytes: int = Field(20 << 30, gt=0)
+    result_ttl_s: float = Field(default=3600.0, gt=0)
+    acked_ttl_s: float = Field(default=60.0, gt=0)
+    queue_ttl_s: float = Field(default=86_400.0, gt=0)
+    sweep_s: float = Field(default=5.0, gt=0)
+    blob_bytes: int = Field(default=20 << 30, gt=0)
 
-    lease_s: float = Field(15.0, gt=0)
-    max_attempts: int = Field(3, ge=1)
-    batch_jobs: int = Field(64, ge=1)
-    batch_rows: int = Field(256, ge=1)
-    batch_tokens: int = Field(16_384, ge=1)
-    batch_memory_bytes: int = Field(8 << 30, gt=0)
+    lease_s: float = Field(default=15.0, gt=0)
+    max_attempts: int = Field(default=3, ge=1)
+    batch_jobs: int = Field(default=64, ge=1)
+    batch_rows: int = Field(default=256, ge=1)
+    batch_tokens: int = Field(default=16_384, ge=1)
+    batch_memory_bytes: int = Field(default=8 << 30, gt=0)
     worker_threads: int | None = None
-    grace_s: float = Field(20.0, ge=0)
+    grace_s: float = Field(default=20.0, ge=0)
 
-    inline_bytes: int = Field(32 << 10, ge=0)
-    chunk_bytes: int = Field(CHUNK_BYTES, ge=1, le=16 << 20)
-    streams_per_user: int = Field(64, ge=1)
-    subscriptions: int = Field(4096, ge=1)
-    position_s: float = Field(1.0, gt=0)
+    backlog_bytes: int = Field(default=256 << 20, ge=0)
+    inline_bytes: int = Field(default=32 << 10, ge=0)
+    chunk_bytes: int = Field(default=CHUNK_BYTES, ge=1, le=16 << 20)
+    streams_per_user: int = Field(default=64, ge=1)
+    subscriptions: int = Field(default=4096, ge=1)
+    position_s: float = Field(default=1.0, gt=0)
     metrics_open: bool = False
 
     @field_validator("limits", mode="before")

@@ -17,9 +17,8 @@ from interpose.wire.protocol import JSON, MSGPACK
 from interpose.wire.status import JobStatus
 from interpose.wire.submission import Submission, decode_submission
 
-from . import attachments
+from . import attachments, blob_keys
 from .auth import allow
-from .blobs import BlobKey
 from .broker.accounts import Key
 from .broker.queue import NewJob
 from .parts import Parts
@@ -28,10 +27,6 @@ QUICK_BYTES = 32 << 10
 """Up to here a submission is checked on the event loop: a thread would cost more than it frees."""
 
 T = TypeVar("T")
-
-
-def payload_key(user: str, digest: str) -> BlobKey:
-    return BlobKey(user, "payload", digest)
 
 
 async def submit(
@@ -82,7 +77,7 @@ def _store(parts: Parts, key: Key, job: Submission, digest: str, ttl_s: float) -
     for sha, spec in job.graph.attachments.items():
         if sha in job.attachments:
             attachments.store(parts.blobs, key.user, sha, spec, job.attachments[sha], ttl_s)
-        elif parts.blobs.keep(attachments.blob_key(key.user, sha), ttl_s) is None:
+        elif parts.blobs.keep(blob_keys.tensor(key.user, sha), ttl_s) is None:
             missing.append(sha)
     if missing:
         raise MissingAttachment(
@@ -91,7 +86,7 @@ def _store(parts: Parts, key: Key, job: Submission, digest: str, ttl_s: float) -
         )
     payload: bytes = msgpack.packb(encode_graph(job.graph))
     if len(payload) > parts.settings.inline_bytes:
-        parts.blobs.put(payload_key(key.user, digest), [payload], ttl_s)
+        parts.blobs.put(blob_keys.payload(key.user, digest), [payload], ttl_s)
     return payload
 
 

@@ -10,10 +10,17 @@ from interpose.errors import JobConflict, OpFailed, QueueFull, UnknownJob
 from interpose.wire.status import JobStatus
 from interpose_server.broker import events, keys
 from interpose_server.broker.connect import Broker, connect
-from interpose_server.broker.queue import Outcome, Record
+from interpose_server.broker.queue import Outcome, Record, Report
 from rig import Valkey, make_settings, new_job, run_valkey
 
 DONE = Outcome(None, 0.5)
+
+
+async def report(
+    broker: Broker, ref: str, worker: str, attempt: int, first: int, records: list[Record], outcome: Outcome | None
+) -> bool:
+    (held,) = await broker.queue.report([Report(ref, worker, attempt, first, records, outcome)])
+    return held
 
 
 async def test_a_job_sent_twice_is_one_job(broker: Broker) -> None:
@@ -49,11 +56,11 @@ async def test_life_of_a_job(broker: Broker) -> None:
     assert (claim.attempt, claim.payload, claim.alone) == (1, b"graph", False)
     assert await broker.queue.claim("tiny", "w2", [ref]) == []
     save = Record("save", b"\x80", b"bytes")
-    assert await broker.queue.report(ref, "w1", 1, 0, [save], None)
-    assert await broker.queue.report(ref, "w1", 1, 0, [save], None), "sent again after a lost answer"
-    assert not await broker.queue.report(ref, "w2", 1, 0, [save], None), "another worker's"
-    assert await broker.queue.report(ref, "w1", 1, 1, [], DONE)
-    assert await broker.queue.report(ref, "w1", 1, 1, [], DONE)
+    assert await report(broker, ref, "w1", 1, 0, [save], None)
+    assert await report(broker, ref, "w1", 1, 0, [save], None), "sent again after a lost answer"
+    assert not await report(broker, ref, "w2", 1, 0, [save], None), "another worker's"
+    assert await report(broker, ref, "w1", 1, 1, [], DONE)
+    assert await report(broker, ref, "w1", 1, 1, [], DONE)
     stored = await events.read(broker.redis, ref, 0)
     assert [(event.seq, event.kind, event.attempt) for event in stored] == [
         (1, "status", 0),
@@ -71,7 +78,7 @@ async def test_an_error_travels_in_the_last_event(broker: Broker) -> None:
     ref = keys.ref(job.user, job.id)
     await broker.queue.submit(job)
     await broker.queue.claim("tiny", "w1", [ref])
-    await broker.queue.report(ref, "w1", 1, 0, [], Outcome(OpFailed("no", node=3, details={"a": []}), 0.1))
+    await report(broker, ref, "w1", 1, 0, [], Outcome(OpFailed("no", node=3, details={"a": []}), 0.1))
     last = (await events.read(broker.redis, ref, 0))[-1]
     assert last.body["error"] == {"code": "op_failed", "message": "no", "node": 3, "details": {"a": []}}
     assert (await broker.queue.info("ada", job.id)).status is JobStatus.FAILED
@@ -87,7 +94,7 @@ async def test_turns_are_fair_by_seconds_used(broker: Broker) -> None:
     # Hog used ten seconds: ada's next jobs all go first.
     ref = next(w.ref for w in await broker.queue.peek("tiny") if w.ref.startswith("hog"))
     await broker.queue.claim("tiny", "w1", [ref])
-    await broker.queue.report(ref, "w1", 1, 0, [], Outcome(None, 10))
+    await report(broker, ref, "w1", 1, 0, [], Outcome(None, 10))
     assert [keys.split(w.ref)[0] for w in await broker.queue.peek("tiny")][:3] == ["ada"] * 3
 
 
@@ -96,7 +103,7 @@ async def test_newcomers_get_no_credit_for_being_away(broker: Broker) -> None:
         job = new_job("old")
         await broker.queue.submit(job)
         await broker.queue.claim("tiny", "w1", [keys.ref("old", job.id)])
-        await broker.queue.report(keys.ref("old", job.id), "w1", 1, 0, [], Outcome(None, 5))
+        await report(broker, keys.ref("old", job.id), "w1", 1, 0, [], Outcome(None, 5))
     for _ in range(5):
         await broker.queue.submit(new_job("old"))
         await broker.queue.submit(new_job("new"))
@@ -119,7 +126,7 @@ async def test_running_jobs_of_a_user_are_bounded(valkey: Valkey, tmp_path: Path
     assert len(waiting) == 2
     await broker.queue.claim("tiny", "w1", [waiting[0].ref, waiting[1].ref])
     assert await broker.queue.peek("tiny") == []
-    await broker.queue.report(waiting[0].ref, "w1", 1, 0, [], DONE)
+    await report(broker, waiting[0].ref, "w1", 1, 0, [], DONE)
     assert len(await broker.queue.peek("tiny")) == 1
     await broker.close()
 
@@ -133,7 +140,7 @@ async def test_a_lost_lease_requeues_then_poisons(valkey: Valkey, tmp_path: Path
     assert await broker.queue.reap() == []
     await asyncio.sleep(0.08)
     assert await broker.queue.reap() == [(ref, JobStatus.QUEUED)]
-    assert not await broker.queue.report(ref, "w1", 1, 0, [], DONE)
+    assert not await report(broker, ref, "w1", 1, 0, [], DONE)
     (waiting,) = await broker.queue.peek("tiny")
     assert waiting.alone
     (claim,) = await broker.queue.claim("tiny", "w2", [ref])
@@ -153,7 +160,7 @@ async def test_heartbeats_keep_leases_and_tell_of_lost_ones(broker: Broker) -> N
     await broker.queue.claim("tiny", "w1", refs)
     assert (await broker.queue.cancel("ada", gone.id)).status is JobStatus.CANCELLED
     assert await broker.queue.heartbeat("w1", [(ref, 1) for ref in refs]) == {refs[1]}
-    assert not await broker.queue.report(refs[1], "w1", 1, 0, [], DONE)
+    assert not await report(broker, refs[1], "w1", 1, 0, [], DONE)
 
 
 async def test_cancelling_an_ended_job_changes_nothing(broker: Broker) -> None:
@@ -202,6 +209,6 @@ async def test_a_killed_broker_loses_nothing(tmp_path: Path) -> None:
         server.kill()
         server.start()
         assert [w.ref for w in await broker.queue.peek("tiny")] == [keys.ref("ada", waiting.id)]
-        assert await broker.queue.report(ref, "w1", 1, 0, [Record("log", b"\x80")], DONE)
+        assert await report(broker, ref, "w1", 1, 0, [Record("log", b"\x80")], DONE)
         assert len(await events.read(broker.redis, ref, 0)) == 4
         await broker.close()

@@ -25,6 +25,7 @@ from ..settings import Settings
 from . import keys
 from .answers import text
 from .scripts import Scripts
+from .waiting import Waiting
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,16 +78,6 @@ class JobInfo:
 
 
 @dataclass(frozen=True, slots=True)
-class Waiting:
-    """A queued job as the scheduler sees it. `alone`: an earlier attempt's worker died."""
-
-    ref: str
-    footprint: Footprint
-    alone: bool
-    created_ms: int
-
-
-@dataclass(frozen=True, slots=True)
 class Claim:
     """A job that is now a worker's."""
 
@@ -123,6 +114,18 @@ class Outcome:
         if self.error is None:
             return JobStatus.COMPLETED
         return JobStatus.CANCELLED if isinstance(self.error, JobCancelled) else JobStatus.FAILED
+
+
+@dataclass(frozen=True, slots=True)
+class Report:
+    """What a worker tells of one job: its next events, numbered from `first` within the attempt, and its end."""
+
+    ref: str
+    worker: str
+    attempt: int
+    first: int
+    records: Sequence[Record]
+    outcome: Outcome | None = None
 
 
 class Queue:
@@ -187,21 +190,26 @@ class Queue:
         flat = [part for item in held for part in item]
         return {ref.decode() for ref in await self._run("heartbeat", worker, self._lease_ms, *flat)}
 
-    async def report(
-        self, ref: str, worker: str, attempt: int, first: int, records: Sequence[Record], outcome: Outcome | None
-    ) -> bool:
-        """Append events, numbered from `first` within the attempt, and end the job if there is an outcome.
+    async def report(self, reports: Sequence[Report]) -> list[bool]:
+        """Append events and end jobs, in one trip.
 
         Returns:
-            Whether the worker still holds the lease; if not, nothing was changed.
+            For each, whether the worker still holds the lease; if not, nothing was changed. A report whose answer
+            was lost may be sent again.
         """
+        if len(reports) == 1:
+            return [bool(await self._run("report", *self._report(reports[0])))]
+        async with self._redis.pipeline(transaction=False) as pipe:
+            for report in reports:
+                await self._run("report", *self._report(report), pipe=pipe)
+            return [bool(held) for held in await pipe.execute()]
+
+    def _report(self, report: Report) -> list[Any]:
+        outcome = report.outcome
         problem = msgpack.packb(outcome.error.to_wire()) if outcome and outcome.error else b""
-        flat = [part for item in records for part in (item.kind, item.body, item.data, item.blob)]
-        held = await self._run(
-            "report", ref, worker, attempt, first, str(outcome.status) if outcome else "", problem,
-            outcome.seconds if outcome else 0, self._ttl_ms, self._lease_ms, *flat,
-        )  # fmt: skip
-        return bool(held)
+        head = [report.ref, report.worker, report.attempt, report.first, str(outcome.status) if outcome else ""]
+        head += [problem, outcome.seconds if outcome else 0, self._ttl_ms, self._lease_ms]
+        return head + [part for item in report.records for part in (item.kind, item.body, item.data, item.blob)]
 
     async def cancel(self, user: str, job: str) -> JobInfo:
         """Cancel unless it has ended. Raises UnknownJob."""

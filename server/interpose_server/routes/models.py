@@ -11,15 +11,11 @@ from fastapi.responses import JSONResponse, Response
 from interpose.errors import ModelUnavailable, NotFound
 from interpose.wire.protocol import MSGPACK
 
+from .. import blob_keys
 from ..auth import User, allow
-from ..blobs import BlobKey
 from ..parts import Parts
 
 router = APIRouter(prefix="/v1/models", tags=["models"])
-
-
-def tokenizer_key(sha: str) -> BlobKey:
-    return BlobKey("", "tokenizer", sha)
 
 
 @router.get("", summary="Models this key may use")
@@ -36,7 +32,7 @@ async def tokenizer(request: Request, model: str, user: User) -> Response:
     mark = f'"{hosted.tokenizer}"'
     if hosted.tokenizer and request.headers.get("if-none-match") == mark:
         return Response(status_code=304, headers={"ETag": mark})
-    reader = parts.blobs.open(tokenizer_key(hosted.tokenizer)) if hosted.tokenizer else None
+    reader = parts.blobs.open(blob_keys.tokenizer(hosted.tokenizer)) if hosted.tokenizer else None
     if reader is None:
         raise NotFound(f"{model} has no tokenizer here; give it token ids")
     try:

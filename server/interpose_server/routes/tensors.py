@@ -14,7 +14,7 @@ from interpose.wire.fields import check_sha
 from interpose.wire.protocol import DTYPE_HEADER, SHAPE_HEADER
 from interpose.wire.tensors import spec_of
 
-from .. import attachments
+from .. import attachments, blob_keys
 from ..auth import User
 from ..blobs import Writer
 from ..limits import body_parts
@@ -26,7 +26,7 @@ router = APIRouter(prefix="/v1/tensors", tags=["tensors"])
 @router.head("/{sha}", summary="Whether you have uploaded this tensor; if so it is kept longer")
 async def head(request: Request, sha: str, user: User) -> Response:
     parts = Parts.of(request)
-    if parts.blobs.keep(attachments.blob_key(user.user, check_sha(sha)), parts.settings.queue_ttl_s) is None:
+    if parts.blobs.keep(blob_keys.tensor(user.user, check_sha(sha)), parts.settings.queue_ttl_s) is None:
         raise NotFound(f"no tensor {sha} of yours is here")
     return Response(status_code=200)
 
@@ -40,7 +40,7 @@ async def put(
     shape: Annotated[str, Header(alias=SHAPE_HEADER)] = "",
 ) -> Response:
     parts = Parts.of(request)
-    key = attachments.blob_key(user.user, check_sha(sha))
+    key = blob_keys.tensor(user.user, check_sha(sha))
     spec = spec_of(dtype, shape)
     parts.settings.limits.check("attachment_bytes", spec.nbytes)
     if parts.blobs.keep(key, parts.settings.queue_ttl_s) is not None:

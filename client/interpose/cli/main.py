@@ -1,0 +1,118 @@
+"""The `interpose` command. Each verb imports what it needs when it is called."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from functools import wraps
+from pathlib import Path
+from typing import Annotated, ParamSpec, TypeVar
+
+import typer
+
+from ..errors import ConfigError, InterposeError
+
+P = ParamSpec("P")
+T = TypeVar("T")
+
+app = typer.Typer(
+    name="interpose",
+    help="Read and change the inside of a neural network that runs somewhere else.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+keys = typer.Typer(help="API keys of a server.", no_args_is_help=True)
+app.add_typer(keys, name="keys")
+
+DataDir = Annotated[Path | None, typer.Option(help="The server's data folder.")]
+RedisUrl = Annotated[str | None, typer.Option(help="A Redis of your own instead of the embedded Valkey.")]
+
+
+def plainly(verb: Callable[P, T]) -> Callable[P, T]:
+    """Errors of ours end the command with one line; a missing extra names the extra."""
+
+    @wraps(verb)
+    def run(*args: P.args, **kwargs: P.kwargs) -> T:
+        try:
+            return verb(*args, **kwargs)
+        except InterposeError as error:
+            typer.echo(f"interpose: {error}", err=True)
+            raise typer.Exit(1) from None
+        except ModuleNotFoundError as error:
+            missing = ConfigError(f'this needs {error.name}; install it with: pip install "interpose[server]"')
+            typer.echo(f"interpose: {missing}", err=True)
+            raise typer.Exit(1) from None
+
+    return run
+
+
+@app.command()
+@plainly
+def serve(
+    models: Annotated[list[str], typer.Argument(help="A hub id, a folder, or NAME=FOLDER.")],
+    host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(help="0 takes a free one.", min=0, max=65535)] = 8000,
+    device: Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1, ...; default: the best there is.")] = None,
+    dtype: Annotated[str | None, typer.Option(help="float32, bfloat16, ...; default: as saved.")] = None,
+    data_dir: DataDir = None,
+    redis_url: RedisUrl = None,
+    print_env: Annotated[
+        bool, typer.Option("--print-env", help="Print host and key on stdout once ready.")
+    ] = False,
+) -> None:
+    """Serve models from this machine."""
+    from . import server
+
+    server.serve(models, host, port, device, dtype, data_dir, redis_url, print_env)
+
+
+@app.command()
+@plainly
+def status(data_dir: DataDir = None) -> None:
+    """Show the server that runs on a data folder, and its models."""
+    from . import server
+
+    if not server.status(data_dir):
+        raise typer.Exit(1)
+
+
+@keys.command("create")
+@plainly
+def create_key(
+    user: Annotated[str, typer.Option(help="Who will use it.")],
+    admin: Annotated[bool, typer.Option("--admin", help="May make and revoke keys.")] = False,
+    models: Annotated[list[str] | None, typer.Option(help="Only these models; may be repeated.")] = None,
+    data_dir: DataDir = None,
+    redis_url: RedisUrl = None,
+) -> None:
+    """Make a key. Its token is printed this once, on stdout."""
+    from . import server
+
+    server.create_key(user, admin, models or [], data_dir, redis_url)
+
+
+@keys.command("list")
+@plainly
+def list_keys(data_dir: DataDir = None, redis_url: RedisUrl = None) -> None:
+    """Show all keys, without their tokens."""
+    from . import server
+
+    server.list_keys(data_dir, redis_url)
+
+
+@keys.command("revoke")
+@plainly
+def revoke_key(
+    key: Annotated[str, typer.Argument(help="The key's id, as `keys list` shows it.")],
+    data_dir: DataDir = None,
+    redis_url: RedisUrl = None,
+) -> None:
+    """Revoke a key at once, its open streams included."""
+    from . import server
+
+    server.revoke_key(key, data_dir, redis_url)
+
+
+if __name__ == "__main__":
+    sys.exit(app())

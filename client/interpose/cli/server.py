@@ -1,0 +1,112 @@
+"""The verbs that need the server's package: `serve`, `status`, `keys`."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Sequence
+from contextlib import asynccontextmanager
+from datetime import UTC, datetime
+from pathlib import Path
+
+import typer
+from interpose_server.broker.connect import Broker, connect
+from interpose_server.datadir import DataDir, default_dir
+from interpose_server.processes import Child
+from interpose_server.settings import Settings
+from interpose_server.valkey import EmbeddedValkey
+from interpose_server.wanted import Served, Wanted
+
+from ..errors import ConfigError
+
+
+def serve(
+    models: Sequence[str],
+    host: str,
+    port: int,
+    device: str | None,
+    dtype: str | None,
+    data_dir: Path | None,
+    redis_url: str | None,
+    print_env: bool,
+) -> None:
+    from interpose_server import embedded
+
+    served = [Served.parse(text) for text in models]
+    if len({model.name for model in served}) < len(served):
+        raise ConfigError("two models have the same name; give one another with NAME=FOLDER")
+    asyncio.run(embedded.serve(Wanted(served, host, port, device, dtype, data_dir, redis_url, print_env)))
+
+
+def status(data_dir: Path | None) -> bool:
+    """Print it. Returns whether a server runs."""
+    data = DataDir(data_dir or default_dir())
+    facts = data.noted() if data.busy() else {}
+    if not facts:
+        typer.echo(f"no server runs on {data.path}")
+        return False
+    typer.echo(f"{facts['host']}, process {facts['pid']}")
+
+    async def show() -> None:
+        async with _broker(data_dir, None) as broker:
+            for hosted in await broker.models.list():
+                waiting = await broker.queue.depth(hosted.name)
+                typer.echo(f"{hosted.name}  {hosted.state}  {waiting} waiting")
+
+    asyncio.run(show())
+    return True
+
+
+def create_key(user: str, admin: bool, models: Sequence[str], data_dir: Path | None, redis_url: str | None) -> None:
+    async def create() -> None:
+        async with _broker(data_dir, redis_url) as broker:
+            token, key = await broker.accounts.create(user, admin=admin, models=tuple(models))
+        typer.echo(f"key {key.id} for {key.user}; it is shown only now:", err=True)
+        typer.echo(token)
+
+    asyncio.run(create())
+
+
+def list_keys(data_dir: Path | None, redis_url: str | None) -> None:
+    async def show() -> None:
+        async with _broker(data_dir, redis_url) as broker:
+            for key in await broker.accounts.list():
+                made = datetime.fromtimestamp(key.created_ms / 1000, UTC).strftime("%Y-%m-%d %H:%M")
+                role = "admin" if key.admin else "user"
+                typer.echo(f"{key.id}  {key.user}  {role}  {', '.join(key.models) or 'all models'}  {made}")
+
+    asyncio.run(show())
+
+
+def revoke_key(key: str, data_dir: Path | None, redis_url: str | None) -> None:
+    async def revoke() -> None:
+        async with _broker(data_dir, redis_url) as broker:
+            await broker.accounts.revoke(key)
+        typer.echo(f"key {key} is revoked", err=True)
+
+    asyncio.run(revoke())
+
+
+@asynccontextmanager
+async def _broker(data_dir: Path | None, redis_url: str | None) -> AsyncIterator[Broker]:
+    """The broker at a URL, or that of the running server, or an embedded one started for the moment."""
+    data = DataDir(data_dir or default_dir())
+    valkey: Child | None = None
+    if redis_url is None and data.busy():
+        redis_url = data.noted().get("redis_url")
+        if redis_url is None:
+            raise ConfigError(f"a server is starting or stopping on {data.path}; try again in a moment")
+    if redis_url is None:
+        lock = data.lock()
+        embedded = EmbeddedValkey(data.path)
+        valkey = Child("Valkey", embedded.command(), lambda text: typer.echo(text, err=True), pass_fds=[lock])
+        await valkey.start()
+        await embedded.ready()
+        redis_url = embedded.url
+    broker = connect(Settings(redis_url=redis_url, data_dir=data.path))
+    try:
+        yield broker
+    finally:
+        await broker.close()
+        if valkey is not None:
+            await valkey.stop(10)
+        data.unlock()

@@ -1,0 +1,227 @@
+"""`interpose serve`: broker, gateway and one worker a model, on one machine from one command."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+import socket
+import sys
+from contextlib import suppress
+
+from interpose.errors import ConfigError
+
+from .broker.accounts import Accounts
+from .broker.connect import Broker, connect
+from .broker.models import ModelState
+from .datadir import DataDir, default_dir
+from .gateway import listen
+from .processes import Child
+from .settings import Settings
+from .valkey import EmbeddedValkey
+from .wanted import Wanted
+from .worker.status import USELESS_TO_RETRY
+
+LOCAL = "local"
+"""The user of the key made when there is none."""
+
+
+async def serve(wanted: Wanted) -> None:
+    """Serve until SIGTERM or SIGINT. Raises ConfigError if it can't start as asked."""
+    data = DataDir(wanted.data_dir or default_dir())
+    lock = data.lock()
+    try:
+        await Supervisor(wanted, data, lock).run()
+    finally:
+        data.unlock()
+
+
+class Supervisor:
+    """Starts everything in order, watches it, and stops it in the opposite order.
+
+    Args:
+        lock: descriptor of the data folder's lock.
+    """
+
+    def __init__(self, wanted: Wanted, data: DataDir, lock: int) -> None:
+        self._wanted = wanted
+        self._data = data
+        self._lock = lock
+        self._stages: list[list[Child]] = []
+        self._workers: list[Child] = []
+        self._stop = asyncio.Event()
+
+    async def run(self) -> None:
+        for number in (signal.SIGTERM, signal.SIGINT):
+            asyncio.get_running_loop().add_signal_handler(number, self._stop.set)
+        settings, broker = self._settings("redis://unknown"), None
+        bound = _bind(self._wanted)
+        try:
+            settings = self._settings(self._wanted.redis_url or await self._valkey())
+            broker = connect(settings)
+            token = await self._access(broker.accounts)
+            await self._start(settings, broker, bound)
+            if await self._ready(broker, bound):
+                self._tell(bound, token)
+                await self._stop.wait()
+            say("stopping")
+        finally:
+            await self._finish(settings.grace_s)
+            bound.close()
+            self._data.forget()
+            if broker is not None:
+                await broker.close()
+            say("stopped")
+
+    def _settings(self, redis_url: str) -> Settings:
+        """The environment's settings, with what this command decides."""
+        base = Settings()
+        threads = base.worker_threads or max((os.cpu_count() or 1) // len(self._wanted.models), 1)
+        changes = {
+            "redis_url": redis_url,
+            "data_dir": self._data.path,
+            "metrics_open": base.metrics_open or self._wanted.private,
+            "worker_threads": threads,
+        }
+        return base.model_copy(update=changes)
+
+    async def _valkey(self) -> str:
+        """Start the embedded broker. Returns its URL."""
+        say("starting the embedded Valkey")
+        valkey = EmbeddedValkey(self._data.path)
+        # It inherits the lock: should this process be killed, the folder is free only once Valkey is gone.
+        child = Child("Valkey", valkey.command(), say, pass_fds=[self._lock])
+        self._stages.append([child])
+        await child.start()
+        await valkey.ready()
+        return valkey.url
+
+    async def _access(self, accounts: Accounts) -> str | None:
+        """The token of the local key, if it is at hand.
+
+        On loopback it is made when there are no keys, or when its token is to be printed and isn't known.
+
+        Raises:
+            ConfigError: others can connect, and there are no keys.
+        """
+        kept = self._data.read("local-key")
+        if kept and await accounts.find(kept):
+            return kept
+        some = await accounts.any()
+        if not self._wanted.private:
+            if not some:
+                raise ConfigError(
+                    f"others can reach {self._wanted.host} and there are no keys; make one first: "
+                    f"interpose keys create --user NAME --data-dir {self._data.path}"
+                )
+            return None
+        if some and not self._wanted.print_env:
+            return None
+        token, _ = await accounts.create(LOCAL, admin=True)
+        self._data.write_private("local-key", token)
+        return token
+
+    async def _start(self, settings: Settings, broker: Broker, bound: socket.socket) -> None:
+        """Start workers and gateway, and leave a note for the command line."""
+        self._data.note(redis_url=settings.redis_url, host=_url(bound), pid=str(os.getpid()))
+        names = {model.name for model in self._wanted.models}
+        if self._wanted.redis_url is None:
+            # What an earlier command served here. With a shared Redis, others may be serving it.
+            for hosted in await broker.models.list():
+                if hosted.name not in names:
+                    await broker.models.forget(hosted.name)
+        env = settings.environment()
+        say(f"starting {len(names)} worker{'s' * (len(names) > 1)}")
+        for index, model in enumerate(self._wanted.models):
+            name = f"{socket.gethostname()}#{index}:{model.name}"
+            await broker.models.announce(model.name, name, ModelState.LOADING)
+            command = [sys.executable, "-m", "interpose_server.worker", "--model", model.name]
+            command += ["--source", model.source, "--name", name]
+            command += ["--device", self._wanted.device] if self._wanted.device else []
+            command += ["--dtype", self._wanted.dtype] if self._wanted.dtype else []
+            label = f"the worker of {model.name}"
+            self._workers.append(Child(label, command, say, env=env, give_up=[USELESS_TO_RETRY]))
+        self._stages.append(self._workers)
+        for worker in self._workers:
+            await worker.start()
+        say(f"starting the gateway at {_url(bound)}")
+        command = [sys.executable, "-m", "interpose_server.gateway", "--fd", str(bound.fileno())]
+        gateway = Child("the gateway", command, say, env=env, pass_fds=[bound.fileno()])
+        self._stages.append([gateway])
+        await gateway.start()
+
+    async def _ready(self, broker: Broker, bound: socket.socket) -> bool:
+        """Wait until each model runs jobs and the gateway answers. False if told to stop meanwhile."""
+        waiting = {model.name for model in self._wanted.models}
+        answered = False
+        while not self._stop.is_set():
+            for worker in self._workers:
+                if worker.gave_up.is_set():
+                    raise ConfigError(f"{worker.label} can't start; the line above says why")
+            for name in list(waiting):
+                if (await broker.models.get(name)).state is ModelState.READY:
+                    waiting.discard(name)
+            answered = answered or await _answers(bound)
+            if answered and not waiting:
+                return True
+            with suppress(TimeoutError):
+                async with asyncio.timeout(0.03):
+                    await self._stop.wait()
+        return False
+
+    def _tell(self, bound: socket.socket, token: str | None) -> None:
+        """Say how to reach the server."""
+        say(f"ready at {_url(bound)}: {', '.join(model.name for model in self._wanted.models)}")
+        if self._wanted.print_env:
+            print(f"INTERPOSE_HOST={_url(bound)}", flush=True)
+            if token is not None:
+                print(f"INTERPOSE_API_KEY={token}", flush=True)
+            else:
+                say("no key to print: keys are shown once, when they are made; see `interpose keys`")
+            return
+        key = token if token is not None else "the key you were given"
+        say(f"  export INTERPOSE_HOST={_url(bound)}")
+        say(f"  export INTERPOSE_API_KEY={key}")
+        say("Ctrl-C stops it")
+
+    async def _finish(self, grace_s: float) -> None:
+        """Gateway first, so that nothing new comes; the broker last, so that nothing is lost."""
+        for stage in reversed(self._stages):
+            await asyncio.gather(*(child.stop(grace_s) for child in stage))
+
+
+def say(text: str) -> None:
+    """One line for the operator."""
+    print(text, file=sys.stderr, flush=True)
+
+
+def _bind(wanted: Wanted) -> socket.socket:
+    try:
+        return listen(wanted.host, wanted.port)
+    except OSError as error:
+        raise ConfigError(f"can't listen on {wanted.host}:{wanted.port}: {error.strerror or error}") from error
+
+
+def _address(bound: socket.socket) -> tuple[str, int]:
+    """Where this machine itself finds the socket."""
+    host, port = bound.getsockname()[:2]
+    return {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host), port
+
+
+def _url(bound: socket.socket) -> str:
+    host, port = _address(bound)
+    return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+
+
+async def _answers(bound: socket.socket) -> bool:
+    """Whether the gateway answers. The socket listens before the gateway runs, so connecting tells nothing."""
+    try:
+        async with asyncio.timeout(2):
+            reader, writer = await asyncio.open_connection(*_address(bound))
+            try:
+                writer.write(b"GET /healthz HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n")
+                return b" 200 " in await reader.readline()
+            finally:
+                writer.close()
+    except (OSError, TimeoutError):
+        return False

@@ -1,0 +1,5 @@
+"""`python -m interpose_server.worker`."""
+
+from .main import main
+
+main()

@@ -1,0 +1,205 @@
+"""A worker's life: claim the fairest jobs, run them in one forward, publish while they run."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections.abc import Callable, Coroutine, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from typing import Any, Protocol
+
+import msgpack
+import torch
+from interpose.errors import InternalError, InterposeError, InvalidPayload, MissingAttachment
+from interpose.graph.codec import decode_graph
+from interpose.graph.manifest import Manifest
+from interpose.graph.model import Graph
+from interpose.runtime.engine import EngineJob
+from interpose.wire.tensors import decode_tensor
+from redis.exceptions import RedisError
+
+from .. import attachments, blob_keys
+from ..blobs import Blobs
+from ..broker.connect import Broker
+from ..broker.queue import Claim
+from ..settings import Settings
+from .publisher import Publisher
+from .scheduler import Budget, choose
+from .sink import JobSink
+
+log = logging.getLogger(__name__)
+
+IDLE_S = 1.0
+"""How long to wait for the bell before looking at the queue all the same."""
+
+
+class Runner(Protocol):
+    """What the worker asks of an engine."""
+
+    manifest: Manifest
+
+    def run(self, jobs: Sequence[EngineJob]) -> list[InterposeError | None]: ...
+
+
+class Worker:
+    """Runs jobs of one model until told to stop. Make it inside a running event loop.
+
+    Args:
+        name: under which its jobs are leased.
+        check: called after each batch, on the engine's thread; raises if the device is broken.
+    """
+
+    def __init__(
+        self,
+        model: str,
+        name: str,
+        runner: Runner,
+        broker: Broker,
+        blobs: Blobs,
+        settings: Settings,
+        check: Callable[[], None] = lambda: None,
+    ) -> None:
+        self._model = model
+        self._name = name
+        self._runner = runner
+        self._broker = broker
+        self._blobs = blobs
+        self._settings = settings
+        self._check = check
+        self._publisher = Publisher(name, broker.queue, blobs, settings, self._forget)
+        self._held: dict[JobSink, None] = {}
+        self._empty = asyncio.Event()
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="engine")
+        shared = runner.manifest.row_independent
+        self._budget = Budget(
+            jobs=settings.batch_jobs if shared else 1,
+            rows=settings.batch_rows,
+            tokens=settings.batch_tokens,
+            memory_bytes=settings.batch_memory_bytes,
+        )
+
+    async def run(self, stop: asyncio.Event) -> None:
+        """Work until `stop`, then finish the running batch and publish its last word."""
+        tasks = [asyncio.create_task(self._publisher.run()), asyncio.create_task(self._beat())]
+        try:
+            while not stop.is_set():
+                await self._turn(stop)
+            while self._held:
+                self._empty.clear()
+                await self._empty.wait()
+        finally:
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
+            self._thread.shutdown(wait=False)
+
+    async def _turn(self, stop: asyncio.Event) -> None:
+        try:
+            refs = choose(await self._broker.queue.peek(self._model), self._budget)
+            if not refs:
+                await _either(self._broker.queue.wait(self._model, IDLE_S), stop)
+                return
+            claims = await self._broker.queue.claim(self._model, self._name, refs)
+        except (RedisError, OSError) as error:
+            log.warning("the broker doesn't answer (%s); trying again", type(error).__name__)
+            await asyncio.sleep(0.2)
+            return
+        await self._batch(claims)
+
+    async def _batch(self, claims: Sequence[Claim]) -> None:
+        sinks = [self._sink(claim) for claim in claims]
+        self._held |= dict.fromkeys(sinks)
+        ready: list[tuple[JobSink, EngineJob]] = []
+        for sink in sinks:
+            try:
+                ready.append((sink, await self._prepare(sink)))
+            except InterposeError as error:
+                sink.end(error, 0)
+        if not ready:
+            return
+        start = time.monotonic()
+        for sink, _ in ready:
+            sink.start()
+        jobs = [job for _, job in ready]
+        outcomes = await asyncio.get_running_loop().run_in_executor(self._thread, self._run, jobs)
+        seconds = time.monotonic() - start
+        rows = sum(max(sink.claim.footprint.rows, 1) for sink, _ in ready)
+        for (sink, _), outcome in zip(ready, outcomes, strict=True):
+            sink.end(outcome, seconds * max(sink.claim.footprint.rows, 1) / rows)
+
+    def _run(self, jobs: Sequence[EngineJob]) -> Sequence[InterposeError | None]:
+        """On the engine's thread."""
+        try:
+            outcomes = self._runner.run(jobs)
+        except Exception:
+            log.exception("the engine failed")
+            outcomes = [InternalError("the server failed while running this job") for _ in jobs]
+        self._check()
+        return outcomes
+
+    def _sink(self, claim: Claim) -> JobSink:
+        limits = replace(self._settings.limits, wall_s=min(claim.timeout_s, self._settings.limits.wall_s))
+        return JobSink(claim, limits, self._publisher.backlog, self._publisher.put)
+
+    async def _prepare(self, sink: JobSink) -> EngineJob:
+        claim = sink.claim
+        graph = await asyncio.to_thread(self._graph, claim) if claim.blob else self._graph(claim)
+        tensors = await asyncio.to_thread(self._attachments, claim, graph) if graph.attachments else {}
+        exclusive = claim.footprint.exclusive or claim.alone
+        return EngineJob(graph=graph, attachments=tensors, sink=sink, limits=sink.limits, exclusive=exclusive)
+
+    def _graph(self, claim: Claim) -> Graph:
+        payload: bytes | bytearray = claim.payload
+        if claim.blob:
+            reader = self._blobs.open(blob_keys.payload(claim.user, claim.blob))
+            if reader is None:
+                raise InvalidPayload("the job's payload has expired; submit it again")
+            try:
+                payload = bytearray(reader.size)
+                reader.readinto(0, memoryview(payload))
+            finally:
+                reader.close()
+        return decode_graph(msgpack.unpackb(payload), self._settings.limits)
+
+    def _attachments(self, claim: Claim, graph: Graph) -> dict[str, torch.Tensor]:
+        found = {}
+        for sha, spec in graph.attachments.items():
+            data = attachments.load(self._blobs, claim.user, sha, spec)
+            if data is None:
+                raise MissingAttachment(f"tensor {sha} has expired; submit the job again")
+            found[sha] = decode_tensor(spec, data, "torch")
+        return found
+
+    async def _beat(self) -> None:
+        """Keep the leases, and hear of jobs that were cancelled."""
+        every = min(1.0, self._settings.lease_s / 3)
+        while True:
+            await asyncio.sleep(every)
+            held = {sink.claim.ref: sink for sink in self._held}
+            try:
+                await self._broker.models.beat(self._model)
+                pairs = [(ref, sink.claim.attempt) for ref, sink in held.items()]
+                for ref in await self._broker.queue.heartbeat(self._name, pairs) if pairs else ():
+                    held[ref].lose()
+            except (RedisError, OSError) as error:
+                log.warning("no heartbeat (%s)", type(error).__name__)
+
+    def _forget(self, sink: JobSink) -> None:
+        self._held.pop(sink, None)
+        if not self._held:
+            self._empty.set()
+
+
+async def _either(wait: Coroutine[Any, Any, None], stop: asyncio.Event) -> None:
+    """Return when one of them does, or raise what `wait` raised."""
+    tasks: list[asyncio.Task[Any]] = [asyncio.create_task(wait), asyncio.create_task(stop.wait())]
+    try:
+        await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+        if tasks[0].done():
+            tasks[0].result()
+    finally:
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)

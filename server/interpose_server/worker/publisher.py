@@ -1,0 +1,117 @@
+"""From the engine's thread to the broker: small saves together, large ones as blobs."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Callable
+
+import msgpack
+from interpose.errors import InternalError, InterposeError
+from interpose.wire.tensors import encode_spec
+from redis.exceptions import RedisError
+
+from .. import blob_keys
+from ..blobs import Blobs
+from ..broker.queue import Outcome, Queue, Record, Report
+from ..settings import Settings
+from .sink import Backlog, JobSink, Logged, Saved
+
+log = logging.getLogger(__name__)
+
+MOST = 256
+"""Items of one round: with the inline bound, a few MB at most."""
+
+RETRY_S = 0.2
+
+
+class Publisher:
+    """One for a worker. `put` may be called from any thread; `run` is a task of the event loop.
+
+    Args:
+        worker: the name under which the jobs are leased.
+        ended: called with each sink whose end has been reported.
+    """
+
+    def __init__(
+        self, worker: str, queue: Queue, blobs: Blobs, settings: Settings, ended: Callable[[JobSink], None]
+    ) -> None:
+        self.backlog = Backlog(settings.backlog_bytes)
+        self._worker = worker
+        self._queue = queue
+        self._blobs = blobs
+        self._settings = settings
+        self._ended = ended
+        self._loop = asyncio.get_running_loop()
+        self._items: asyncio.Queue[tuple[JobSink, Saved | Logged | Outcome]] = asyncio.Queue()
+
+    def put(self, sink: JobSink, item: Saved | Logged | Outcome) -> None:
+        self._loop.call_soon_threadsafe(self._items.put_nowait, (sink, item))
+
+    async def run(self) -> None:
+        """Publish until cancelled."""
+        while True:
+            taken = [await self._items.get()]
+            while not self._items.empty() and len(taken) < MOST:
+                taken.append(self._items.get_nowait())
+            await self._round(taken)
+
+    async def _round(self, taken: list[tuple[JobSink, Saved | Logged | Outcome]]) -> None:
+        by_job: dict[JobSink, list[Saved | Logged | Outcome]] = {}
+        for sink, item in taken:
+            by_job.setdefault(sink, []).append(item)
+        reports = [await self._report(sink, items) for sink, items in by_job.items()]
+        held = await self._send(reports)
+        for (sink, items), report, mine in zip(by_job.items(), reports, held, strict=True):
+            sink.sent += len(report.records)
+            self.backlog.remove(sum(item.nbytes for item in items if isinstance(item, Saved)))
+            if not mine:
+                sink.lose()
+            if isinstance(items[-1], Outcome):
+                self._ended(sink)
+
+    async def _report(self, sink: JobSink, items: list[Saved | Logged | Outcome]) -> Report:
+        """What one job's items come to. A save that can't be stored ends the job."""
+        claim, records, outcome = sink.claim, list[Record](), None
+        for item in items:
+            try:
+                match item:
+                    case Saved():
+                        records.append(await self._record(sink, item))
+                    case Logged():
+                        records.append(Record("log", msgpack.packb({"node": item.node, "text": item.text})))
+                    case Outcome():
+                        outcome = Outcome(item.error or sink.stopped, item.seconds)
+            except InterposeError as error:
+                sink.stop(error)
+            except OSError as error:
+                log.error("a result can't be stored: %s", error)
+                sink.stop(InternalError("the server couldn't store a result"))
+        return Report(claim.ref, self._worker, claim.attempt, sink.sent, records, outcome)
+
+    async def _record(self, sink: JobSink, item: Saved) -> Record:
+        body = msgpack.packb(
+            {
+                "node": item.node,
+                "tree": item.tree,
+                "tensors": [encode_spec(tensor.spec) for tensor in item.tensors],
+                "nbytes": item.nbytes,
+            }
+        )
+        parts = [tensor.data for tensor in item.tensors]
+        if item.nbytes <= self._settings.inline_bytes:
+            return Record("save", body, b"".join(parts))
+        name = f"{sink.claim.id}/{sink.claim.attempt}/{item.node}"
+        # Longer than the job: its time to live starts only when it ends.
+        ttl_s = self._settings.result_ttl_s + sink.limits.wall_s + 60
+        await asyncio.to_thread(self._blobs.put, blob_keys.result(sink.claim.user, name), parts, ttl_s)
+        return Record("save", body, blob=name)
+
+    async def _send(self, reports: list[Report]) -> list[bool]:
+        """Report until the broker takes it: what was computed isn't thrown away because it restarts."""
+        while True:
+            try:
+                return await self._queue.report(reports)
+            except (RedisError, OSError) as error:
+                log.warning("the broker doesn't answer (%s); trying again", type(error).__name__)
+                await asyncio.sleep(RETRY_S)

@@ -1,0 +1,123 @@
+"""Where the engine puts a job's values: counted, encoded, handed to the publisher while the engine goes on."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from interpose.errors import InterposeError, JobCancelled, JobTimeout
+from interpose.graph.limits import Limits
+from interpose.wire.tensors import Encoded, encode_tensor
+from interpose.wire.trees import Tree, flatten
+
+from ..broker.queue import Claim, Outcome
+
+MAX_LOG = 4096
+MAX_LOGS = 1000
+
+
+@dataclass(frozen=True, slots=True)
+class Saved:
+    node: int
+    tree: Tree
+    tensors: tuple[Encoded, ...]
+
+    @property
+    def nbytes(self) -> int:
+        return sum(tensor.spec.nbytes for tensor in self.tensors)
+
+
+@dataclass(frozen=True, slots=True)
+class Logged:
+    node: int
+    text: str
+
+
+class Backlog:
+    """Bytes the engine made and the publisher hasn't sent: the engine waits while they are too many."""
+
+    def __init__(self, most: int) -> None:
+        self._most = most
+        self._bytes = 0
+        self._changed = threading.Condition()
+
+    def add(self, size: int, give_up: Callable[[], bool]) -> None:
+        with self._changed:
+            while self._bytes and self._bytes + size > self._most and not give_up():
+                self._changed.wait(0.5)
+            self._bytes += size
+
+    def remove(self, size: int) -> None:
+        with self._changed:
+            self._bytes -= size
+            self._changed.notify_all()
+
+
+class JobSink:
+    """One job's sink. The engine's thread calls the three methods of its protocol; the others are the worker's.
+
+    Args:
+        publish: takes what goes out next; thread-safe.
+        limits: of the job, its own shorter timeout included.
+    """
+
+    def __init__(
+        self,
+        claim: Claim,
+        limits: Limits,
+        backlog: Backlog,
+        publish: Callable[[JobSink, Saved | Logged | Outcome], None],
+    ) -> None:
+        self.claim = claim
+        self.limits = limits
+        self.sent = 0
+        """Events published so far; the publisher's."""
+        self._backlog = backlog
+        self._publish = publish
+        self._bytes = 0
+        self._logs = 0
+        self._deadline = float("inf")
+        self.stopped: InterposeError | None = None
+
+    def start(self) -> None:
+        """The job's wall time begins."""
+        self._deadline = time.monotonic() + self.limits.wall_s
+
+    def stop(self, error: InterposeError) -> None:
+        """End the job with this error, whatever the engine says. The first one counts."""
+        self.stopped = self.stopped or error
+
+    def lose(self) -> None:
+        """The job is no longer this worker's: cancelled, or its lease was lost."""
+        self.stop(JobCancelled("the job was cancelled"))
+
+    def end(self, error: InterposeError | None, seconds: float) -> None:
+        """The last thing published."""
+        self._publish(self, Outcome(self.stopped or error, seconds))
+
+    def save(self, node: int, value: Any) -> None:
+        tree, tensors = flatten(value)
+        saved = Saved(node, tree, tuple(encode_tensor(tensor) for tensor in tensors))
+        self._bytes += saved.nbytes
+        self.limits.check("result_bytes", self._bytes)
+        self._backlog.add(saved.nbytes, lambda: self.stopped is not None)
+        self._publish(self, saved)
+
+    def log(self, node: int, text: str) -> None:
+        self._logs += 1
+        if self._logs <= MAX_LOGS:
+            self._publish(self, Logged(node, text[:MAX_LOG]))
+
+    def cancelled(self) -> bool:
+        if self.stopped is None and time.monotonic() > self._deadline:
+            self.stop(
+                JobTimeout(
+                    f"the job ran for more than {self.limits.wall_s:g} s", details={"allowed_s": self.limits.wall_s}
+                )
+            )
+        if self.stopped is not None:
+            raise self.stopped
+        return False
