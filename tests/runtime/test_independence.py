@@ -39,7 +39,7 @@ def verdict(model: Any, longest: int | None = None) -> tuple[bool, str]:
 def test_ordinary_models_are_independent(arch: str) -> None:
     loaded = wrap(AutoModelForCausalLM.from_pretrained(tiny(arch)), arch)
     assert loaded.manifest.row_independent, loaded.manifest.row_note
-    assert "checked with rows of 24 tokens" in loaded.manifest.row_note
+    assert "checked beside rows of 24 tokens" in loaded.manifest.row_note
 
 
 @pytest.mark.parametrize("kind", SCALED)

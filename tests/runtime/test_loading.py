@@ -56,6 +56,7 @@ def test_a_live_model_is_as_if_loaded() -> None:
     assert live.manifest.modules == saved.manifest.modules
     assert live.manifest.revision == saved.manifest.revision
     assert live.tokenizer_bytes is None and live.manifest.tokenizer is None
+    assert wrap(live.model, "mine").manifest == live.manifest
 
 
 @torch.no_grad()
@@ -112,3 +113,17 @@ def test_devices_and_dtypes_that_are_not_there() -> None:
 
 def test_a_model_spread_over_devices() -> None:
     assert load(tiny("llama"), device="auto").manifest.attention == "interpose"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_real_model(smollm2: Path, dtype: str) -> None:
+    loaded = load(smollm2, dtype=dtype)
+    found = loaded.manifest
+    assert (len(found.blocks), found.vocab, found.attention) == (30, 49152, "interpose")
+    assert found.row_independent, found.row_note
+    assert loaded.tokenizer_bytes is not None
+    ids = Tokenizer.from_str(loaded.tokenizer_bytes.decode()).encode("The capital of France is").ids
+    with torch.no_grad():
+        best = loaded.model(torch.tensor([ids])).logits[0, -1].argmax()
+    assert AutoTokenizer.from_pretrained(smollm2).decode(best) == " Paris"

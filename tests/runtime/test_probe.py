@@ -139,7 +139,26 @@ def test_a_model_that_takes_no_tokens_is_described_all_the_same() -> None:
     found = wrap(nn.Sequential(nn.Linear(3, 4), nn.ReLU()), "plain").manifest
     assert list(found.modules) == ["", "0", "1"]
     assert found.modules["0"].params["weight"].shape == (4, 3)
-    assert not found.row_independent and "token" in found.row_note
+    assert not found.row_independent and "takes no input_ids" in found.row_note
+
+
+def test_a_model_whose_forward_fails_is_described_all_the_same() -> None:
+    class Picky(nn.Module):
+        def forward(self, input_ids: torch.Tensor, pixels: torch.Tensor | None = None) -> torch.Tensor:
+            if pixels is None:
+                raise RuntimeError("where are the pixels?")
+            return pixels
+
+    found = wrap(Picky(), "picky").manifest
+    assert found.modules[""].events == {}
+    assert "where are the pixels?" in found.row_note
+
+
+def test_a_model_without_attention_says_so() -> None:
+    sizes = {"vocab_size": 97, "hidden_size": 16, "num_hidden_layers": 2, "state_size": 4}
+    found = wrap(transformers.MambaForCausalLM(transformers.MambaConfig(**sizes)), "mamba").manifest
+    assert found.attention == "its forward comes by no attention"
+    assert len(found.blocks) == 2
 
 
 def test_a_sliding_window_does_not_hide_key_lengths() -> None:

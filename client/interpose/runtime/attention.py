@@ -136,15 +136,22 @@ def install(model: nn.Module, batches: Sequence[Mapping[str, Any]]) -> str:
     if not model._can_set_attn_implementation():
         return f"{type(model).__name__} doesn't use the transformers library's attention interface"
     before = [config._attn_implementation for config in configs]
+    if set(before) & set(NAMES.values()):
+        register()  # a live model that was wrapped before, or a copy of one
+        return READABLE
     names = [NAMES.get(name) or name for name in before]
     if not set(before) & set(NAMES):
         return f"its attention runs as {before[0]}, which has no inner values"
+    if not batches:
+        return "it doesn't run on token ids alone"
     register()
     plain = [principal(model(**batch)) for batch in batches]
     with _implementations(configs, ["eager"] * len(configs)):
         eager = [principal(model(**batch)) for batch in batches]
+    # On a GPU some kernels add in no fixed order; then the stock model differs from itself, and bits prove nothing.
+    exact = all(torch.equal(principal(model(**b)), out) for b, out in zip(batches, plain, strict=True))
     with _implementations(configs, names):
-        reason = _differs(model, batches, plain, eager)
+        reason = _differs(model, batches, plain, eager, exact=exact)
     if reason:
         return reason
     _set(configs, names)
@@ -152,15 +159,25 @@ def install(model: nn.Module, batches: Sequence[Mapping[str, Any]]) -> str:
 
 
 def _differs(
-    model: nn.Module, batches: Sequence[Mapping[str, Any]], plain: Sequence[Tensor], eager: Sequence[Tensor]
+    model: nn.Module,
+    batches: Sequence[Mapping[str, Any]],
+    plain: Sequence[Tensor],
+    eager: Sequence[Tensor],
+    *,
+    exact: bool,
 ) -> str:
     """Why ours isn't the model's own, or ""."""
+
+    def same(expected: Sequence[Tensor]) -> bool:
+        found = [principal(model(**batch)) for batch in batches]
+        return all(_same(one, other, exact=exact) for one, other in zip(found, expected, strict=True))
+
     try:
-        if not all(_same(principal(model(**b)), out) for b, out in zip(batches, plain, strict=True)):
+        if not same(plain):
             return "its results would change under an attention that can be looked into"
         token = CURRENT.set(Scope(_Looking(), {}))
         try:
-            if not all(_same(principal(model(**b)), out) for b, out in zip(batches, eager, strict=True)):
+            if not same(eager):
                 return "its eager attention can't be reproduced"
         finally:
             CURRENT.reset(token)
@@ -178,8 +195,12 @@ class _Looking:
         return value
 
 
-def _same(one: Tensor, other: Tensor) -> bool:
-    return torch.equal(one, other) or torch.equal(one.nan_to_num(), other.nan_to_num())
+def _same(one: Tensor, other: Tensor, *, exact: bool) -> bool:
+    one, other = one.nan_to_num(), other.nan_to_num()
+    if exact:
+        return torch.equal(one, other)
+    tolerance = 8 * torch.finfo(one.dtype).eps * float(other.abs().max())
+    return float((one - other).abs().max()) <= max(tolerance, 1e-5 * float(other.abs().max()))
 
 
 def _configs(model: nn.Module) -> list[PretrainedConfig]:

@@ -15,8 +15,8 @@ from torch import Tensor, nn
 
 from .inputs import Feeding, batch_inputs, principal, sample_rows, vocabulary
 
-TOLERANCE = {torch.float64: 1e-8, torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 5e-2}
-"""Largest difference, of the largest value, that reassociation of sums may explain."""
+TOLERANCE = {torch.float64: 1e-8, torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 5e-2}
+"""Largest difference at one position, in norm and relative, that reassociation of sums may explain."""
 
 LENGTH_BOUND = ("dynamic", "longrope")
 """Kinds of rotary positions whose frequencies depend on the longest row."""
@@ -77,7 +77,7 @@ class _State:
             if buffers.get(name) is not buffer:
                 buffers[name] = buffer
         for name, value in self._beside.items():
-            if attributes[name] is not value:
+            if attributes.get(name) is not value:
                 attributes[name] = value
         self._copies = [_rewound(*entry) for entry in self._copies]
 
@@ -140,7 +140,7 @@ def check(model: nn.Module, feeding: Feeding, device: torch.device, longest: int
         Whether rows are independent, and a note for people: what differed, or what was checked.
     """
     if not feeding.tokens:
-        return False, "not checked: the model doesn't run on token ids alone"
+        return False, f"not checked: {feeding.note}"
     config = getattr(model, "config", None)
     limit = longest or 1 << 62
     reachable = [length for length in thresholds(config) if length < limit]
@@ -148,19 +148,20 @@ def check(model: nn.Module, feeding: Feeding, device: torch.device, longest: int
     lengths = sorted({min(_LONG, limit), *(min(2 * at, affordable) for at in reachable if at < affordable)})
     short = max(2, min([_SHORT, *(at - 1 for at in reachable), limit]))
     buffers = Buffers(model)
+    strayed = 0.0
     for length in lengths:
         trial = _Trial(model, feeding, device, buffers, sample_rows(model, [short, length]))
         reason = trial.differs()
         if reason:
             return False, reason
+        strayed = max(strayed, trial.strayed)
     precise = torch.finfo(trial.alone.dtype).bits >= 32 if trial.alone.is_floating_point() else False
     unchecked = [at for at in reachable if at >= affordable or not precise]
     if unchecked and length_bound(config):
-        return (
-            False,
-            f"its positions depend on the longest row from {unchecked[0]} tokens on, beyond what was checked",
-        )
-    return True, f"checked with rows of {' and '.join(map(str, lengths))} tokens"
+        note = f"its positions depend on the longest row from {unchecked[0]} tokens on, more than could be checked"
+        return False, note
+    beside = " and ".join(map(str, lengths))
+    return True, f"checked beside rows of {beside} tokens: company moves results by {strayed:.0e} at most"
 
 
 def _affordable(model: nn.Module, device: torch.device) -> int:
@@ -186,6 +187,7 @@ class _Trial:
         self._short, self._long = rows
         with buffers:
             self.alone = self._run([[self._short]])[0]
+        self.strayed = 0.0
 
     def _run(self, runs: list[list[list[int]]]) -> Tensor:
         return principal(self._model(**self._feeding.kwargs(batch_inputs(runs, self._device))))
@@ -208,6 +210,8 @@ class _Trial:
     def _same(self, found: Tensor) -> bool:
         if found.shape != self.alone.shape:
             return False
-        tolerance = TOLERANCE.get(found.dtype, 0.0)
-        largest = float(self.alone.abs().max())
-        return float((found - self.alone).abs().max()) <= tolerance * largest
+        # By norm, as single figures of a deep model in half precision stray further.
+        expected = self.alone.double()
+        strayed = (found.double() - expected).norm(dim=-1) / expected.norm(dim=-1).clamp(min=1e-30)
+        self.strayed = max(self.strayed, float(strayed.max()))
+        return bool((strayed <= TOLERANCE.get(found.dtype, 0.0)).all())

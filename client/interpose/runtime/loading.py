@@ -112,8 +112,6 @@ def wrap(model: nn.Module, name: str, tokenizer: Any = None) -> Loaded:
         batches = [feeding.kwargs(batch_inputs(run, device)) for run in rows]
     readable = attention.install(model, batches)
     measured = probe(model, modules, feeding, device, readable)
-    if readable == attention.READABLE and not measured.attention:
-        readable = measured.note or "its eager form calls other modules than its default"
     longest = describe.longest_row(model, feeding)
     alone = (False, f"not checked: {measured.note}")
     independent, note = alone if measured.note else independence.check(model, feeding, device, longest)
@@ -127,7 +125,7 @@ def wrap(model: nn.Module, name: str, tokenizer: Any = None) -> Loaded:
         blocks=measured.blocks,
         vocab=vocabulary(model),
         positions=longest,
-        attention=readable,
+        attention=measured.attention,
         row_independent=independent,
         row_note=note,
         tokenizer=hashlib.sha256(file).hexdigest() if file else None,

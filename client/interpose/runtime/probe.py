@@ -37,13 +37,13 @@ class Measured:
     """Attributes:
     modules: path -> module, in tree order.
     blocks: paths of the blocks that carry the residual stream.
-    attention: whether its points are there.
+    attention: what `Manifest.attention` says.
     note: why nothing could be measured, or "".
     """
 
     modules: Mapping[str, ModuleInfo]
     blocks: tuple[str, ...] = ()
-    attention: bool = False
+    attention: str = ""
     note: str = ""
 
 
@@ -114,7 +114,7 @@ def probe(
     """
     bare = {path: _bare(path, module) for path, module in modules.items()}
     if not feeding.tokens:
-        return Measured(bare, note="it doesn't run on token ids alone")
+        return Measured(bare, attention=attention, note=feeding.note)
     prober = _Prober(model, modules, feeding, device)
     try:
         plain = [prober.forward(*size) for size in SIZES][-1]
@@ -129,10 +129,14 @@ def probe(
             if caches:
                 prober.decode(attention=True)
     except Exception as error:  # noqa: BLE001 - a model's own forward may raise anything, and loading goes on
-        return Measured(bare, note=f"its forward failed on token ids: {error}")
-    order, attention_points = _order(plain, looking)
-    found = dict(_described(bare, order, prober.samples, attention_points))
-    return Measured(_stand_ins(found, modules), _blocks(found, modules), bool(attention_points))
+        note = f"its forward failed while being measured: {error}"
+        return Measured(bare, attention=note, note=note)
+    order = plain.order
+    if looking is not None:
+        attention = _readable(plain, looking)
+        order = looking.order if attention == READABLE else order
+    found = dict(_described(bare, order, prober.samples))
+    return Measured(_stand_ins(found, modules), _blocks(found, modules), attention)
 
 
 def _bare(path: str, module: nn.Module) -> ModuleInfo:
@@ -142,21 +146,20 @@ def _bare(path: str, module: nn.Module) -> ModuleInfo:
     return ModuleInfo(path, type(module).__name__, params=known)
 
 
-def _order(plain: _Recorder, looking: _Recorder | None) -> tuple[list[tuple[str, str]], frozenset[str]]:
-    """The order of events in a forward, and the attention points in it.
-
-    A model whose eager form calls other modules than its default has no order that serves both: no points then.
-    """
-    if looking is None or [place for place in looking.order if place[1] not in POINTS] != plain.order:
-        return plain.order, frozenset()
-    return looking.order, frozenset(event for _, event in looking.order if event in POINTS)
+def _readable(plain: _Recorder, looking: _Recorder) -> str:
+    """`READABLE`, or why there are no points inside attention."""
+    if [place for place in looking.order if place[1] not in POINTS] != plain.order:
+        # There is no order of events that serves runs which look and runs which don't.
+        return "its eager form calls other modules than its default"
+    if len(looking.order) == len(plain.order):
+        return "its forward comes by no attention"
+    return READABLE
 
 
 def _described(
     bare: Mapping[str, ModuleInfo],
     order: Sequence[tuple[str, str]],
     samples: Mapping[tuple[str, str], Sequence[tuple[Size, Seen]]],
-    attention_points: frozenset[str],
 ) -> Iterator[tuple[str, ModuleInfo]]:
     moments: dict[str, dict[str, list[int]]] = {}
     for moment, (path, event) in enumerate(order):
@@ -165,11 +168,7 @@ def _described(
         events = moments.get(path, {})
         calls = len(events.get("enter", ()))
         kept = {event: tuple(at) for event, at in events.items() if len(at) == calls}
-        points = {
-            _POINT.get(event, event): _layout(event, samples[path, event])
-            for event in kept
-            if event in _POINT or event in attention_points
-        }
+        points = {_POINT.get(event, event): _layout(event, samples[path, event]) for event in kept}
         yield path, replace(info, events=kept, points=points)
 
 
