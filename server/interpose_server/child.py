@@ -1,7 +1,7 @@
 """Start a command that dies with its parent, however the parent dies.
 
-Run as a script by `processes.spawn`: asks the kernel for SIGKILL at the parent's death, then becomes the command. It
-has to be done between fork and exec by the child itself; a small program does so without code in a forked parent.
+Run as a script by `processes`: asks the kernel for SIGKILL at the parent's death, then becomes the command. The
+child itself has to ask; a small program does so without running code in a forked copy of the parent.
 """
 
 from __future__ import annotations

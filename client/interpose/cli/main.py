@@ -57,9 +57,7 @@ def serve(
     dtype: Annotated[str | None, typer.Option(help="float32, bfloat16, ...; default: as saved.")] = None,
     data_dir: DataDir = None,
     redis_url: RedisUrl = None,
-    print_env: Annotated[
-        bool, typer.Option("--print-env", help="Print host and key on stdout once ready.")
-    ] = False,
+    print_env: Annotated[bool, typer.Option("--print-env", help="Host and key on stdout once ready.")] = False,
 ) -> None:
     """Serve models from this machine."""
     from . import server

@@ -108,7 +108,7 @@ async def _beat(broker: Broker, model: str) -> None:
 
 def _check() -> None:
     """Raises if the GPU was left broken, which only a new process can mend: its jobs are then tried again."""
-    if torch.cuda.is_initialized():
+    if torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
         torch.cuda.synchronize()
 
 
