@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -83,7 +84,7 @@ class LanguageModel(Module):
         manifest = self._manifest_of(remote)
         execute: Execute = self._run_remote if remote else self._run_local
         recorder = Recorder(manifest, _face(remote))
-        return Tracer(self, recorder, prompt, self._tokenizer_of(remote).encode, execute, options)
+        return Tracer(self, recorder, prompt, partial(self._tokenize, remote), execute, options)
 
     @property
     def tokenizer(self) -> Any:
@@ -134,12 +135,14 @@ class LanguageModel(Module):
 
     def _manifest_of(self, remote: bool) -> Manifest:
         if not remote:
-            return self._here().manifest
+            here: Manifest = self._here().manifest
+            return here
         from .client import fetch_manifest
 
         host, key = self._server
-        self.__dict__["_remote_manifest"] = fetch_manifest(self._name(), host, key)
-        return self._remote_manifest
+        manifest = fetch_manifest(self._name(), host, key)
+        self.__dict__["_remote_manifest"] = manifest
+        return manifest
 
     def _tokenizer_of(self, remote: bool) -> Any:
         if self._given_tokenizer is not None:
@@ -158,6 +161,10 @@ class LanguageModel(Module):
                 raise ConfigError(f"{self._name()} has no tokenizer; give token ids instead of text")
             self._tokenizers[remote] = Tokenizer(data, manifest.tokenizer_config)
         return self._tokenizers[remote]
+
+    def _tokenize(self, remote: bool, text: str) -> list[int]:
+        ids: list[int] = self._tokenizer_of(remote).encode(text)
+        return ids
 
     def _here(self) -> Any:
         if self._local is None:

@@ -56,20 +56,17 @@ def test_attention_patterns(place: Any, stock: Callable[..., Any]) -> None:
     same(first, expected[1][0, 0])
 
 
-def test_zeroing_a_layer(place: Any, stock: Callable[..., Any], name: str) -> None:
-    model = place.open(name)
+def test_zeroing_a_layer(place: Any, stock: Callable[..., Any]) -> None:
+    model = place.open(GPT2)
     prompt = "The Eiffel Tower is in"
     with model.trace(prompt, **place.options):
-        blocks(model, name)[2].output[0][:] = 0
+        model.transformer.h[1].output[0][:] = 0
         logits = model.output.save()
-    twin = stock(name)
+    twin = stock(GPT2)
     clean = run(twin.model, twin.inputs(prompt))[""]
-    expected = run(twin.model, twin.inputs(prompt), {PATH[name].format(2): torch.zeros_like})[""]
-    if name == SMOL:
-        assert not torch.equal(clean, expected)
-        same(logits, expected)
-    else:  # zeroing the last block of three leaves the head a constant
-        assert torch.equal(logits, expected)
+    expected = run(twin.model, twin.inputs(prompt), {"transformer.h.1": torch.zeros_like})[""]
+    assert not torch.equal(clean, expected)
+    same(logits, expected)
 
 
 def test_patching(place: Any, stock: Callable[..., Any], name: str) -> None:

@@ -47,7 +47,10 @@ class Limits:
 
 
 UNLIMITED = Limits(
-    *(1 << 40 for _ in range(4)),
+    nodes=1 << 40,
+    runs=1 << 40,
+    invokes=1 << 40,
+    rows=1 << 40,
     tokens=1 << 50,
     payload_bytes=1 << 60,
     attachments=1 << 40,

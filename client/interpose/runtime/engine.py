@@ -138,10 +138,15 @@ class Engine:
         with self._buffers, hooked(touched, self.loaded.names, forward):
             try:
                 if touched:
-                    self.loaded.model(**call_kwargs(self.loaded, inputs))
+                    self.loaded.model(**self._kwargs(inputs))
             except _Enough:
                 pass
         forward.finish()
+
+    def _kwargs(self, inputs: ModelInputs) -> dict[str, Any]:
+        kwargs: dict[str, Any] = call_kwargs(self.loaded, inputs)
+        # One forward reads no cache; without one its keys and values die with their layer.
+        return kwargs | {"use_cache": False} if "use_cache" in self.loaded.feeding.accepts else kwargs
 
     def _give_masks(self, part: Placed, inputs: ModelInputs) -> None:
         for node in part.job.plan.masks.get(part.run, ()):

@@ -15,13 +15,17 @@ from ..graph.model import Key
 def at(nest: Any, path: Sequence[Key]) -> Any:
     """The part at a path. Raises LookupError where it leads nowhere."""
     for key in path:
-        if (isinstance(nest, (tuple, list)) and type(key) is int) or isinstance(nest, Mapping):
+        if _indexed(nest, key):
             nest = nest[key]
         elif key in _fields(nest):
             nest = getattr(nest, str(key))
         else:
             raise LookupError(key)
     return nest
+
+
+def _indexed(nest: Any, key: Key) -> bool:
+    return isinstance(nest, Mapping) or (isinstance(nest, (tuple, list)) and type(key) is int)
 
 
 def _fields(nest: Any) -> set[str]:

@@ -59,7 +59,7 @@ class View:
         if BATCH_SEQ in dims:
             place = dims.index(BATCH_SEQ)
             dims[place : place + 1] = [BATCH, SEQ]
-            tensor = tensor.unflatten(place, (self.rows, self.total))
+            tensor = tensor.unflatten(place, (self.rows, self.total))  # type: ignore[no-untyped-call]
         span = self.span
         for place, dim in enumerate(dims):
             if dim == BATCH:

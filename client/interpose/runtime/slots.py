@@ -146,11 +146,12 @@ def fitted(value: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
 def assign(target: torch.Tensor, chain: Sequence[Any], index: Any, value: Any) -> None:
     """`target[chain of views][index] = value`, in place. Raises BadArgument where a step made a copy."""
     memory = target.untyped_storage().data_ptr()
+    part: Any = target
     for name, *args in chain:
-        target = kernels.execute(name, (target, *args), {})
-        if target.untyped_storage().data_ptr() != memory:
+        part = kernels.execute(name, (part, *args), {})
+        if isinstance(part, torch.Tensor) and part.untyped_storage().data_ptr() != memory:
             raise BadArgument(f"{name} makes a copy here, so what is written into it would be lost")
     if index is None:
-        target.copy_(fitted(value, target))
+        part.copy_(fitted(value, part))
     else:
-        kernels.assign(target, index, value)
+        kernels.assign(part, index, value)

@@ -20,8 +20,8 @@ class DeferredArray(Deferred):
         self.__dict__["value"] = np.asarray(value)
 
 
-class SavedArray(NDArrayOperatorsMixin):
-    """A saved value. `value` is the array; everything else is the array's too."""
+class _Holder:
+    """What delegates to an array. Apart from `SavedArray` so that a deferred value's class can become that one."""
 
     value: np.ndarray[Any, Any]
 
@@ -80,6 +80,10 @@ class SavedArray(NDArrayOperatorsMixin):
 
     def __reduce__(self) -> Any:
         return self.value.__reduce__()
+
+
+class SavedArray(_Holder, NDArrayOperatorsMixin):
+    """A saved value. `value` is the array; everything else is the array's too."""
 
 
 def _plain(value: Any) -> Any:

@@ -22,13 +22,13 @@ class Deferred:
 
     _interpose_deferred: ClassVar[bool] = True
     _recorder: Recorder
-    _base: Base
+    _root: Base
     _chain: tuple[View, ...]
     _at: tuple[int, int]
     _role: str
 
     def _begin(self, recorder: Recorder, base: Base, chain: tuple[View, ...], node: int) -> None:
-        self._recorder, self._base, self._chain = recorder, base, chain
+        self._recorder, self._root, self._chain = recorder, base, chain
         self._at = base.node() if chain else node, node
         self._role = ""
 
@@ -83,7 +83,7 @@ class Deferred:
     def __repr__(self) -> str:
         spec = self._recorder.spec(self._at[1])
         shown = f"{spec.dtype}{list(spec.shape)}" if isinstance(spec, TensorSpec) else "of unknown shape"
-        point = getattr(self._base, "point", "value")
+        point = getattr(self._root, "point", "value")
         return f"<deferred {shown} {point}{''.join(f'.{step[0]}' for step in self._chain)}>"
 
     __hash__ = object.__hash__
@@ -108,11 +108,11 @@ class Deferred:
         plain = self._recorder.arg(index)
         if self._recorder.is_view(value, self, ("getitem", plain)):
             return  # the second half of `x[i] += y`, which has been written already
-        self._base.write(self._chain, plain, self._recorder.arg(value))
+        self._root.write(self._chain, plain, self._recorder.arg(value))
 
     def _fill(self, value: Any) -> Any:
         """Write all of it; returns the value itself, as torch's in-place methods do."""
-        self._base.write(self._chain, ..., self._recorder.arg(value))
+        self._root.write(self._chain, ..., self._recorder.arg(value))
         return self
 
     # -- keeping -----------------------------------------------------------------------------------------------

@@ -86,7 +86,7 @@ class Value(Protocol):
     """A deferred value, as far as the recorder knows it."""
 
     _recorder: Recorder
-    _base: Base
+    _root: Base
     _chain: tuple[View, ...]
     _at: tuple[int, int]
     """The base's node it was looked up at, and its own node then."""
@@ -167,11 +167,11 @@ class Recorder:
         chain = (*value._chain, view)
         spec = self.spec(node)
         if not isinstance(spec, tuple):
-            return self._make(self, value._base, chain, node)
+            return self._make(self, value._root, chain, node)
         parts = []
         for index in range(len(spec)):
             part = self.node("getitem", (Ref(node), index))
-            parts.append(self._make(self, value._base, (*chain, ("getitem", index)), part))
+            parts.append(self._make(self, value._root, (*chain, ("getitem", index)), part))
         return Several(parts)
 
     def _results(self, node: int, op: ops.Op, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
@@ -187,7 +187,7 @@ class Recorder:
         """The node of a deferred value in its newest version."""
         if value._recorder is not self:
             raise foreign(value)
-        newest = value._base.node()
+        newest = value._root.node()
         if value._at[0] != newest:
             node = newest
             for name, *args in value._chain:
@@ -239,22 +239,22 @@ class Recorder:
 
     def again(self, value: Any) -> Any:
         """Another name for a value, without the rule of its role."""
-        return self._make(self, value._base, value._chain, self.ref(value))
+        return self._make(self, value._root, value._chain, self.ref(value))
 
     def put_back(self, value: Any, new: Any) -> None:
         """Replace the hook point that a value is all of."""
-        self.replace(value._base.point, new)
+        self.replace(value._root.point, new)
 
     def is_view(self, value: Any, of: Any, view: View) -> bool:
         """Whether `value` is that very view of another deferred value."""
-        return is_deferred(value) and value._base is of._base and value._chain == (*of._chain, view)
+        return is_deferred(value) and value._root is of._root and value._chain == (*of._chain, view)
 
     def is_dtype(self, value: Any) -> bool:
         return isinstance(value, DType) or dtype_of(value) is not None
 
     def output_field(self, value: Any, name: str) -> Any:
         """A field of the model's output by name, or None if it has none of that name."""
-        point = value._base.point
+        point = value._root.point
         layout = self.manifest.module(point.module).points[point.name]
         if point.path == (name,):
             return value

@@ -20,7 +20,7 @@ from .torch_names import function_table
 _FUNCTIONS = function_table()
 
 
-class DeferredTensor(Deferred, torch.Tensor):  # type: ignore[misc]
+class DeferredTensor(Deferred, torch.Tensor):  # type: ignore[misc, override]
     """A tensor that will exist when the block has run."""
 
     @classmethod
@@ -72,7 +72,7 @@ class SavedTensor(torch.Tensor):
     `value` is the same memory as a plain `torch.Tensor`.
     """
 
-    __torch_function__ = torch._C._disabled_torch_function_impl
+    __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
 
     @property
     def value(self) -> torch.Tensor:
@@ -91,7 +91,7 @@ class SavedTensor(torch.Tensor):
         return self.value.__deepcopy__(memo)  # type: ignore[no-any-return, no-untyped-call]
 
     def __reduce_ex__(self, protocol: Any) -> Any:
-        return self.value.__reduce_ex__(protocol)
+        return self.value.__reduce_ex__(protocol)  # type: ignore[no-untyped-call]
 
     def __repr__(self, **kwargs: Any) -> str:  # type: ignore[override]
         return repr(self.value)
@@ -115,7 +115,7 @@ def make(recorder: Recorder, base: Base, chain: tuple[View, ...], node: int) -> 
 def become(deferred: torch.Tensor, value: torch.Tensor) -> None:
     """Put a real tensor's content into a deferred one."""
     real = value.as_subclass(SavedTensor)
-    torch._C._swap_tensor_impl(deferred, real)  # type: ignore[attr-defined]
+    torch._C._swap_tensor_impl(deferred, real)
     deferred.__dict__.clear()
     deferred.__class__ = SavedTensor
 
