@@ -176,7 +176,8 @@ def fresh(function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def lstsq(A: Tensor, B: Tensor) -> Tensor:
-    return torch.linalg.lstsq(A, B).solution
+    solution: Tensor = torch.linalg.lstsq(A, B).solution
+    return solution
 
 
 def searchsorted(sorted_sequence: Tensor, input: Any, out_int32: bool, right: bool) -> Tensor:
@@ -197,7 +198,7 @@ def pair_loss(function: Callable[..., Any]) -> Callable[..., Any]:
     """A loss of two tensors, broadcast first: torch warns where it does so itself."""
 
     def kernel(input: Tensor, target: Tensor, **more: Any) -> Any:
-        one, other = torch.broadcast_tensors(input, target)
-        return function(one, other, **more)
+        shape = torch.broadcast_shapes(input.shape, target.shape)
+        return function(input.expand(shape), target.expand(shape), **more)
 
     return kernel

@@ -34,6 +34,17 @@ _BY_POSITION = _words(
 )
 """Called with arguments by position, as methods and some functions want it."""
 
+_FIRST = {
+    **dict.fromkeys(("isin", "bucketize", "searchsorted", "new_zeros", "new_ones", "linalg_solve_triangular"), 2),
+    **dict.fromkeys(("where", "tensor_split", "new_full"), 3),
+    **dict.fromkeys(("linalg_eigh", "linalg_eigvalsh", "linalg_pinv", "linalg_matrix_rank"), 1),
+    "scatter": 4,
+    "one_hot": 2,
+    "squeeze": 1,
+    "eye": 1,
+}
+"""So many arguments go by position, since torch has several names for them; the others by name, unless None."""
+
 _OPERANDS = _words(
     "mul remainder fmod floor_divide pow bitwise_and bitwise_or bitwise_xor bitwise_left_shift "
     "bitwise_right_shift eq ne lt le gt ge xlogy"
@@ -74,6 +85,8 @@ def _plain(op: Op) -> Kernel:
     function = _named(op)
     if op.name in _BY_POSITION:
         return lambda **bound: function(*bound.values())
+    if op.name in _FIRST:
+        return _first(function, _FIRST[op.name])
     if op.name in _OPERANDS:
         return special.binary(function)
     if op.name in _TENSORS_ONLY:
@@ -83,6 +96,15 @@ def _plain(op: Op) -> Kernel:
     if op.name in _LOSSES:
         return special.pair_loss(function)
     return function
+
+
+def _first(function: Kernel, count: int) -> Kernel:
+    def kernel(**bound: Any) -> Any:
+        values = list(bound.values())[:count]
+        named = {name: value for name, value in list(bound.items())[count:] if value is not None}
+        return function(*values, **named)
+
+    return kernel
 
 
 def _converted(dtype: torch.dtype) -> Kernel:
@@ -104,10 +126,9 @@ def _starred(function: Kernel, name: str = "tensors") -> Kernel:
 
 
 def _norm(input: Tensor, p: Any, dim: Any, keepdim: bool, dtype: Any) -> Tensor:
-    dims = dim or None
-    if p in ("fro", None):
-        p = 2
-    return torch.linalg.vector_norm(input, p, dims, keepdim, dtype=dtype)
+    order = 2 if p in ("fro", None) else p
+    result: Tensor = torch.linalg.vector_norm(input, order, dim or None, keepdim, dtype=dtype)
+    return result
 
 
 _SPECIAL: dict[str, Kernel] = {

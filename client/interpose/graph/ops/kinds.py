@@ -135,8 +135,9 @@ def _text(value: Any, is_tensor: IsTensor) -> Any:
 
 
 def _index(value: Any, is_tensor: IsTensor) -> Any:
-    """A tuple of index items."""
-    items = value if isinstance(value, tuple) else (value,)
+    """A tuple of index items. A list of lists is one too, as in torch."""
+    spread = isinstance(value, tuple) or (isinstance(value, list) and any(isinstance(item, list) for item in value))
+    items = tuple(value) if spread else (value,)
     for item in items:
         if type(item) is not int and not _index_item(item, is_tensor):
             return MISS
