@@ -207,7 +207,7 @@ def endpoint(host: str | None = None, api_key: str | None = None) -> Endpoint:
 
 def address(host: str) -> str:
     """The URL of a host as people write it. Raises ConfigError."""
-    text = host.strip().rstrip("/")
+    text = host.strip()
     try:
         parts = urlsplit(text if "://" in text else f"//{text}")
         name, _ = parts.hostname, parts.port
@@ -216,7 +216,7 @@ def address(host: str) -> str:
     if not name or parts.scheme not in ("", "http", "https") or parts.query or parts.fragment or parts.username:
         raise ConfigError(f"{host!r} isn't a host; write it like lab.example.org or http://127.0.0.1:8000")
     scheme = parts.scheme or ("http" if is_loopback(name) else "https")
-    return f"{scheme}://{parts.netloc}{parts.path}"
+    return f"{scheme}://{parts.netloc}{parts.path.rstrip('/')}"
 
 
 def is_loopback(name: str) -> bool:

@@ -10,7 +10,16 @@ from websockets.asyncio.client import ClientConnection, connect
 from websockets.exceptions import ConnectionClosed, InvalidStatus, InvalidURI, WebSocketException
 
 from ..config import Endpoint
-from ..errors import ConfigError, ConnectionFailed, InterposeError, InvalidPayload, VersionMismatch
+from ..errors import (
+    AccessError,
+    ConfigError,
+    ConnectionFailed,
+    InternalError,
+    InterposeError,
+    InvalidPayload,
+    ModelUnavailable,
+    VersionMismatch,
+)
 from ..wire.messages import Ack, ClientMessage, Hello, Refused, ServerMessage, Unsubscribe, decode_server, encode
 from ..wire.protocol import MAX_CHUNK_BYTES, PROBLEM, PROTOCOL
 from ..wire.stream import Happening, JobStream, OutOfStep
@@ -165,9 +174,9 @@ class Socket:
     def _take(self, message: ServerMessage) -> None:
         if isinstance(message, Hello):
             return
-        if message.job is None:
-            raise message.exception() if isinstance(message, Refused) else _Again
-        feed = self._feeds.get(message.job)
+        if isinstance(message, Refused):
+            _heed(message)
+        feed = self._feeds.get(message.job or "")
         if feed is None or feed.stream.done:
             return
         try:
@@ -186,6 +195,20 @@ class Socket:
                 feed.queue.put_nowait(item)
             if feed.stream.done:
                 feed.queue.put_nowait(None if feed.stream.status.terminal else feed.stream.error)
+
+
+def _heed(refused: Refused) -> None:
+    """Raise what concerns the whole connection, or will pass.
+
+    Raises:
+        InterposeError: the connection is refused for good.
+        _Again: the server asks to be asked again.
+    """
+    error = refused.exception()
+    if isinstance(error, (InternalError, ModelUnavailable)):
+        raise _Again from error
+    if refused.job is None and isinstance(error, (AccessError, VersionMismatch)):
+        raise error
 
 
 def _decoded(frame: str | bytes) -> ServerMessage:
