@@ -10,6 +10,7 @@ import threading
 import time
 import weakref
 from collections.abc import AsyncIterator, Callable, Generator, Mapping
+from concurrent.futures import Future
 from contextlib import aclosing, suppress
 from dataclasses import dataclass
 from functools import partial
@@ -122,6 +123,7 @@ class Job:
         self._listeners: list[Listener] = []
         self._ended = False
         self._pid: int | None = None
+        self._task: Future[None] | None = None
 
     def __repr__(self) -> str:
         return f"<Job {self.id} on {self.model}: {self.status}>"
@@ -163,7 +165,7 @@ class Job:
     def begin(self, submission: Submission, attachments: Mapping[str, Encoded]) -> None:
         """Hand it in without waiting; whether it was accepted shows in `result`."""
         self._pid = os.getpid()
-        background().start(self._watch(self._transport(), submission, attachments))
+        self._task = background().start(self._watch(self._transport(), submission, attachments))
 
     def follow(self) -> None:
         """Start following, unless this process does already."""
@@ -177,7 +179,7 @@ class Job:
             self._past.clear()
             self._listeners.clear()
             self._saves.clear()
-        background().start(self._watch(self._transport(), None, {}))
+        self._task = background().start(self._watch(self._transport(), None, {}))
 
     def result(self, timeout: float | None = None) -> dict[int, Any]:
         """Wait for the end; the saved values by node id.
@@ -218,7 +220,9 @@ class Job:
             background().run(self._transport().cancel(self.id))
 
     def interrupt(self) -> None:
-        """Cancel after Ctrl-C: try for a moment, and never raise."""
+        """Stop following and cancel, as after Ctrl-C: try for a moment, and raise nothing of ours."""
+        if self._task is not None:
+            self._task.cancel()
         with suppress(InterposeError, TimeoutError):
             background().run(self._transport().cancel(self.id), _CANCEL_S)
 

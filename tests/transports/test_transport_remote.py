@@ -147,6 +147,13 @@ def test_nobody_there_says_what_to_check():
         CONFIG.reset()
 
 
+def test_another_kind_of_server_is_named_at_once(lab: Lab):
+    began = time.monotonic()
+    with pytest.raises(ConfigError, match="isn't an Interpose server"):
+        run_remote(GRAPH, "m", {}, host=f"{lab.url}/elsewhere")
+    assert time.monotonic() - began < 2
+
+
 def test_no_host_says_what_to_set(monkeypatch):
     for name in ("INTERPOSE_HOST", "NDIF_HOST"):
         monkeypatch.delenv(name, raising=False)

@@ -11,7 +11,7 @@ from typing import Any
 import httpx
 
 from ..config import Endpoint
-from ..errors import ConnectionFailed, InterposeError, InvalidPayload, VersionMismatch, from_wire
+from ..errors import ConfigError, ConnectionFailed, InterposeError, InvalidPayload, VersionMismatch, from_wire
 from ..wire.fields import unpack
 from ..wire.protocol import HEADER, MSGPACK, PROBLEM, PROTOCOL
 
@@ -127,11 +127,17 @@ def problem(body: bytes | bytearray | None, answered: Mapping[str, str]) -> Inte
 
 
 def check_protocol(endpoint: Endpoint, stated: str | None, status: int) -> None:
-    """Raises VersionMismatch, or ConnectionFailed where an answer states no protocol at all."""
+    """Look at who answered.
+
+    Raises:
+        VersionMismatch: a server of another protocol.
+        ConnectionFailed: a proxy whose server is away.
+        ConfigError: something else altogether.
+    """
+    if stated is None and status >= 500:
+        raise ConnectionFailed(f"{endpoint.url} answers {status}: its Interpose server is away")
     if stated is None:
-        raise ConnectionFailed(
-            f"what answers at {endpoint.url} (status {status}) isn't an Interpose server; check INTERPOSE_HOST"
-        )
+        raise ConfigError(f"what answers at {endpoint.url} isn't an Interpose server; check INTERPOSE_HOST")
     if stated != str(PROTOCOL):
         raise VersionMismatch(
             f"the server speaks protocol {stated[:16]}, this client {PROTOCOL}; upgrade the older of the two",
