@@ -53,6 +53,13 @@ def specs(value: Any) -> Any:
     return value
 
 
+def tensors(value: Any) -> list[torch.Tensor]:
+    """All tensors within nested arguments."""
+    if isinstance(value, torch.Tensor):
+        return [value]
+    return [one for item in value for one in tensors(item)] if isinstance(value, (list, tuple)) else []
+
+
 def each(names: str, *calls: Call) -> dict[str, list[Call]]:
     return {name: list(calls) for name in names.split()}
 
@@ -67,7 +74,9 @@ F64, F16, I64 = DType("float64"), DType("float16"), DType("int64")
 
 POINTWISE = {
     **each("exp exp2 expm1 sin cos tan atan sinh cosh tanh asinh erf erfc sinc i0 deg2rad", call(M), call(WHOLE)),
-    **each("log log2 log10 log1p sqrt rsqrt asin acos atanh erfinv lgamma digamma reciprocal", call(positive(3, 4))),
+    **each(
+        "log log2 log10 log1p sqrt rsqrt asin acos atanh erfinv lgamma digamma reciprocal", call(positive(3, 4))
+    ),
     **each("acosh rad2deg sigmoid", call(positive(3) + 1), call(WHOLE)),
     **each("neg sign sgn square positive abs", call(M), call(WHOLE), call(HALF)),
     **each("ceil floor trunc frac", call(M)),
@@ -87,7 +96,9 @@ POINTWISE = {
     **each("xlogy", call(M, positive(4)), call(2, positive(4))),
     **each("hypot logaddexp logaddexp2", call(M, V)),
     **each("heaviside", call(M, real(4))),
-    **each("add sub", call(X, V), call(M, 1), call(1, M), call(M, V, alpha=2), call(WHOLE, 1.5), call(WHOLE, WHOLE)),
+    **each(
+        "add sub", call(X, V), call(M, 1), call(1, M), call(M, V, alpha=2), call(WHOLE, 1.5), call(WHOLE, WHOLE)
+    ),
     **each(
         "div",
         call(M, V),
@@ -99,7 +110,9 @@ POINTWISE = {
     ),
     **each("isclose", call(M, M + 1e-9), call(M, V, rtol=0.1)),
     **each("isin", call(WHOLE, whole(5, 3)), call(WHOLE, 3), call(WHOLE, whole(5, 3), invert=True)),
-    **each("where", call(mask(3, 4), M, 0.0), call(mask(4), 1, 2.5), call(mask(2, 1, 1), M, V), call(M > 0, 1, WHOLE)),
+    **each(
+        "where", call(mask(3, 4), M, 0.0), call(mask(4), 1, 2.5), call(mask(2, 1, 1), M, V), call(M > 0, 1, WHOLE)
+    ),
     **each("lerp", call(M, V, 0.3), call(M, V, positive(3, 1))),
     **each("clamp", call(M, 0), call(M, max=0.5), call(WHOLE, 1, 2.5), call(M, min=V), call(M, V, 2.0)),
     **each("addcmul addcdiv", call(M, V, positive(3, 1)), call(M, V, positive(3, 4), value=2)),
@@ -147,8 +160,15 @@ REDUCE = {
     **each("cummax cummin", call(M, 1)),
     **each("softmax log_softmax softmin", call(M, -1), call(X, dim=1), call(HALF, 0, dtype=DType("float32"))),
     **each("diff", call(M), call(M, 2, 0), call(M, 9)),
-    **each("bucketize", call(M, torch.arange(3.0)), call(0.5, torch.arange(3.0)), call(M, torch.arange(3.0), right=True)),
-    **each("searchsorted", call(torch.arange(3.0), M), call(M.sort(-1)[0], real(3, 2)), call(torch.arange(3.0), 1.5)),
+    **each(
+        "bucketize",
+        call(M, torch.arange(3.0)),
+        call(0.5, torch.arange(3.0)),
+        call(M, torch.arange(3.0), right=True),
+    ),
+    **each(
+        "searchsorted", call(torch.arange(3.0), M), call(M.sort(-1)[0], real(3, 2)), call(torch.arange(3.0), 1.5)
+    ),
     **each("histc", call(M), call(M, 5, -1, 1)),
 }
 
@@ -215,7 +235,9 @@ INDEX = {
     **each("gather", call(X, 1, whole(3, 2, 5, 4)), call(M, 0, whole(3, 2, 2)), call(V, 0, whole(4, 7))),
     **each("scatter", call(X, 1, whole(3, 2, 2, 3), real(2, 3, 4)), call(M, 0, whole(3, 2, 4), 2.5)),
     **each("scatter_add", call(M, 0, whole(3, 2, 4), real(2, 4))),
-    **each("scatter_reduce", call(M, 0, whole(3, 2, 4), real(2, 4), "sum"), call(M, 0, POSITIONS, real(2, 4), "amax")),
+    **each(
+        "scatter_reduce", call(M, 0, whole(3, 2, 4), real(2, 4), "sum"), call(M, 0, POSITIONS, real(2, 4), "amax")
+    ),
     **each("index_select", call(M, 1, whole(4, 7)), call(V, 0, torch.tensor(2))),
     **each("index_add", call(M, 0, whole(3, 2), real(2, 4)), call(M, 1, whole(4, 3), real(3, 3), alpha=2)),
     **each("index_copy", call(M, 0, torch.tensor([2, 0]), real(2, 4))),
@@ -291,10 +313,16 @@ LOSSES = {
     **each("rms_norm", call(M, (4,)), call(M, (4,), V)),
     **each("group_norm", call(real(2, 6, 3), 2), call(real(2, 6), 3, real(6), real(6))),
     **each("normalize", call(M), call(X, dim=-1, p=1.0)),
-    **each("mse_loss l1_loss smooth_l1_loss huber_loss", call(M, real(3, 4)), call(M, real(3, 4), reduction="none")),
+    **each(
+        "mse_loss l1_loss smooth_l1_loss huber_loss", call(M, real(3, 4)), call(M, real(3, 4), reduction="none")
+    ),
     **each("kl_div", call(M, positive(3, 4), reduction="batchmean"), call(M, positive(3, 4), reduction="none")),
-    **each("binary_cross_entropy", call(positive(3), positive(3)), call(positive(3), positive(3), reduction="none")),
-    **each("binary_cross_entropy_with_logits", call(M, positive(3, 4)), call(M, positive(3, 4), pos_weight=positive(4))),
+    **each(
+        "binary_cross_entropy", call(positive(3), positive(3)), call(positive(3), positive(3), reduction="none")
+    ),
+    **each(
+        "binary_cross_entropy_with_logits", call(M, positive(3, 4)), call(M, positive(3, 4), pos_weight=positive(4))
+    ),
     **each("nll_loss", call(M, CLASSES), call(M, CLASSES, positive(4), reduction="none"), call(V, torch.tensor(1))),
     **each(
         "cross_entropy",
@@ -315,7 +343,9 @@ LOSSES = {
         call(real(1, 4, 3, 2), real(1, 2, 5, 2), real(1, 2, 5, 2), enable_gqa=True),
     ),
     **each("conv1d", call(X, real(5, 3, 2)), call(X, real(6, 1, 2), real(6), 2, 1, 1, 3), call(M, real(2, 3, 1))),
-    **each("conv2d", call(real(2, 3, 5, 5), real(4, 3, 2, 2)), call(real(3, 5, 4), real(4, 3, 2, 1), stride=(2, 1))),
+    **each(
+        "conv2d", call(real(2, 3, 5, 5), real(4, 3, 2, 2)), call(real(3, 5, 4), real(4, 3, 2, 1), stride=(2, 1))
+    ),
     **each("avg_pool1d max_pool1d", call(X, 2), call(X, 3, 1, 1), call(X, 3, ceil_mode=True)),
     **each("avg_pool2d max_pool2d", call(real(2, 3, 5, 5), 2), call(real(3, 5, 5), (3, 2), stride=2, padding=1)),
     **each("adaptive_avg_pool1d", call(X, 3)),
@@ -332,7 +362,10 @@ CREATE = {
     **each("linspace", call(0, 1, 5)),
     **each("logspace", call(0, 1, 5), call(0, 1, 4, base=2.0)),
     **each("eye", call(3), call(2, 4, dtype=F64), call(4, 2)),
-    **each("tril_indices triu_indices", *(call(r, c, o) for r in (0, 2, 4) for c in (1, 3) for o in (-9, -3, -1, 0, 1, 9))),
+    **each(
+        "tril_indices triu_indices",
+        *(call(r, c, o) for r in (0, 2, 4) for c in (1, 3) for o in (-9, -3, -1, 0, 1, 9)),
+    ),
     **each("randn rand", call(2, 3, seed=1), call((2,), seed=1, dtype=F64)),
     **each("randint", call(5, (2, 3), seed=1), call(2, 5, (4,), seed=1)),
     **each("randn_like rand_like", call(M, seed=1), call(HALF, seed=1)),
@@ -347,7 +380,9 @@ CREATE = {
 LINALG = {
     **each("linalg_inv linalg_det linalg_slogdet linalg_cholesky logdet", call(square())),
     **each("linalg_eigh linalg_eigvalsh", call(square()), call(square()[None].expand(2, 3, 3))),
-    **each("linalg_solve", call(square(), real(3, 2)), call(square(), real(3)), call(square(), real(2, 3), left=False)),
+    **each(
+        "linalg_solve", call(square(), real(3, 2)), call(square(), real(3)), call(square(), real(2, 3), left=False)
+    ),
     **each("linalg_solve_triangular", call(square().triu(), real(3, 2), upper=True)),
     **each("linalg_qr", call(M), call(real(4, 3), mode="complete"), call(X)),
     **each("linalg_svd", call(M), call(M, full_matrices=False), call(X)),
@@ -396,7 +431,11 @@ PATTERNS = {
         call(M, "a b -> b a", "min"),
     ),
     **each(
-        "einops_repeat", call(M, "a b -> a c b", c=3), call(M, "a b -> (a 2) b"), call(M, "a b -> a b"), call(V, "d -> n d 1", n=2)
+        "einops_repeat",
+        call(M, "a b -> a c b", c=3),
+        call(M, "a b -> (a 2) b"),
+        call(M, "a b -> a b"),
+        call(V, "d -> n d 1", n=2),
     ),
 }
 

@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 import sys
+import warnings
 from pathlib import Path
 from typing import Any
 
 import torch
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
-from interpose.errors import GraphError
+from interpose.errors import GraphError, IndexOutOfRange
 from interpose.graph import ops
 from interpose.graph.values import DTYPES, TensorSpec
 from interpose.runtime import kernels
 
 sys.path.append(str(Path(__file__).parent))
-from op_samples import specs
+from op_samples import specs, tensors
 
 FAST = settings(max_examples=300, deadline=None)
 SIZES = st.integers(0, 4)
@@ -36,12 +37,21 @@ def agree(name: str, *args: Any, **kwargs: Any) -> None:
     except GraphError as error:
         inferred = error
     try:
-        result = kernels.execute(name, args, kwargs)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            result = kernels.execute(name, args, kwargs)
     except GraphError as error:
-        assert isinstance(inferred, GraphError), f"only torch refuses: {error}"
+        # Only the kernel sees the positions in an index tensor.
+        by_value = isinstance(error, IndexOutOfRange) and "index" in error.details
+        assert isinstance(inferred, GraphError) or inferred is ops.UNKNOWN or by_value, (
+            f"only torch refuses: {error}"
+        )
         return
     if isinstance(inferred, GraphError):
-        raise AssertionError("only the rule refuses") from inferred
+        # torch lets nonsense through where nothing is computed, down to tensors of size [0, -1].
+        if not any(one.numel() == 0 for one in (*tensors(args), *tensors(result))):
+            raise AssertionError("only the rule refuses") from inferred
+        return
     if inferred is ops.UNKNOWN:
         cost = ops.cost(name, specs(args), specs(kwargs))
         assert cost is not None and cost.out_bytes >= specs(result).nbytes
@@ -51,7 +61,11 @@ def agree(name: str, *args: Any, **kwargs: Any) -> None:
 
 @FAST
 @given(st.sampled_from(ARITHMETIC), st.sampled_from(ARITHMETIC), SHAPES, SHAPES)
-def test_tensors_promote_and_broadcast(one: str, other: str, first: tuple[int, ...], second: tuple[int, ...]) -> None:
+def test_tensors_promote_and_broadcast(
+    one: str, other: str, first: tuple[int, ...], second: tuple[int, ...]
+) -> None:
+    # torch has a dtype for this that has no wire meaning.
+    assume({one, other}.isdisjoint({"float16"}) or {one, other}.isdisjoint({"complex64", "complex128"}))
     agree("mul", tensor(first, one), tensor(second, other))
 
 
@@ -63,8 +77,9 @@ def test_numbers_promote(dtype: str, shape: tuple[int, ...], number: float, swap
     agree("where", torch.ones(2, dtype=torch.bool), *pair)
     if dtype not in ("complex64", "complex128"):
         agree("eq", *pair)
-        agree("pow", *pair)
         agree("div", *pair)
+    if dtype not in ("bool", "complex64", "complex128"):
+        agree("pow", *pair)
 
 
 def test_every_dtype_converts() -> None:
@@ -84,7 +99,9 @@ ITEMS = st.one_of(
     st.just(...),
     st.slices(4).filter(lambda one: one.step is None or one.step > 0),
     st.lists(st.integers(-2, 2), max_size=3),
-    st.tuples(st.lists(st.integers(1, 3), max_size=2), st.integers(-2, 2)).map(lambda one: torch.full(one[0], one[1])),
+    st.tuples(st.lists(st.integers(1, 3), max_size=2), st.integers(-2, 2)).map(
+        lambda one: torch.full(one[0], one[1])
+    ),
     st.lists(st.integers(0, 3), max_size=2).map(lambda shape: torch.ones(shape, dtype=torch.bool)),
 )
 
@@ -96,9 +113,7 @@ def test_getitem_follows_torch(shape: tuple[int, ...], items: tuple[Any, ...]) -
 
 
 @settings(max_examples=600, deadline=None)
-@given(
-    st.lists(st.integers(0, 3), max_size=3).map(tuple), st.lists(ITEMS, max_size=4).map(tuple), SHAPES
-)
+@given(st.lists(st.integers(0, 3), max_size=3).map(tuple), st.lists(ITEMS, max_size=4).map(tuple), SHAPES)
 def test_setitem_follows_torch(shape: tuple[int, ...], items: tuple[Any, ...], value: tuple[int, ...]) -> None:
     masked = any(isinstance(item, torch.Tensor) and item.dtype == torch.bool for item in items)
     agree("setitem", tensor(shape), items, 1.0 if masked else tensor(value))

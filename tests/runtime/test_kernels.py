@@ -13,7 +13,7 @@ from interpose.graph.values import DType
 from interpose.runtime import kernels
 
 sys.path.append(str(Path(__file__).parent.parent / "graph"))
-from op_samples import SAMPLES, specs
+from op_samples import SAMPLES, specs, tensors
 
 CALLS = [(name, at) for name, calls in SAMPLES.items() for at in range(len(calls))]
 
@@ -50,12 +50,6 @@ def test_only_views_share_memory(name: str, at: int) -> None:
     result = kernels.execute(name, args, kwargs)
     shared = any(one.untyped_storage().data_ptr() in before for one in tensors(result) if one.numel())
     assert not shared or ops.OPS[name].view
-
-
-def tensors(value: Any) -> list[torch.Tensor]:
-    if isinstance(value, torch.Tensor):
-        return [value]
-    return [one for item in value for one in tensors(item)] if isinstance(value, (list, tuple)) else []
 
 
 HOMES = {

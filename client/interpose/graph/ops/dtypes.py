@@ -72,6 +72,8 @@ def _combine(high: str, low: str) -> str:
         return high or low
     if category(high) >= 2:
         if category(low) == 3 and category(high) == 2:
+            if high == "float16":
+                raise BadArgument("float16 and complex numbers have no common dtype here; convert first: x.float()")
             return "complex128" if high == "float64" else "complex64"
         return high
     return promote(high, low) if high == "bool" or category(low) >= 2 else high

@@ -39,8 +39,7 @@ def _spread(items: Sequence[Any], ndim: int) -> list[Any]:
         raise IndexOutOfRange(f"{used} indices for a tensor with {ndim} dimensions")
     rest = [slice(None)] * (ndim - used)
     at = [n for n, item in enumerate(items) if isinstance(item, EllipsisType)]
-    if len(at) > 1:
-        raise BadArgument("an index holds `...` once at most")
+    assert len(at) < 2, "bind lets one through"
     if at:
         return [*items[: at[0]], *rest, *items[at[0] + 1 :]]
     return [*items, *rest]

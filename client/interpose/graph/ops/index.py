@@ -211,9 +211,9 @@ def _take_along(bound: Bound) -> TensorSpec:
     if bound["dim"] is None:
         return TensorSpec((indices.numel,), spec.dtype)
     same(len(spec.shape), len(indices.shape), "take_along_dim: dimensions of input and indices")
-    dim = dim_of(bound["dim"], len(spec.shape))
     if not spec.shape:
-        return TensorSpec((), spec.dtype)
+        raise ShapeMismatch("take_along_dim takes a tensor with a dimension")
+    dim = dim_of(bound["dim"], len(spec.shape))
     one = broadcast(with_size(spec.shape, dim, 1), with_size(indices.shape, dim, 1))
     return TensorSpec(with_size(one, dim, indices.shape[dim]), spec.dtype)
 
@@ -283,6 +283,8 @@ def _roll(bound: Bound) -> TensorSpec:
     spec, shifts, dims = bound["input"], bound["shifts"], bound["dims"]
     if dims:
         same(len(shifts), len(dims), "roll: shifts against dims")
+        if not spec.shape:
+            raise ShapeMismatch("roll: there is no dim to roll")
         for dim in dims:
             dim_of(dim, len(spec.shape))
     elif len(shifts) != 1:

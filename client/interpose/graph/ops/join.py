@@ -145,11 +145,13 @@ def _pad(bound: Bound) -> TensorSpec:
         raise ShapeMismatch(
             f"pad: mode {mode!r} pads the last {len(shape) - 2} or {len(shape) - 1} dims of 2D to 5D"
         )
+    if mode != "constant" and not spec.numel:
+        raise ShapeMismatch(f"pad: mode {mode!r} has nothing to repeat in a tensor of shape {shape}")
     for back in range(count):
         before, after = pad[2 * back], pad[2 * back + 1]
         size = shape[-1 - back]
         most = {"reflect": size - 1, "circular": size}.get(mode)
-        if (most is not None and max(before, after) > most) or size + before + after < 0:
+        if (most is not None and max(before, after) > most) or size + min(before, 0) + min(after, 0) < 0:
             raise ShapeMismatch(f"pad: {before} and {after} don't go with a size of {size} in mode {mode!r}")
         shape[-1 - back] = size + before + after
     return TensorSpec(tuple(shape), spec.dtype)

@@ -138,10 +138,12 @@ def _index(value: Any, is_tensor: IsTensor) -> Any:
     """A tuple of index items. A list of lists is one too, as in torch."""
     spread = isinstance(value, tuple) or (isinstance(value, list) and any(isinstance(item, list) for item in value))
     items = tuple(value) if spread else (value,)
+    dots = 0
     for item in items:
         if type(item) is not int and not _index_item(item, is_tensor):
             return MISS
-    return items
+        dots += item is ...
+    return items if dots < 2 else MISS
 
 
 def _index_item(item: Any, is_tensor: IsTensor) -> bool:
@@ -190,7 +192,10 @@ _KINDS: dict[str, Kind] = {
         _builtin("ints", (), _ints, "integers"),
         _builtin("tensors", (), _tensors, "a list of tensors"),
         _builtin(
-            "index", (), _index, "an index: integers, slices, None, ..., lists of integers, tensors of int or bool"
+            "index",
+            (),
+            _index,
+            "an index: integers, slices, None, `...` once, lists of integers, tensors of int or bool",
         ),
         _builtin("pair", (), _pair, "two lists of integers"),
     )

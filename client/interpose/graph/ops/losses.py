@@ -280,10 +280,12 @@ def _each(values: Shape, count: int, what: str, low: int) -> Shape:
 def window(size: int, kernel: int, stride: int, padding: int, dilation: int, ceil: bool = False) -> int:
     """How many windows fit."""
     reach = size + 2 * padding - dilation * (kernel - 1) - 1
-    if reach < 0:
+    count = (reach + (stride - 1 if ceil else 0)) // stride + 1
+    if ceil and (count - 1) * stride >= size + padding:
+        count -= 1
+    if count < 1:
         raise ShapeMismatch(f"a window of {kernel} doesn't fit a size of {size} padded by {padding}")
-    count = (-(-reach // stride) if ceil else reach // stride) + 1
-    return count - 1 if ceil and (count - 1) * stride >= size + padding else count
+    return count
 
 
 def _conv(bound: Bound) -> TensorSpec:

@@ -53,9 +53,9 @@ family.declare("m reshape_as(input: tensor, other: tensor)", _reshaped(_fill_as)
 
 
 def _flatten(bound: Bound, shape: Shape) -> Shape:
+    start, end = (dim_of(bound[name], len(shape)) for name in ("start_dim", "end_dim"))
     if not shape:
         return (1,)
-    start, end = (dim_of(bound[name], len(shape)) for name in ("start_dim", "end_dim"))
     if start > end:
         raise BadArgument(f"flatten: start_dim {bound['start_dim']} comes after end_dim {bound['end_dim']}")
     return (*shape[:start], _numel(shape[start : end + 1]), *shape[end + 1 :])
