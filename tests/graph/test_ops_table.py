@@ -30,10 +30,11 @@ def test_spellings_and_in_place_names_lead_to_operations() -> None:
 
 
 HOSTILE = (
-    "as_strided set_ resize_ storage untyped_storage data empty empty_like new_empty empty_strided item tolist numpy "
-    "apply_ map_ from_file load save eval exec __getattr__ __class__ __reduce_ex__ getattr _base is_set_to "
-    "register_hook requires_grad_ backward to_sparse share_memory_ pin_memory cuda vmap manual_seed set_default_dtype "
-    "frombuffer from_dlpack data_ptr narrow_copy_ add_ fill_ copy_ zero_ rsub sparse_coo_tensor compile"
+    "as_strided set_ resize_ storage untyped_storage data empty empty_like new_empty empty_strided item "
+    "tolist numpy apply_ map_ from_file load save eval exec __getattr__ __class__ __reduce_ex__ getattr _base "
+    "is_set_to register_hook requires_grad_ backward to_sparse share_memory_ pin_memory cuda vmap manual_seed "
+    "set_default_dtype frombuffer from_dlpack data_ptr narrow_copy_ add_ fill_ copy_ zero_ rsub "
+    "sparse_coo_tensor compile"
 )
 
 
