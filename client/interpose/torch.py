@@ -40,7 +40,9 @@ def _recorder(values: Any) -> Recorder | None:
 
 def _function(spelling: str, op: str) -> Callable[..., Any]:
     def function(*args: Any, **kwargs: Any) -> Any:
-        recorder = _recorder((*args, *kwargs.values())) or RECORDER.get()
+        recorder = _recorder((*args, *kwargs.values()))
+        if recorder is None:
+            recorder = RECORDER.get()
         if recorder is None:
             raise DeferredError(
                 f"interpose.torch is for deferred values, and none is among the arguments of {spelling}; "
