@@ -23,6 +23,8 @@ class Metrics:
         self.sent = Counter("interpose_stream_bytes", "Bytes of saves sent", registry=self.registry)
         self.waiting = Gauge("interpose_waiting", "Jobs waiting", ["model"], registry=self.registry)
         self.ready = Gauge("interpose_model_ready", "1 if the model runs jobs", ["model"], registry=self.registry)
+        self.batches = Gauge("interpose_batches", "Batches run", ["model"], registry=self.registry)
+        self.ran = Gauge("interpose_batched_jobs", "Jobs run, over all batches", ["model"], registry=self.registry)
         self.blob_bytes = Gauge("interpose_blob_bytes", "Bytes in the blob store", registry=self.registry)
 
     def text(self) -> bytes:

@@ -25,7 +25,10 @@ class ModelState(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class Hosted:
-    """One model. `fingerprint` is empty until a worker has loaded it for the first time."""
+    """One model. `fingerprint` is empty until a worker has loaded it for the first time.
+
+    batches, jobs: how many were run so far; a batch is one or more jobs that were given to the engine together.
+    """
 
     name: str
     state: ModelState
@@ -34,6 +37,8 @@ class Hosted:
     revision: str
     tokenizer: str
     seen_ms: int
+    batches: int
+    jobs: int
 
     def to_plain(self) -> dict[str, str]:
         return {
@@ -78,13 +83,19 @@ class Models:
             await pipe.execute()
         await self.announce(name, worker, ModelState.READY)
 
-    async def beat(self, name: str) -> None:
-        await self._redis.hset(_key(name), "seen_ms", _now())
+    async def beat(self, name: str, batches: int = 0, jobs: int = 0) -> None:
+        """A worker is alive, and has run so many more batches and jobs since it last said so."""
+        async with self._redis.pipeline(transaction=False) as pipe:
+            pipe.hset(_key(name), "seen_ms", _now())
+            pipe.hincrby(_key(name), "batches", batches)
+            pipe.hincrby(_key(name), "jobs", jobs)
+            await pipe.execute()
 
     async def get(self, name: str) -> Hosted:
         """Raises UnknownModel."""
-        names = ["state", "worker", "fingerprint", "revision", "tokenizer", "seen_ms"]
-        state, worker, mark, revision, tokenizer, seen = map(text, await self._redis.hmget(_key(name), names))
+        names = ["state", "worker", "fingerprint", "revision", "tokenizer", "seen_ms", "batches", "jobs"]
+        found = await self._redis.hmget(_key(name), names)
+        state, worker, mark, revision, tokenizer, seen, batches, jobs = map(text, found)
         if not state:
             raise await self._unknown(name)
         seen_ms = int(seen or 0)
@@ -97,6 +108,8 @@ class Models:
             revision=revision,
             tokenizer=tokenizer,
             seen_ms=seen_ms,
+            batches=int(batches or 0),
+            jobs=int(jobs or 0),
         )
 
     async def manifest(self, name: str) -> bytes:

@@ -39,5 +39,7 @@ async def metrics(request: Request) -> Response:
     for hosted in await parts.broker.models.list():
         figures.ready.labels(hosted.name).set(hosted.state is ModelState.READY)
         figures.waiting.labels(hosted.name).set(await parts.broker.queue.depth(hosted.name))
+        figures.batches.labels(hosted.name).set(hosted.batches)
+        figures.ran.labels(hosted.name).set(hosted.jobs)
     figures.blob_bytes.set(parts.blobs.used())
     return Response(figures.text(), media_type="text/plain; version=0.0.4")

@@ -70,6 +70,8 @@ class Worker:
         self._check = check
         self._publisher = Publisher(name, broker.queue, blobs, settings, self._forget)
         self._held: dict[JobSink, None] = {}
+        self._ran = (0, 0)
+        """Batches and jobs run since the last heartbeat."""
         self._empty = asyncio.Event()
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="engine")
         shared = runner.manifest.row_independent
@@ -125,6 +127,7 @@ class Worker:
         jobs = [job for _, job in ready]
         outcomes = await asyncio.get_running_loop().run_in_executor(self._thread, self._run, jobs)
         seconds = time.monotonic() - start
+        self._ran = self._ran[0] + 1, self._ran[1] + len(ready)
         rows = sum(max(sink.claim.footprint.rows, 1) for sink, _ in ready)
         for (sink, _), outcome in zip(ready, outcomes, strict=True):
             sink.end(outcome, seconds * max(sink.claim.footprint.rows, 1) / rows)
@@ -179,7 +182,8 @@ class Worker:
             await asyncio.sleep(every)
             held = {sink.claim.ref: sink for sink in self._held}
             try:
-                await self._broker.models.beat(self._model)
+                ran, self._ran = self._ran, (0, 0)
+                await self._broker.models.beat(self._model, *ran)
                 pairs = [(ref, sink.claim.attempt) for ref, sink in held.items()]
                 for ref in await self._broker.queue.heartbeat(self._name, pairs) if pairs else ():
                     held[ref].lose()
