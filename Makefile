@@ -5,8 +5,8 @@ setup:
 
 demo: setup
 	@scripts/setup client
-	@.venv/bin/python scripts/fetch_models.py SmolLM2-135M-Instruct >/dev/null
-	@.venv/bin/python scripts/demo.py
+	@folder=$$(.venv/bin/python scripts/fetch_models.py SmolLM2-135M-Instruct) && \
+		exec .venv/bin/python scripts/demo.py "$$folder" .venv-client/bin/python
 
 test: lint
 	@.venv/bin/python -m pytest

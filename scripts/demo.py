@@ -11,6 +11,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+from interpose_server.processes import CHILD
+
 ROOT = Path(__file__).resolve().parents[1]
 MODEL = "SmolLM2-135M-Instruct"
 
@@ -18,28 +20,39 @@ MODEL = "SmolLM2-135M-Instruct"
 def main(folder: str, client_python: str) -> int:
     """Serve the model in `folder`, run the example with `client_python`, keep serving."""
     signal.signal(signal.SIGTERM, signal.default_int_handler)
-    command = [Path(sys.executable).with_name("interpose"), "serve", f"{MODEL}={folder}"]
-    options = ["--port", os.environ.get("PORT", "0"), "--data-dir", ROOT / ".demo", "--print-env"]
-    server = subprocess.Popen([*command, *options], stdout=subprocess.PIPE, text=True)
+    server = start(folder)
     try:
-        return _show(server, client_python)
+        return show(server, client_python)
     except KeyboardInterrupt:
         return 0
     finally:
+        # Impatient people press Ctrl-C twice; the server is told once and stops in order.
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
         server.terminate()
         server.wait()
 
 
-def _show(server: subprocess.Popen[str], client_python: str) -> int:
+def start(folder: str) -> subprocess.Popen[str]:
+    """Start the server. It dies with this process, and Ctrl-C in the terminal doesn't reach it directly."""
+    interpose = Path(sys.executable).with_name("interpose")
+    command = [interpose, "serve", f"{MODEL}={folder}", "--data-dir", ROOT / ".demo", "--print-env"]
+    command += ["--port", os.environ.get("PORT", "0")]
+    wrapped = [sys.executable, "-I", "-S", CHILD, str(os.getpid()), *command]
+    return subprocess.Popen(wrapped, stdout=subprocess.PIPE, text=True, start_new_session=True)
+
+
+def show(server: subprocess.Popen[str], client_python: str) -> int:
+    """Run the example once the server is ready, say how to go on, and wait for the server's end."""
     assert server.stdout is not None
     lines = [server.stdout.readline().strip() for _ in range(2)]
     if not all(lines):
         return server.wait()
     settings = dict(line.split("=", 1) for line in lines)
-    subprocess.run(
-        [client_python, ROOT / "examples" / "first_trace.py", MODEL], env=os.environ | settings, check=True
-    )
-    print("\nStill serving. In a notebook:\n")
+    example = [client_python, ROOT / "examples" / "first_trace.py", MODEL]
+    done = subprocess.run(example, env=os.environ | settings, start_new_session=True, check=False)
+    if done.returncode:
+        return done.returncode
+    print(f"\nStill serving. Paste these into a notebook, or into {client_python}:\n")
     print("    from interpose import CONFIG, LanguageModel")
     print(f'    CONFIG.HOST, CONFIG.API_KEY = "{settings["INTERPOSE_HOST"]}", "{settings["INTERPOSE_API_KEY"]}"')
     print(f'    model = LanguageModel("{MODEL}")')
