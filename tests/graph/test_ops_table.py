@@ -154,7 +154,7 @@ def test_a_tuple_is_indexed_by_an_integer() -> None:
     [
         ("matmul", (X, TensorSpec((2, 4, 5), "float32")), 2 * 2 * 3 * 4 * 5, 300),
         ("linalg_svdvals", (TensorSpec((500, 500), "float32"),), 4 * 500**3 // 3, 10**10),
-        ("matrix_power", (TensorSpec((100, 100), "float32"), 2**40), 2 * 40 * 100**3, 10**9),
+        ("matrix_power", (TensorSpec((100, 100), "float32"), 2**30), 2 * 30 * 100**3, 10**9),
         ("conv1d", (TensorSpec((1, 1, 10**6), "float32"), TensorSpec((1, 1, 10**5), "float32")), 10**11, 10**12),
         ("kron", (TensorSpec((10**4,), "float32"),) * 2, 10**8, 10**9),
         ("isin", (TensorSpec((10**5,), "int64"),) * 2, 10**6, 10**11),

@@ -8,10 +8,13 @@ from typing import Any
 from ...errors import BadArgument, ShapeMismatch
 from ..values import TensorSpec
 from .declare import Bound, Family, Outputs
-from .dtypes import category, chosen, need_floating, number_dtype, promote
+from .dtypes import category, chosen, need_floating, need_real, number_dtype
 from .shapes import broadcast, sizes
 
 family = Family()
+
+_MOST = 1 << 53
+"""Beyond it torch's own count of a range is off."""
 
 
 def _filled(bound: Bound) -> TensorSpec:
@@ -60,8 +63,8 @@ family.declare(
 
 
 def _numbers(what: str, *values: Any) -> None:
-    if not all(math.isfinite(value) for value in values):
-        raise BadArgument(f"{what} takes finite numbers")
+    if not all(math.isfinite(value) and abs(value) <= _MOST for value in values):
+        raise BadArgument(f"{what} takes finite numbers up to 2**53")
 
 
 def _arange(bound: Bound) -> TensorSpec:
@@ -192,9 +195,10 @@ def _normal(bound: Bound) -> TensorSpec:
     if not shapes:
         raise BadArgument("normal takes a tensor of means or of deviations; randn(size, seed=0) takes sizes")
     specs = [value.dtype for value in (bound["mean"], bound["std"]) if isinstance(value, TensorSpec)]
-    dtype = specs[0] if len(specs) == 1 else promote(*specs)
-    need_floating(dtype, "normal")
-    return TensorSpec(broadcast(*shapes), dtype)
+    if len(set(specs)) > 1:
+        raise BadArgument(f"normal takes tensors of one dtype, not {' and '.join(specs)}")
+    need_real(specs[0], "normal")
+    return TensorSpec(broadcast(*shapes), specs[0])
 
 
 family.declare("t normal(mean: tensor|number, std: tensor|number, seed: int)", _normal, draw, random=True)

@@ -110,6 +110,11 @@ def need_floating(dtype: str, what: str) -> None:
         raise BadArgument(f"{what} takes floating numbers, not {dtype}; convert first: x.float()")
 
 
+def need_real(dtype: str, what: str) -> None:
+    if category(dtype) != 2:
+        raise BadArgument(f"{what} takes real floating numbers, not {dtype}")
+
+
 def need_integer(dtype: str, what: str) -> None:
     if dtype not in INTEGERS:
         raise BadArgument(f"{what} takes integers, not {dtype}; convert first: x.long()")

@@ -15,6 +15,7 @@ from .shapes import broadcast, dims_of, same, without
 
 family = Family()
 
+_MOST_POWER = 1 << 31
 _HALVES = ("float16", "bfloat16", "float8_e4m3fn", "float8_e5m2")
 
 
@@ -188,8 +189,9 @@ def _lstsq(bound: Bound) -> TensorSpec:
     if len(other.shape) < 2:
         raise ShapeMismatch("lstsq: B is a matrix; unsqueeze(-1) makes one")
     same(other.shape[-2], rows, "lstsq: rows of A and B")
-    batch = broadcast(one.shape[:-2], other.shape[:-2])
-    return TensorSpec((*batch, columns, other.shape[-1]), one_dtype("lstsq", one, other))
+    if one.shape[:-2] != other.shape[:-2]:
+        raise ShapeMismatch(f"lstsq: stacks of shapes {list(one.shape[:-2])} and {list(other.shape[:-2])}")
+    return TensorSpec((*one.shape[:-2], columns, other.shape[-1]), one_dtype("lstsq", one, other))
 
 
 def _lstsq_work(bound: Bound, outputs: Outputs) -> tuple[int, int]:
@@ -206,6 +208,8 @@ def _matrix_power(bound: Bound) -> TensorSpec:
     spec = bound["input"]
     if len(spec.shape) < 2 or spec.shape[-1] != spec.shape[-2]:
         raise ShapeMismatch(f"matrix_power takes square matrices, not {list(spec.shape)}")
+    if abs(bound["n"]) > _MOST_POWER:
+        raise BadArgument(f"matrix_power: n is {bound['n']}, beyond {_MOST_POWER}")
     if bound["n"] < 0:
         _matrix(spec, "matrix_power of a negative n", square=True)
     assert isinstance(spec, TensorSpec)
@@ -288,7 +292,7 @@ def _cov(bound: Bound) -> TensorSpec:
     spec = bound["input"]
     if len(spec.shape) > 2:
         raise ShapeMismatch("cov and corrcoef take up to 2 dimensions")
-    size = spec.shape[0] if len(spec.shape) == 2 else None
+    size = spec.shape[0] if len(spec.shape) == 2 and spec.shape[0] != 1 else None
     dtype = promote(spec.dtype, "float32") if spec.dtype not in _HALVES else spec.dtype
     return TensorSpec((size, size) if size is not None else (), dtype)
 

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from ...errors import BadArgument, ShapeMismatch
 from ..values import DTYPES, TensorSpec
 from .declare import Bound, Family, Outputs
-from .dtypes import need_floating, need_integer, promote, result_type
+from .dtypes import need_floating, need_integer, need_real, promote, result_type
 from .matmul import one_dtype, product
 from .shapes import Shape, broadcast, dim_of, expandable, same, with_size, without
 
@@ -27,7 +27,7 @@ def several(flops: int, copies: int) -> Callable[[Bound, Outputs], tuple[int, in
 
 def _layer_norm(bound: Bound) -> TensorSpec:
     spec, last = bound["input"], bound["normalized_shape"]
-    need_floating(spec.dtype, "a norm")
+    need_real(spec.dtype, "a norm")
     if not last or spec.shape[-len(last) :] != last:
         raise ShapeMismatch(f"normalized_shape {list(last)} isn't how the shape {list(spec.shape)} ends")
     for name in ("weight", "bias"):
@@ -54,8 +54,9 @@ family.declare(
 
 
 def _rms_norm(bound: Bound) -> TensorSpec:
-    spec, weight = _layer_norm(bound), bound["weight"]
-    return spec if weight is None else TensorSpec(spec.shape, promote(spec.dtype, weight.dtype))
+    if bound["weight"] is not None:
+        need_real(bound["weight"].dtype, "a norm's weight")
+    return _layer_norm(bound)
 
 
 def _group_norm(bound: Bound) -> TensorSpec:
@@ -97,8 +98,8 @@ def _reduction(bound: Bound, shape: Shape, dtype: str) -> TensorSpec:
 
 def _pair_loss(bound: Bound) -> TensorSpec:
     one, other = bound["input"], bound["target"]
-    dtype = result_type(one, other)
-    need_floating(dtype, "a loss")
+    dtype = one_dtype("huber_loss", one, other) if "delta" in bound else result_type(one, other)
+    need_real(dtype, "a loss")
     return _reduction(bound, broadcast(one.shape, other.shape), dtype)
 
 
@@ -129,9 +130,8 @@ def _binary_loss(bound: Bound) -> TensorSpec:
     weights = [bound[name] for name in ("weight", "pos_weight") if bound.get(name) is not None]
     for weight in weights:
         expandable(weight.shape, one.shape, "a weight")
-    need_floating(one.dtype, "a binary cross entropy")
-    dtype = result_type(one, other, *weights) if "pos_weight" in bound else one.dtype
-    return _reduction(bound, one.shape, dtype)
+    need_real(one.dtype, "a binary cross entropy")
+    return _reduction(bound, one.shape, one_dtype("a binary cross entropy", one, other, *weights))
 
 
 family.declare(
@@ -148,7 +148,7 @@ family.declare(
 def _nll_loss(bound: Bound) -> TensorSpec:
     """Class indices: the target has the input's shape without the classes (dim 1, or 0 for one row)."""
     spec, target, weight = bound["input"], bound["target"], bound["weight"]
-    need_floating(spec.dtype, "a loss")
+    need_real(spec.dtype, "a loss")
     if not spec.shape:
         raise ShapeMismatch("a loss over classes takes scores with a dimension")
     classes = 0 if len(spec.shape) == 1 else 1
@@ -170,9 +170,10 @@ def _cross_entropy(bound: Bound) -> TensorSpec:
         raise BadArgument("cross_entropy: label_smoothing is between 0 and 1")
     if target.shape != spec.shape or not spec.shape:
         return _nll_loss(bound)
-    need_floating(target.dtype, "a target of probabilities")
+    need_real(spec.dtype, "a loss")
+    need_real(target.dtype, "a target of probabilities")
     classes = 0 if len(spec.shape) == 1 else 1
-    return _reduction(bound, without(spec.shape, (classes,)), spec.dtype)
+    return _reduction(bound, without(spec.shape, (classes,)), promote(spec.dtype, target.dtype))
 
 
 family.declare(
@@ -192,7 +193,7 @@ def _cosine(bound: Bound) -> TensorSpec:
     one, other = bound["x1"], bound["x2"]
     shape = broadcast(one.shape, other.shape)
     dtype = result_type(one, other)
-    need_floating(dtype, "cosine_similarity")
+    need_real(dtype, "cosine_similarity")
     return TensorSpec(without(shape, (dim_of(bound["dim"], len(shape)),) if shape else ()), dtype)
 
 
@@ -209,7 +210,7 @@ family.declare(
 def _pairwise(bound: Bound) -> TensorSpec:
     one, other = bound["x1"], bound["x2"]
     shape, dtype = broadcast(one.shape, other.shape), result_type(one, other)
-    need_floating(dtype, "pairwise_distance")
+    need_real(dtype, "pairwise_distance")
     if not shape:
         raise ShapeMismatch("pairwise_distance takes tensors with a dimension")
     return TensorSpec((*shape[:-1], 1) if bound["keepdim"] else shape[:-1], dtype)

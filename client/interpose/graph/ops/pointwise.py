@@ -19,6 +19,8 @@ def _dtype_of(mode: str, operands: list[object]) -> str:
         return as_float(dtype)
     if mode == "real":
         return as_real(dtype)
+    if mode == "power":
+        return "int64" if dtype == "bool" else dtype
     if mode == "floating":
         need_floating(dtype, "this function")
     return dtype
@@ -27,7 +29,8 @@ def _dtype_of(mode: str, operands: list[object]) -> str:
 def pointwise(mode: str, *skip: str) -> Rule:
     """A rule: operands broadcast; `skip` names parameters that aren't operands.
 
-    `mode` says the dtype: "arith" the operands' common one, "float" that or float32, "floating" the same but
+    `mode` says the dtype: "arith" the operands' common one, "power" the same but bool
+    counts, "float" that or float32, "floating" the same but
     integers are refused, "real" that of magnitudes, "bool".
     """
 
@@ -63,11 +66,14 @@ def _binary(places: str, names: str, mode: str, flops: int = 1) -> None:
 _unary("tm", "exp exp2 expm1 log log2 log10 log1p sqrt rsqrt sin cos tan asin acos atan sinh cosh", "float", 16)
 _unary("tm", "asinh acosh atanh erf erfc erfinv lgamma digamma sinc i0 reciprocal deg2rad rad2deg", "float", 32)
 _unary("tmf", "sigmoid tanh", "float", 16)
-_unary("tm", "neg sign sgn ceil floor trunc frac square positive bitwise_not", "arith", 1)
+_unary("tm", "neg sign sgn ceil floor trunc frac positive bitwise_not", "arith", 1)
+_unary("tm", "square", "power", 1)
 _unary("tm", "abs", "real", 2)
 _unary("tm", "isnan isinf isfinite isposinf isneginf logical_not signbit", "bool", 1)
 _unary("tmf", "relu", "arith", 1)
-_unary("f", "relu6 hardsigmoid hardswish silu mish softsign tanhshrink logsigmoid", "arith", 24)
+_unary("f", "relu6", "arith", 1)
+_unary("f", "softsign tanhshrink", "float", 24)
+_unary("f", "hardsigmoid hardswish silu mish logsigmoid", "floating", 24)
 _unary("tf", "selu", "floating", 24)
 
 _binary("tm", "mul remainder fmod floor_divide maximum minimum fmax fmin", "arith", 2)
@@ -78,13 +84,22 @@ _binary("tm", "atan2 xlogy copysign", "float", 32)
 _binary("tm", "hypot logaddexp logaddexp2", "floating", 48)
 _binary("tm", "heaviside", "arith")
 
+
+def _sum(bound: Bound) -> TensorSpec:
+    spec = pointwise("arith", "alpha")(bound)
+    assert isinstance(spec, TensorSpec)
+    if isinstance(bound["alpha"], float) and category(spec.dtype) < 2:
+        raise BadArgument(f"alpha is {bound['alpha']}, and a sum of integers takes an integer")
+    return spec
+
+
 family.declare(
     """
     tm add(input: tensor|number, other: tensor|number, alpha: number = 1)
     tm sub(input: tensor|number, other: tensor|number, alpha: number = 1)
     """,
-    pointwise("arith", "alpha"),
-    times(2),
+    _sum,
+    times(2, 1),
 )
 
 
