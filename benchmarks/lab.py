@@ -1,0 +1,47 @@
+"""The models measured on, as folders, and a server that is gone when the block is left."""
+
+from __future__ import annotations
+
+import sys
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path[:0] = [str(ROOT / "tests"), str(ROOT / "scripts")]
+
+import fetch_models  # noqa: E402
+import models  # noqa: E402
+import serving  # noqa: E402
+
+TINY = "tiny-gpt2"
+SMOL = "SmolLM2-135M-Instruct"
+PROMPT = "The capital of France is"
+
+
+def tiny() -> Path:
+    """A random GPT-2 of 4 layers and 64 dimensions."""
+    return models.tiny("gpt2", n_layer=4)
+
+
+def smol() -> Path:
+    return fetch_models.fetch(SMOL)
+
+
+@contextmanager
+def served(name: str, folder: Path) -> Iterator[serving.Served]:
+    """`interpose serve` of one model, as an operator starts it."""
+    with (
+        tempfile.TemporaryDirectory(prefix="bench-") as scratch,
+        serving.serve(f"{name}={folder}", data_dir=Path(scratch, "data")) as server,
+    ):
+        yield server
+
+
+def bare(folder: Path) -> Any:
+    """The model as the transformers library loads it."""
+    from transformers import AutoModelForCausalLM
+
+    return AutoModelForCausalLM.from_pretrained(folder).eval()

@@ -1,0 +1,57 @@
+"""Timing on a machine that others use too: what is compared runs in turns, and ratios are taken turn by turn."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from statistics import median
+
+
+def seconds(work: Callable[[], object]) -> float:
+    start = time.perf_counter()
+    work()
+    return time.perf_counter() - start
+
+
+def interleaved(rounds: int, *measures: Callable[[], float], warm: int = 1) -> list[list[float]]:
+    """What each measure gave in each round. The order turns round, so that no measure always follows another."""
+    found: list[list[float]] = [[] for _ in measures]
+    for turn in range(-warm, rounds):
+        order = list(range(len(measures)))
+        shift = turn % len(order)
+        for index in order[shift:] + order[:shift]:
+            value = measures[index]()
+            if turn >= 0:
+                found[index].append(value)
+    return found
+
+
+def ratio(ours: Sequence[float], beside: Sequence[float]) -> float:
+    """The median over the rounds of one round's ratio."""
+    return median(a / b for a, b in zip(ours, beside, strict=True))
+
+
+def added(ours: Sequence[float], beside: Sequence[float]) -> float:
+    """The median over the rounds of one round's difference."""
+    return median(a - b for a, b in zip(ours, beside, strict=True))
+
+
+def percentile(values: Sequence[float], part: float) -> float:
+    return sorted(values)[min(int(len(values) * part), len(values) - 1)]
+
+
+@dataclass(frozen=True)
+class Effort:
+    """How often things are repeated, and for how long: `make bench` or `--quick`."""
+
+    traces: int
+    transfers: int
+    locals: int
+    starts: int
+    rounds: int
+    round_s: float
+
+
+FULL = Effort(traces=300, transfers=15, locals=200, starts=3, rounds=3, round_s=10.0)
+QUICK = Effort(traces=60, transfers=4, locals=40, starts=1, rounds=1, round_s=4.0)
