@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NoReturn
 
 from ..errors import BadArgument, ControlFlow, ShapeUnknown, UnknownOp
 from ..graph import ops
@@ -86,6 +86,10 @@ class Deferred:
         point = getattr(self._root, "point", "value")
         return f"<deferred {shown} {point}{''.join(f'.{step[0]}' for step in self._chain)}>"
 
+    def __format__(self, spec: str) -> str:
+        return repr(self) if not spec else self._no_number()
+
+    __str__ = __repr__
     __hash__ = object.__hash__
 
     # -- reading and writing parts -----------------------------------------------------------------------------
@@ -106,7 +110,7 @@ class Deferred:
             self._recorder.put_back(self, value)
             return
         plain = self._recorder.arg(index)
-        if self._recorder.is_view(value, self, ("getitem", plain)):
+        if self._recorder.is_view(value, self, ("getitem", plain if isinstance(plain, tuple) else (plain,))):
             return  # the second half of `x[i] += y`, which has been written already
         self._root.write(self._chain, plain, self._recorder.arg(value))
 
@@ -118,11 +122,13 @@ class Deferred:
     # -- keeping -----------------------------------------------------------------------------------------------
 
     def save(self) -> Any:
-        """Keep the value as it is at this line: after the block it is a real tensor (without torch, an array)."""
+        """Keep the value as it is at this line: after the block it is a real tensor (without torch, an array).
+
+        Returns the value itself. Saved again, at a later line, it is that line's value under the name returned.
+        """
         if self._role == "block":
             note("a block's saved output is [batch, seq, hidden]: after the block, [0] is its first row")
-        self._recorder.save(self)
-        return self
+        return self._recorder.save(self)
 
     def _become(self, value: Any) -> None:
         """Turn into the real value."""
@@ -136,7 +142,7 @@ class Deferred:
             "torch.where(condition, a, b), or save it and branch after the block"
         )
 
-    def _no_number(self, *args: Any) -> Any:
+    def _no_number(self, *args: Any) -> NoReturn:
         raise ControlFlow(
             "this value exists only when the block runs, so Python can't have it as a number; compute with it as "
             "it is, or save it and take it after the block"
@@ -159,6 +165,8 @@ class Deferred:
 
     def to(self, *args: Any, **kwargs: Any) -> Any:
         """A dtype conversion; devices are left to the server."""
+        if kwargs.pop("copy", False):
+            return self.to(*args, **kwargs).clone()
         wanted = [arg for arg in (*args, *kwargs.values()) if self._recorder.is_dtype(arg)]
         if wanted:
             return self._recorder.op("to", (self, wanted[0]), {})
@@ -248,7 +256,8 @@ def _equip() -> None:
     for python, name in _OPERATORS.items():
         setattr(Deferred, f"__{python}__", _method(name))
         setattr(Deferred, f"__r{python}__", _reflected(name))
-        setattr(Deferred, f"__i{python}__", _augmented(name))
+        if python != "matmul":  # tensors have no @= in place: Python makes it x = x @ y
+            setattr(Deferred, f"__i{python}__", _augmented(name))
     for name in _COMPARISONS:
         setattr(Deferred, f"__{name}__", _method(name))
     for python, name in _UNARY.items():

@@ -19,11 +19,15 @@ from ..errors import BadArgument, DeferredError, InterposeError, NotSaved, Unkno
 from ..graph import ops
 from ..graph.manifest import Layout, Leaf, Manifest, walk
 from ..graph.model import Graph, Invoke, Key, Node, Point, Run, RunKind
+from ..graph.ops.convert import NAMED
 from ..graph.ops.declare import MANY
 from ..graph.trim import trimmed
 from ..graph.validate import Checker
 from ..graph.values import DTYPES, DType, Ref, TensorSpec
 from .source import caller
+
+CONVERSIONS = frozenset({"to", "type", "type_as", *NAMED})
+"""Views that are none where they change the dtype."""
 
 View: TypeAlias = tuple[Any, ...]
 """A view op and its further arguments: ("getitem", 0)."""
@@ -159,11 +163,27 @@ class Recorder:
         first = args[0] if args else None
         if op.view and is_deferred(first):
             bound = tuple(ops.bind(op, plain, named).values())
-            return self._view(first, (op.name, *bound[1:]))
+            view = (op.name, *bound[1:])
+            node = self.node(op.name, (plain[0], *bound[1:]))
+            return self._view(first, view, node) if self._shares(plain[0], view, node) else self.value(node)
         return self._results(self.node(op.name, plain, named), op, plain, named)
 
-    def _view(self, value: Any, view: View) -> Any:
-        node = self.node(view[0], (Ref(self.ref(value)), *view[1:]))
+    def _shares(self, source: Ref, view: View, node: int) -> bool:
+        """Whether what a view op gives here is the same memory, so that a write to either is seen by both."""
+        name, *args = view
+        if name == "getitem":
+            return not any(self._picks(item) for item in args[0])
+        copies = name == "to" and args[2]
+        return name not in CONVERSIONS or (self.spec(source.id) == self.spec(node) and not copies)
+
+    def _picks(self, item: Any) -> bool:
+        """Whether an index item copies what it selects: masks, lists, tensors but for single integers."""
+        if not isinstance(item, Ref):
+            return isinstance(item, list)
+        spec = self.spec(item.id)
+        return not isinstance(spec, TensorSpec) or bool(spec.shape) or spec.dtype == "bool"
+
+    def _view(self, value: Any, view: View, node: int) -> Any:
         chain = (*value._chain, view)
         spec = self.spec(node)
         if not isinstance(spec, tuple):
@@ -219,6 +239,8 @@ class Recorder:
 
     def replace(self, point: Point, value: Any) -> None:
         """Put another value at a point."""
+        if self._is_whole(value, point):
+            return  # the second half of `module.output += y`, which has been written already
         given = self.arg(value)
         if not isinstance(given, Ref):
             raise BadArgument(
@@ -226,10 +248,19 @@ class Recorder:
             )
         base = PointBase(self, len(self.runs) - 1, self.invoke, point)
         track = self._track(base)
-        for old in track.bases:
+        over = [old for old in track.bases if old.point == point and self.invoke in (None, old.invoke)]
+        for old in over:
             old.pinned = old.node()
-        track.bases.clear()
+        track.bases = [old for old in track.bases if old.pinned is None]
         self.write(base, (), None, given)
+
+    def _is_whole(self, value: Any, point: Point) -> bool:
+        """Whether `value` is all of what lies at a point for the current invoke, in its newest version."""
+        if not is_deferred(value) or value._chain or not isinstance(value._root, PointBase):
+            return False
+        root = value._root
+        here = root.recorder, root.point, root.invoke, root.run, root.pinned
+        return here == (self, point, self.invoke, len(self.runs) - 1, None)
 
     def _point_node(self, op: str, args: Sequence[Any], base: PointBase) -> int:
         return self.node(op, args, point=base.point, invoke=base.invoke)
@@ -266,9 +297,16 @@ class Recorder:
 
     # -- saving ------------------------------------------------------------------------------------------------
 
-    def save(self, value: Value) -> None:
-        """Keep a value: it becomes real after the block."""
-        self.saved.append((self.node("save", (Ref(self.ref(value)),)), value))
+    def save(self, value: Value) -> Any:
+        """Keep a value: it becomes real after the block.
+
+        Returns what becomes real: the value itself, or another name for it where that was saved before.
+        """
+        ref = self.ref(value)
+        if any(kept is value for _, kept in self.saved):
+            value = self.again(value)
+        self.saved.append((self.node("save", (Ref(ref),)), value))
+        return value
 
     def finish(self) -> tuple[Graph, dict[str, Any]]:
         """The graph without nodes nobody needs, and its attachments by provisional key.
@@ -317,13 +355,20 @@ class Recorder:
 
     def _attach(self, tensor: Any) -> int:
         known = self._attached.get(id(tensor))
-        if known is None:
+        if known is None or not self._as_attached(tensor):
             # A provisional name: a digest is only worth its time where the tensor has to travel.
-            key = f"{len(self._attached):064x}"
+            key = f"{len(self._tensors):064x}"
             self._specs[key], self._tensors[key] = spec_of(tensor), snapshot(tensor)
             node = self.node("attachment", (key,), invoke=None)
             known = self._attached[id(tensor)] = tensor, _version(tensor), node
         return known[2]
+
+    def _as_attached(self, tensor: Any) -> bool:
+        """Whether an array is still what it was when it was attached; tensors count their writes instead."""
+        if hasattr(tensor, "_version"):
+            return True
+        key = self._nodes[self._attached[id(tensor)][2]].args[0]
+        return bool(np.asarray(tensor).tobytes() == self._tensors[key].tobytes())
 
 
 class Several(tuple[Any, ...]):
@@ -342,9 +387,7 @@ class Several(tuple[Any, ...]):
         raise AttributeError(name)
 
     def save(self) -> Several:
-        for part in self:
-            part.save()
-        return self
+        return Several([part.save() for part in self], self._names)
 
 
 class Nest:
