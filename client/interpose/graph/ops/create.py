@@ -157,7 +157,8 @@ def _random_like(bound: Bound) -> TensorSpec:
 
 
 def draw(bound: Bound, outputs: Outputs) -> tuple[int, int]:
-    return 32 * outputs[0].numel, outputs[0].nbytes
+    """Drawn numbers, and a wide copy for those that are scaled or masked."""
+    return 32 * outputs[0].numel, outputs[0].nbytes + 8 * outputs[0].numel
 
 
 family.declare(

@@ -29,7 +29,13 @@ def _cat(tensors: tuple[TensorSpec, ...], dim: int) -> TensorSpec:
     return TensorSpec(with_size(shape, at, sum(spec.shape[at] for spec in real)), _common(tensors))
 
 
-family.declare("t cat(tensors: tensors, dim: int = 0)", lambda bound: _cat(bound["tensors"], bound["dim"]))
+def _joined(bound: Bound, outputs: Outputs) -> tuple[int, int]:
+    """Tensors of another dtype are converted first."""
+    mixed = any(spec.dtype != outputs[0].dtype for spec in bound["tensors"])
+    return outputs[0].numel, outputs[0].nbytes if mixed else 0
+
+
+family.declare("t cat(tensors: tensors, dim: int = 0)", lambda bound: _cat(bound["tensors"], bound["dim"]), _joined)
 
 
 def _stack(bound: Bound) -> TensorSpec:
@@ -42,7 +48,7 @@ def _stack(bound: Bound) -> TensorSpec:
     return TensorSpec((*shape[:dim], len(tensors), *shape[dim:]), _common(tensors))
 
 
-family.declare("t stack(tensors: tensors, dim: int = 0)", _stack)
+family.declare("t stack(tensors: tensors, dim: int = 0)", _stack, _joined)
 
 
 def _raised(tensors: tuple[TensorSpec, ...], shape: dict[int, tuple[int | None, ...]]) -> tuple[TensorSpec, ...]:
@@ -73,10 +79,10 @@ def _column_stack(bound: Bound) -> TensorSpec:
     return _cat(_raised(bound["tensors"], {0: (1, 1), 1: (None, 1)}), 1)
 
 
-family.declare("t hstack(tensors: tensors)", _hstack)
-family.declare("t vstack(tensors: tensors)\nt row_stack(tensors: tensors)", _vstack)
-family.declare("t dstack(tensors: tensors)", _dstack)
-family.declare("t column_stack(tensors: tensors)", _column_stack)
+family.declare("t hstack(tensors: tensors)", _hstack, _joined)
+family.declare("t vstack(tensors: tensors)\nt row_stack(tensors: tensors)", _vstack, _joined)
+family.declare("t dstack(tensors: tensors)", _dstack, _joined)
+family.declare("t column_stack(tensors: tensors)", _column_stack, _joined)
 
 
 def _block_diag(bound: Bound) -> TensorSpec:

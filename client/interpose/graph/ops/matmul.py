@@ -215,7 +215,7 @@ def _tensordot(bound: Bound) -> TensorSpec:
 
 def _tensordot_work(bound: Bound, outputs: Outputs) -> tuple[int, int]:
     inner = math.prod(bound["a"].shape[dim] for dim in _contracted(bound)[0])
-    return 2 * inner * outputs[0].numel, bound["a"].nbytes + bound["b"].nbytes
+    return 2 * inner * outputs[0].numel, bound["a"].nbytes + bound["b"].nbytes + outputs[0].nbytes
 
 
 family.declare("t tensordot(a: tensor, b: tensor, dims: int|pair = 2)", _tensordot, _tensordot_work)

@@ -53,9 +53,15 @@ def times(flops: int, copies: int = 0) -> Work:
     return work
 
 
-def _unary(places: str, names: str, mode: str, flops: int) -> None:
+def _unary(places: str, names: str, mode: str, work: Work) -> None:
     lines = "\n".join(f"{places} {name}(input: tensor)" for name in names.split())
-    family.declare(lines, pointwise(mode), times(flops))
+    family.declare(lines, pointwise(mode), work)
+
+
+def _tests(bound: Bound, outputs: Outputs) -> tuple[int, int]:
+    """A few passes that hold magnitudes and masks of the operands, broadcast."""
+    numel = outputs[0].numel
+    return 6 * numel, 24 * numel
 
 
 def _binary(places: str, names: str, mode: str, flops: int = 1) -> None:
@@ -63,18 +69,22 @@ def _binary(places: str, names: str, mode: str, flops: int = 1) -> None:
     family.declare(lines, pointwise(mode), times(flops))
 
 
-_unary("tm", "exp exp2 expm1 log log2 log10 log1p sqrt rsqrt sin cos tan asin acos atan sinh cosh", "float", 16)
-_unary("tm", "asinh acosh atanh erf erfc erfinv lgamma digamma sinc i0 reciprocal deg2rad rad2deg", "float", 32)
-_unary("tmf", "sigmoid tanh", "float", 16)
-_unary("tm", "neg sign sgn ceil floor trunc frac positive bitwise_not", "arith", 1)
-_unary("tm", "square", "power", 1)
-_unary("tm", "abs", "real", 2)
-_unary("tm", "isnan isinf isfinite isposinf isneginf logical_not signbit", "bool", 1)
-_unary("tmf", "relu", "arith", 1)
-_unary("f", "relu6", "arith", 1)
-_unary("f", "softsign tanhshrink", "float", 24)
-_unary("f", "hardsigmoid hardswish silu mish logsigmoid", "floating", 24)
-_unary("tf", "selu", "floating", 24)
+_unary(
+    "tm", "exp exp2 expm1 log log2 log10 log1p sqrt rsqrt sin cos tan asin acos atan sinh cosh", "float", times(16)
+)
+_unary(
+    "tm", "asinh acosh atanh erf erfc erfinv lgamma digamma sinc i0 reciprocal deg2rad rad2deg", "float", times(32)
+)
+_unary("tmf", "sigmoid tanh", "float", times(16))
+_unary("tm", "neg sign sgn ceil floor trunc frac positive bitwise_not", "arith", times(1))
+_unary("tm", "square", "power", times(1))
+_unary("tm", "abs", "real", times(2))
+_unary("tm", "isnan isinf isfinite isposinf isneginf logical_not signbit", "bool", _tests)
+_unary("tmf", "relu", "arith", times(1))
+_unary("f", "relu6", "arith", times(1))
+_unary("f", "softsign tanhshrink", "float", times(24, 1))
+_unary("f", "hardsigmoid hardswish silu mish logsigmoid", "floating", times(24, 1))
+_unary("tf", "selu", "floating", times(24, 1))
 
 _binary("tm", "mul remainder fmod floor_divide maximum minimum fmax fmin", "arith", 2)
 _binary("tm", "pow", "arith", 32)
@@ -109,12 +119,12 @@ def _div(bound: Bound) -> TensorSpec:
 
 
 family.declare(
-    "tm div(input: tensor|number, other: tensor|number, rounding_mode: 'trunc'|'floor'? = None)", _div, times(2)
+    "tm div(input: tensor|number, other: tensor|number, rounding_mode: 'trunc'|'floor'? = None)", _div, times(4, 3)
 )
 family.declare(
     "tm isclose(input: tensor, other: tensor, rtol: float = 1e-05, atol: float = 1e-08, equal_nan: bool = False)",
     pointwise("bool", "rtol", "atol", "equal_nan"),
-    times(6, 8),
+    _tests,
 )
 
 
@@ -157,7 +167,9 @@ def _lerp(bound: Bound) -> TensorSpec:
 
 family.declare("tm lerp(input: tensor, end: tensor, weight: tensor|number)", _lerp, times(4))
 family.declare(
-    "tm clamp(input: tensor, min: tensor|number? = None, max: tensor|number? = None)", pointwise("arith"), times(2)
+    "tm clamp(input: tensor, min: tensor|number? = None, max: tensor|number? = None)",
+    pointwise("arith"),
+    times(2, 1),
 )
 family.declare(
     """
@@ -204,7 +216,7 @@ family.declare(
     f softshrink(input: tensor, lambd: number = 0.5)
     """,
     floating_like_input,
-    times(32),
+    times(32, 1),
 )
 
 
