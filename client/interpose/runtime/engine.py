@@ -177,7 +177,7 @@ class Forward:
         if parts is None:
             return value
         layout = self.loaded.manifest.modules[module].points[_POINT.get(event, event)]
-        touched = Touched(value, layout, self.rows, self.total)
+        touched = Touched(value, layout, self.rows, self.total, (module, event) in self.loaded.rewritten)
         for part, nodes in parts:
             if part.job.error is None:
                 part.job.fire(nodes, touched, part.span, part.invokes)

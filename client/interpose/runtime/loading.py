@@ -42,6 +42,7 @@ class Loaded:
         names, modules: module -> path and back; a module held twice goes by its first path.
         device: where its inputs go.
         feeding: how it wants its inputs.
+        rewritten: (path, event) where it later writes over what it handed out.
     """
 
     model: nn.Module
@@ -51,6 +52,7 @@ class Loaded:
     modules: dict[str, nn.Module]
     device: torch.device
     feeding: Feeding
+    rewritten: frozenset[tuple[str, str]] = frozenset()
 
 
 def load(
@@ -134,7 +136,7 @@ def wrap(model: nn.Module, name: str, tokenizer: Any = None) -> Loaded:
         versions=describe.versions(),
     )
     names = {module: path for path, module in modules.items()}
-    return Loaded(model, manifest, file, names, modules, device, feeding)
+    return Loaded(model, manifest, file, names, modules, device, feeding, measured.rewritten)
 
 
 def _folder(source: str | Path) -> Path | None:

@@ -16,6 +16,7 @@ from torch import nn
 
 from ..graph.manifest import BATCH, EVENT, KEY, SEQ, Layout, Leaf, ModuleInfo, Param, leaves
 from ..graph.values import DTYPES
+from . import nests
 from .attention import POINTS, READABLE
 from .hooks import hooked
 from .inputs import Feeding, ModelInputs, batch_inputs, positions, sample_rows
@@ -37,6 +38,7 @@ class Measured:
     """Attributes:
     modules: path -> module, in tree order.
     blocks: paths of the blocks that carry the residual stream.
+    rewritten: (path, event) where the model later writes over what it handed out.
     attention: what `Manifest.attention` says.
     note: why nothing could be measured, or "".
     """
@@ -45,19 +47,22 @@ class Measured:
     blocks: tuple[str, ...] = ()
     attention: str = ""
     note: str = ""
+    rewritten: frozenset[tuple[str, str]] = frozenset()
 
 
 @dataclass
 class _Recorder:
-    """A visitor that notes when it was called, and the shapes of what it was shown."""
+    """A visitor that notes when it was called, the shapes of what it was shown, and each tensor's version."""
 
     attention: bool
     order: list[tuple[str, str]] = field(default_factory=list)
     seen: dict[tuple[str, str], list[Seen]] = field(default_factory=dict)
+    shown: list[tuple[tuple[str, str], torch.Tensor, int]] = field(default_factory=list)
 
     def visit(self, module: str, event: str, call: int, value: Any) -> Any:
         self.order.append((module, event))
         self.seen.setdefault((module, event), []).append(observe(value))
+        self.shown += [((module, event), tensor, tensor._version) for _, tensor in nests.tensors(value)]
         return value
 
 
@@ -68,12 +73,15 @@ class _Prober:
     feeding: Feeding
     device: torch.device
     samples: dict[tuple[str, str], list[tuple[Size, Seen]]] = field(default_factory=dict)
+    rewritten: set[tuple[str, str]] = field(default_factory=set)
 
     def record(self, size: Size, kwargs: Mapping[str, Any], *, attention: bool = False) -> tuple[_Recorder, Any]:
         names = {module: path for path, module in self.modules.items()}
         recorder = _Recorder(attention)
         with hooked(self.modules, names, recorder):
             output = self.model(**kwargs)
+        self.rewritten |= {place for place, tensor, version in recorder.shown if tensor._version != version}
+        recorder.shown.clear()
         for place, values in recorder.seen.items():
             # Layouts of ordinary points are those of the default attention; a run that looks changes some.
             if attention == (place[1] in POINTS):
@@ -136,7 +144,8 @@ def probe(
         attention = _readable(plain, looking)
         order = looking.order if attention == READABLE else order
     found = dict(_described(bare, order, prober.samples))
-    return Measured(_stand_ins(found, modules), _blocks(found, modules), attention)
+    rewritten = frozenset(prober.rewritten)
+    return Measured(_stand_ins(found, modules), _blocks(found, modules), attention, rewritten=rewritten)
 
 
 def _bare(path: str, module: nn.Module) -> ModuleInfo:

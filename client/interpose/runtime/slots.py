@@ -23,13 +23,18 @@ Path = tuple[Key, ...]
 
 @dataclass
 class Touched:
-    """What a module takes or returns at one moment of a shared forward, and what it becomes."""
+    """What a module takes or returns at one moment of a shared forward, and what it becomes.
+
+    `rewritten`: the model writes over it later, in place; then jobs and model each have their own memory.
+    """
 
     nest: Any
     layout: Layout
     rows: int
     total: int
+    rewritten: bool = False
     owned: dict[Path, torch.Tensor] = field(default_factory=dict)
+    _copies: dict[Path, torch.Tensor] = field(default_factory=dict)
 
     def tensor(self, path: Path) -> torch.Tensor:
         found = self.owned.get(path)
@@ -40,7 +45,11 @@ class Touched:
                 found = None
         if not isinstance(found, torch.Tensor):
             raise NotReached("this forward made no tensor here")
-        return found
+        if not self.rewritten or path in self.owned:
+            return found
+        if path not in self._copies:
+            self._copies[path] = found.clone()
+        return self._copies[path]
 
     def own(self, path: Path) -> torch.Tensor:
         """A copy of the whole tensor that may be written: one for all jobs of the forward."""
@@ -51,7 +60,7 @@ class Touched:
     def result(self) -> Any:
         nest = self.nest
         for path, tensor in self.owned.items():
-            nest = nests.put(nest, path, tensor)
+            nest = nests.put(nest, path, tensor.clone() if self.rewritten else tensor)
         return nest
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -23,7 +24,9 @@ class LocalModel:
 
         self.loaded = loaded
         self.engine = Engine(loaded)
-        self._own = {param.untyped_storage().data_ptr() for param in loaded.model.parameters()}
+        own = (*loaded.model.parameters(), *loaded.model.buffers())
+        self._own = {tensor.untyped_storage().data_ptr() for tensor in own}
+        self._turn = threading.Lock()
 
     @classmethod
     def load(cls, source: str | Path, **options: Any) -> LocalModel:
@@ -44,21 +47,22 @@ class LocalModel:
         return self.loaded.manifest
 
     def run(self, graph: Graph, tensors: Mapping[str, Any], *, exclusive: bool = False) -> dict[int, torch.Tensor]:
-        """The saved values by node. Raises the job's error."""
+        """The saved values by node. Raises the job's error. Threads take turns."""
         import torch
 
         from ..runtime.engine import EngineJob
 
         attachments = {key: torch.as_tensor(value) for key, value in tensors.items()}
-        sink = _Kept(self._own)
-        (error,) = self.engine.run([EngineJob(graph, attachments, sink, exclusive=exclusive)])
+        sink = _Kept({*self._own, *(tensor.untyped_storage().data_ptr() for tensor in attachments.values())})
+        with self._turn:
+            (error,) = self.engine.run([EngineJob(graph, attachments, sink, exclusive=exclusive)])
         if error is not None:
             raise error
         return sink.values
 
 
 class _Kept:
-    """Keeps saved values. A value that shares memory with the model or with another saved one is copied."""
+    """Keeps saved values. One that shares memory with the model, the user or another saved one is copied."""
 
     def __init__(self, taken: set[int]) -> None:
         self.values: dict[int, Any] = {}
@@ -71,7 +75,7 @@ class _Kept:
 
     def _own(self, tensor: torch.Tensor) -> torch.Tensor:
         storage = tensor.untyped_storage()
-        if storage.data_ptr() in self._taken or storage.nbytes() > tensor.nbytes:
+        if storage.data_ptr() in self._taken or storage.nbytes() != tensor.nbytes:
             return tensor.clone()
         self._taken.add(storage.data_ptr())
         return tensor
