@@ -55,7 +55,7 @@ def div(input: Any, other: Any, rounding_mode: str | None) -> Any:
     if not isinstance(input, Tensor):
         input = as_operand(input, other)
     dtype = torch.result_type(input, other)
-    if rounding_mode == "trunc" and not (dtype.is_floating_point or dtype.is_complex):
+    if rounding_mode == "trunc" and dtype in (torch.int64, torch.int32, torch.int16, torch.int8):
         return _whole_div(input, other)
     return torch.div(input, other, rounding_mode=rounding_mode)
 

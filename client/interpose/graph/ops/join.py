@@ -160,6 +160,8 @@ def _pad(bound: Bound) -> TensorSpec:
         if (most is not None and max(before, after) > most) or size + min(before, 0) + min(after, 0) < 0:
             raise ShapeMismatch(f"pad: {before} and {after} don't go with a size of {size} in mode {mode!r}")
         shape[-1 - back] = size + before + after
+    if mode != "constant" and 0 in shape:
+        raise ShapeMismatch(f"pad: nothing is left of {list(spec.shape)}")
     return TensorSpec(tuple(shape), spec.dtype)
 
 
