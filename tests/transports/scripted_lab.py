@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import uvicorn
-from interpose.errors import InterposeError, Unauthorized, UnknownJob
+from interpose.errors import InterposeError, NotFound, Unauthorized, UnknownJob
 from interpose.graph.model import Graph, Invoke, Node, Point, Run
 from interpose.graph.values import Ref
 from interpose.wire.messages import Ack, Hello, Log, Refused, Save, Status, Subscribe, chunks, decode_client, encode
@@ -131,7 +131,9 @@ class Lab:
             assert request.headers["interpose-dtype"] == "float32"
             assert request.headers["interpose-shape"]
             self.tensors[sha] = await request.body()
-        return self.answer(None, 200 if sha in self.tensors else 404)
+        if sha not in self.tensors:
+            raise NotFound("no such tensor")
+        return self.answer(None)
 
     async def model(self, request: Request) -> Response:
         self.note(request)

@@ -55,8 +55,9 @@ class Remote:
             path, patience = f"/v1/tensors/{sha}", CONFIG.TIMEOUT
             async with free:
                 if ask:
-                    answer = await self.http.request("HEAD", path, patience=patience, expected={404})
-                    if answer.status_code != 404:
+                    # A refusal of HEAD can't say why; the PUT that follows can.
+                    answer = await self.http.request("HEAD", path, patience=patience, expected=range(400, 600))
+                    if answer.is_success:
                         return
                 extra = {
                     DTYPE_HEADER: item.spec.dtype,
