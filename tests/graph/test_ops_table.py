@@ -172,6 +172,16 @@ def test_copies_that_a_view_hides_are_counted() -> None:
     copy = ops.cost("reshape", (wide, 10**6, 10**6), {})
     assert view is not None and (view.peak_bytes, view.kept_bytes) == (0, 0)
     assert copy is not None and copy.peak_bytes >= 4 * 10**12
+    look = ops.cost("getitem", (X, (slice(None), -1)), {})
+    pick = ops.cost("getitem", (X, (slice(None), [0, 1])), {})
+    assert look is not None and look.kept_bytes == 0
+    assert pick is not None and pick.kept_bytes == pick.out_bytes > 0
+
+
+def test_a_slice_with_computed_ends_counts_as_the_whole_dimension() -> None:
+    index = (slice(None, UNKNOWN), slice(TensorSpec((), "int64"), None))
+    result, cost = ops.measure("getitem", (M, index), {})
+    assert result is UNKNOWN and cost is not None and cost.out_bytes == M.nbytes
 
 
 def test_sizes_known_only_by_value_have_a_bound() -> None:

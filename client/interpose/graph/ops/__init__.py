@@ -2,7 +2,7 @@
 
 from .binding import bind
 from .declare import MANY, Op, Param, Signature
-from .infer import Cost, cost, infer
+from .infer import Cost, cost, infer, measure
 from .kinds import UNKNOWN
 from .kinds import is_spec as is_tensor
 from .spellings import INPLACE, SPELLINGS
@@ -23,6 +23,7 @@ __all__ = [
     "infer",
     "is_tensor",
     "lookup",
+    "measure",
     "nearest",
     "outputs_of",
 ]

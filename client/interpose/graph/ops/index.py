@@ -6,7 +6,7 @@ from typing import Any
 
 from ...errors import BadArgument, ShapeMismatch
 from ..values import TensorSpec
-from .declare import Bound, Family, Outputs, Result
+from .declare import Bound, Family, Outputs, Result, no_work
 from .dtypes import need_integer
 from .grammar import check_position, indexed
 from .kinds import UNKNOWN, is_spec
@@ -57,8 +57,17 @@ def _pick_work(bound: Bound, outputs: Outputs) -> tuple[int, int]:
     return 2 * total, sum(16 * spec.numel * max(len(spec.shape), 1) for spec in specs)
 
 
+def _getitem_work(bound: Bound, outputs: Outputs) -> tuple[int, int]:
+    """Integers and slices only look; so does taking one of several tensors."""
+    if isinstance(bound["input"], tuple) or not any(
+        isinstance(item, (TensorSpec, list)) for item in bound["index"]
+    ):
+        return no_work(bound, outputs)
+    return _pick_work(bound, outputs)
+
+
 family.declare(
-    "m getitem(input: tensor|tensors, *index: index)", _getitem, _pick_work, bound=_most, view=True, partial=True
+    "m getitem(input: tensor|tensors, *index: index)", _getitem, _getitem_work, bound=_most, view=True, partial=True
 )
 
 

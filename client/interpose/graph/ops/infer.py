@@ -47,10 +47,6 @@ def infer(name: str, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Result:
     """
     op = lookup(name)
     bound = bind(op, args, kwargs)
-    return _outcome(op, bound)
-
-
-def _outcome(op: Op, bound: Bound) -> Result:
     if not op.partial and any(map(_has_unknown, bound.values())):
         return UNKNOWN
     return op.rule(bound)
@@ -69,14 +65,25 @@ def cost(name: str, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Cost | No
 
     What a slice with computed ends selects counts as the whole dimension. Raises as `infer` does.
     """
+    return measure(name, args, kwargs)[1]
+
+
+def measure(name: str, args: Sequence[Any], kwargs: Mapping[str, Any]) -> tuple[Result, Cost | None]:
+    """`infer` and `cost` in one go."""
     op = lookup(name)
-    bound = {name: _known_slices(value) for name, value in bind(op, args, kwargs).items()}
-    if any(map(_has_unknown, bound.values())):
-        return None
-    result = op.rule(bound)
+    bound = bind(op, args, kwargs)
+    unknown = any(map(_has_unknown, bound.values()))
+    result = op.rule(bound) if op.partial or not unknown else UNKNOWN
+    if unknown:
+        known = {name: _known_slices(value) for name, value in bound.items()}
+        return result, None if any(map(_has_unknown, known.values())) else _cost(op, known, op.rule(known))
+    return result, _cost(op, bound, result)
+
+
+def _cost(op: Op, bound: Bound, result: Result) -> Cost:
     if isinstance(result, Unknown):
-        assert op.bound is not None, f"{name} has no bound"
-        result = op.bound(bound)
+        assert op.bound is not None, f"{op.name} has no bound"
+        result = op.bound({name: _known_slices(value) for name, value in bound.items()})
     assert not isinstance(result, Unknown)
     outputs = (result,) if isinstance(result, TensorSpec) else result
     flops, held = op.work(bound, outputs)
