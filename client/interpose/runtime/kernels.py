@@ -84,7 +84,7 @@ def _translated(name: str, error: Exception) -> Exception:
     if isinstance(error, (InterposeError, torch.OutOfMemoryError, torch.AcceleratorError, MemoryError)):
         return error
     lines = str(error).strip().splitlines()
-    message = _INTERNALS.sub("", lines[0])[:400] if lines else type(error).__name__
+    message = _INTERNALS.sub("", lines[0][:600])[:400] if lines else type(error).__name__
     if isinstance(error, IndexError):
         return IndexOutOfRange(f"{name}: {message}")
     return OpFailed(f"{name}: {message}")
