@@ -12,7 +12,10 @@ from typing import Any
 from ..errors import InvalidGraph, LimitExceeded, Source
 from .limits import Limits
 from .model import FORMAT, Graph, Invoke, Node, Point, Run
-from .values import DTYPES, TensorSpec, decode, encode, refs, whole
+from .values import DTYPES, TensorSpec, decode, encode, refs, text, whole
+
+MAX_PROMPT = 1 << 22
+"""Characters of one prompt's text, or of a file's name."""
 
 _NODE_FIELDS = {"id", "op", "args", "kwargs", "point", "invoke", "run", "when", "source"}
 _POINT_FIELDS = {"module", "name", "path", "call", "step"}
@@ -99,8 +102,12 @@ def decode_graph(plain: Any, limits: Limits | None = None) -> Graph:
     if not isinstance(attachments, dict):
         raise InvalidGraph("attachments aren't a mapping")
     limits.check("attachments", len(attachments))
+    decoded = tuple(_decode_run(run, limits) for run in runs)
+    limits.check("invokes", sum(len(run.invokes) for run in decoded))
+    limits.check("rows", sum(run.rows for run in decoded))
+    limits.check("tokens", sum(run.rows * run.longest for run in decoded))
     return Graph(
-        runs=tuple(_decode_run(run, limits) for run in runs),
+        runs=decoded,
         nodes=tuple(_decode_node(node, position, files) for position, node in enumerate(nodes)),
         attachments={_sha(sha): _spec(spec) for sha, spec in attachments.items()},
     )
@@ -112,9 +119,9 @@ def _decode_node(plain: Any, position: int, files: list[str]) -> Node:
         raise InvalidGraph(f"node {position} has id {plain.get('id')!r}; ids are positions")
     args = tuple(decode(arg) for arg in _list(plain.get("args", []), "args"))
     raw = plain.get("kwargs", {})
-    if not isinstance(raw, dict) or not all(isinstance(name, str) for name in raw):
+    if not isinstance(raw, dict):
         raise InvalidGraph(f"node {position}: kwargs aren't named")
-    kwargs = {name: decode(arg) for name, arg in raw.items()}
+    kwargs = {_text(name, "an argument's name"): decode(arg) for name, arg in raw.items()}
     if any(ref >= position for arg in (*args, *kwargs.values()) for ref in refs(arg)):
         raise InvalidGraph(f"node {position} refers to a node that doesn't come before it")
     when = plain.get("when")
@@ -138,12 +145,13 @@ def _decode_node(plain: Any, position: int, files: list[str]) -> Node:
 def _decode_point(plain: Any) -> Point:
     plain = _mapping(plain, "a point", _POINT_FIELDS)
     path = _list(plain.get("path", []), "a point's path")
-    if len(path) > 8 or not all(type(key) is int or isinstance(key, str) for key in path):
+    # Numbers from 0 only: -1 would be a second name of the same place, and writes are merged by name.
+    if len(path) > 8 or not all((type(key) is int and 0 <= key < 2**31) or isinstance(key, str) for key in path):
         raise InvalidGraph("a point's path is made of a few names and whole numbers")
     return Point(
         module=_text(plain.get("module"), "a point's module", 1024),
         name=_text(plain.get("name"), "a point's name"),
-        path=tuple(path),
+        path=tuple(_text(key, "a point's path") if isinstance(key, str) else key for key in path),
         call=whole(plain.get("call", 0), "a point's call", 0, 2**20),
         step=whole(plain.get("step", 0), "a point's step", 0, 2**20),
     )
@@ -157,12 +165,12 @@ def _decode_run(plain: Any, limits: Limits) -> Run:
     invokes = _list(plain.get("invokes", []), "invokes")
     limits.check("invokes", len(invokes))
     options = plain.get("options", {})
-    if not isinstance(options, dict) or not all(isinstance(name, str) for name in options):
+    if not isinstance(options, dict):
         raise InvalidGraph("a run's options aren't named")
     run = Run(
         kind=kind,
         invokes=tuple(_decode_invoke(invoke, limits) for invoke in invokes),
-        options={name: decode(value) for name, value in options.items()},
+        options={_text(name, "an option's name"): decode(value) for name, value in options.items()},
     )
     limits.check("rows", run.rows)
     limits.check("tokens", run.rows * run.longest)
@@ -222,15 +230,13 @@ def _list(plain: Any, what: str) -> list[Any]:
 
 
 def _text(plain: Any, what: str, longest: int = 128) -> str:
-    if not isinstance(plain, str) or len(plain) > longest:
-        raise InvalidGraph(f"{what} is a text of at most {longest} characters")
-    return plain
+    return text(plain, what, longest)
 
 
 def _texts(plain: Any, what: str, most: int) -> list[str]:
-    if not isinstance(plain, list) or len(plain) > most or not all(isinstance(item, str) for item in plain):
+    if not isinstance(plain, list) or len(plain) > most:
         raise InvalidGraph(f"{what}: a list of at most {most} texts is expected")
-    return plain
+    return [text(item, what, MAX_PROMPT) for item in plain]
 
 
 __all__ = ["LimitExceeded", "decode_graph", "encode_graph"]

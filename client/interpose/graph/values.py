@@ -104,9 +104,7 @@ def decode(plain: Any, depth: int = 0) -> Arg:
     if plain is None or isinstance(plain, (bool, float)):
         return plain
     if isinstance(plain, str):
-        if len(plain) > MAX_TEXT:
-            raise InvalidGraph(f"a text argument is longer than {MAX_TEXT} characters")
-        return plain
+        return text(plain, "a text argument", MAX_TEXT)
     if isinstance(plain, int):
         if not INT_MIN <= plain <= INT_MAX:
             raise InvalidGraph("an integer argument doesn't fit 64 bits")
@@ -170,6 +168,16 @@ def whole(value: Any, what: str, low: int = 0, high: int = INT_MAX) -> int:
     """`value` if it is an int (not a bool) within bounds. Raises InvalidGraph otherwise."""
     if type(value) is not int or not low <= value <= high:
         raise InvalidGraph(f"{what} isn't a whole number from {low} to {high}")
+    return value
+
+
+def text(value: Any, what: str, longest: int) -> str:
+    """`value` if it is a text that UTF-8 can carry. Raises InvalidGraph otherwise."""
+    if not isinstance(value, str) or len(value) > longest:
+        raise InvalidGraph(f"{what} is a text of at most {longest} characters")
+    if not value.isascii() and any("\ud800" <= letter <= "\udfff" for letter in value):
+        # JSON can spell half a character; nobody could send it on.
+        raise InvalidGraph(f"{what} holds half of a character")
     return value
 
 
