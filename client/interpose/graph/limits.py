@@ -39,7 +39,8 @@ class Limits:
         if asked > allowed:
             raise LimitExceeded(
                 f"{name}: {asked:,} asked for, {allowed:,} allowed",
-                details={"limit": name, "asked": asked, "allowed": allowed},
+                # What was asked for may be beyond any number that msgpack can carry.
+                details={"limit": name, "asked": min(asked, 2**63 - 1), "allowed": allowed},
             )
 
     def as_dict(self) -> dict[str, int | float]:
