@@ -12,6 +12,7 @@ class Limits:
     """Attributes count, or are in the unit their name ends with.
 
     nodes, runs, invokes, rows, tokens: of one job; tokens are rows times the longest row.
+    new_tokens: a generation may add to a row.
     payload_bytes: of the submission, inline attachments included.
     attachments, attachment_bytes: number; size of each.
     result_bytes: all saves of the job together.
@@ -25,6 +26,7 @@ class Limits:
     invokes: int = 4_096
     rows: int = 4_096
     tokens: int = 131_072
+    new_tokens: int = 4_096
     payload_bytes: int = 32 << 20
     attachments: int = 1_024
     attachment_bytes: int = 1 << 30
@@ -53,6 +55,7 @@ UNLIMITED = Limits(
     invokes=1 << 40,
     rows=1 << 40,
     tokens=1 << 50,
+    new_tokens=1 << 40,
     payload_bytes=1 << 60,
     attachments=1 << 40,
     attachment_bytes=1 << 60,

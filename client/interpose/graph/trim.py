@@ -8,7 +8,7 @@ from dataclasses import replace
 from .model import Node
 from .values import Ref, refs, substitute
 
-EFFECTS = frozenset({"save", "write", "log"})
+EFFECTS = frozenset({"save", "write", "log", "set_grad"})
 """Ops that matter in themselves; any other node matters if one of these needs it."""
 
 
@@ -19,6 +19,8 @@ def live(nodes: Sequence[Node]) -> set[int]:
         if node.op in EFFECTS or node.id in found:
             found.add(node.id)
             found.update(refs((*node.args, *node.kwargs.values())))
+            if node.when is not None:
+                found.add(node.when)
     return found
 
 
@@ -35,6 +37,7 @@ def trimmed(nodes: Sequence[Node]) -> tuple[tuple[Node, ...], dict[int, int]]:
             id=ids[node.id],
             args=tuple(substitute(arg, renumber) for arg in node.args),
             kwargs={name: substitute(arg, renumber) for name, arg in node.kwargs.items()},
+            when=None if node.when is None else ids[node.when],
         )
         for node in nodes
         if node.id in ids

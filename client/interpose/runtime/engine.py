@@ -13,19 +13,18 @@ from typing import Any
 
 import torch
 
-from ..errors import InternalError, InterposeError, NotReached, OutOfMemory
+from ..errors import InternalError, InterposeError, OutOfMemory
 from ..graph.limits import UNLIMITED, Limits
-from ..graph.manifest import EVENT
-from ..graph.model import Graph, Node
+from ..graph.model import Graph
 from ..graph.validate import Report, validate
-from .hooks import hooked
+from .forward import Forward, place, starts
+from .generation import Generation
 from .independence import Buffers
 from .inputs import ModelInputs, batch_inputs, call_kwargs
 from .interpreter import Interpreter, Sink, World
 from .loading import Loaded
-from .plan import Place, compile_graph
+from .plan import compile_graph
 from .rows import Span
-from .slots import Touched
 
 log = logging.getLogger(__name__)
 
@@ -49,16 +48,6 @@ class EngineJob:
     saved: set[int] = field(default_factory=set)
 
 
-@dataclass(frozen=True)
-class Placed:
-    """One job's run within a forward: its block of rows, and each invoke's part of it."""
-
-    job: Interpreter
-    run: int
-    span: Span
-    invokes: tuple[Span, ...]
-
-
 class Engine:
     """One loaded model. Not reentrant: one call of `run` at a time."""
 
@@ -80,7 +69,7 @@ class Engine:
     def _together(self, jobs: Sequence[EngineJob]) -> list[InterposeError | None]:
         started = [self._start(job) for job in jobs]
         try:
-            self._runs(jobs, [job for job in started if isinstance(job, Interpreter)])
+            self._runs([job for job in started if isinstance(job, Interpreter)])
         except Exception as error:
             if len(jobs) > 1:
                 log.warning("a shared forward failed (%s); its %d jobs run apart", type(error).__name__, len(jobs))
@@ -98,123 +87,67 @@ class Engine:
     def _start(self, job: EngineJob) -> Interpreter | InterposeError:
         try:
             report = job.report or validate(job.graph, self.manifest, job.limits)
-            plan = compile_graph(job.graph)
             started = Interpreter(
-                plan, report.known, job.attachments, job.sink, job.limits, self._world, job.saved,
+                compile_graph(job.graph),
+                report.known,
+                job.attachments,
+                job.sink,
+                job.limits,
+                self._world,
+                job.saved,
                 exclusive=job.exclusive or report.footprint.exclusive,
-            )  # fmt: skip
+            )
         except InterposeError as error:
             return error
-        started.begin()
+        with _gradients(started):
+            started.begin()
         return started
 
-    def _runs(self, jobs: Sequence[EngineJob], started: Sequence[Interpreter]) -> None:
-        for index in range(max((len(job.graph.runs) for job in jobs), default=0)):
-            shared: dict[bool, list[Interpreter]] = {}
-            for job in started:
-                if job.error is not None or index >= len(job.plan.graph.runs):
-                    continue
-                if (index, 0) not in job.plan.accesses and index not in job.plan.masks:
-                    continue
-                if job.exclusive:
-                    self._forward([job], index)
-                else:
-                    shared.setdefault(job.plan.attention(index), []).append(job)
+    def _runs(self, jobs: Sequence[Interpreter]) -> None:
+        """Run level by level: the runs of a level, of all jobs, need nothing of one another."""
+        for level in range(max((len(job.plan.levels) for job in jobs), default=0)):
+            shared: dict[tuple[str, bool], list[tuple[Interpreter, int]]] = {}
+            for job in jobs:
+                for run in job.plan.levels[level] if level < len(job.plan.levels) else ():
+                    if job.plan.idle(run):
+                        continue
+                    if job.exclusive:
+                        self._forward([(job, run)])
+                    else:
+                        key = job.plan.graph.runs[run].kind, job.plan.attention(run)
+                        shared.setdefault(key, []).append((job, run))
             for group in shared.values():
-                self._forward(group, index)
+                self._forward(group)
 
-    def _forward(self, jobs: Sequence[Interpreter], index: int) -> None:
-        runs = [job.plan.graph.runs[index] for job in jobs]
-        inputs = batch_inputs(
-            [[row for invoke in run.invokes for row in invoke.rows] for run in runs], self._world.device
-        )
-        placed = [
-            place(job, index, row) for job, row in zip(jobs, _starts([run.rows for run in runs]), strict=True)
-        ]
-        forward = Forward(self.loaded, placed, inputs)
-        for part in placed:
-            self._give_masks(part, inputs)
-        touched = {name: self._world.modules[name] for name, _, _ in forward.waiting}
-        with self._buffers, hooked(touched, self.loaded.names, forward):
-            try:
-                if touched:
-                    self.loaded.model(**self._kwargs(inputs))
-            except _Enough:
-                pass
-        forward.finish()
+    def _forward(self, group: Sequence[tuple[Interpreter, int]]) -> None:
+        group = [(job, run) for job, run in group if job.error is None]
+        if not group:
+            return
+        runs = [job.plan.graph.runs[run] for job, run in group]
+        rows = [[row for invoke in run.invokes for row in invoke.rows] for run in runs]
+        with self._buffers, _gradients(*(job for job, _ in group)):
+            if runs[0].kind == "generate":
+                Generation(self.loaded, group, rows).run()
+                return
+            inputs = batch_inputs(rows, self._world.device)
+            width = inputs.input_ids.shape[1]
+            firsts = starts([run.rows for run in runs])
+            placed = [
+                place(job, run, Span(first, len(own), 0, length, 0, length))
+                for (job, run), first, own, length in zip(group, firsts, rows, inputs.widths, strict=True)
+            ]
+            for part in placed:
+                part.give_mask(inputs.attention_mask)
+            forward = Forward(self.loaded, placed, Span.whole(inputs.input_ids.shape[0], width, width))
+            forward.run(self._kwargs(inputs))
+            forward.finish()
 
     def _kwargs(self, inputs: ModelInputs) -> dict[str, Any]:
         kwargs: dict[str, Any] = call_kwargs(self.loaded, inputs)
         # One forward reads no cache; without one its keys and values die with their layer.
         return kwargs | {"use_cache": False} if "use_cache" in self.loaded.feeding.accepts else kwargs
 
-    def _give_masks(self, part: Placed, inputs: ModelInputs) -> None:
-        for node in part.job.plan.masks.get(part.run, ()):
-            span = part.span if node.invoke is None else _shifted(part.invokes[node.invoke], part.span)
-            mask = inputs.attention_mask[span.row : span.row + span.rows, span.start : span.start + span.length]
-            with part.job.guard():
-                part.job.provide(node.id, mask)
 
-
-class _Enough(Exception):
-    """Nobody needs what comes after this point of the forward."""
-
-
-class Forward:
-    """One forward of the model, shared by the runs placed in it. A `Visitor` of its hooks."""
-
-    def __init__(self, loaded: Loaded, placed: Sequence[Placed], inputs: ModelInputs) -> None:
-        self.loaded = loaded
-        self.rows, self.total = inputs.input_ids.shape
-        self.waiting: dict[Place, list[tuple[Placed, tuple[Node, ...]]]] = {}
-        for part in placed:
-            for at, nodes in part.job.plan.accesses.get((part.run, 0), {}).items():
-                self.waiting.setdefault(at, []).append((part, nodes))
-        self.attention = any(event not in EVENT.values() for _, event, _ in self.waiting)
-
-    def visit(self, module: str, event: str, call: int, value: Any) -> Any:
-        parts = self.waiting.pop((module, event, call), None)
-        if parts is None:
-            return value
-        layout = self.loaded.manifest.modules[module].points[_POINT.get(event, event)]
-        touched = Touched(value, layout, self.rows, self.total, (module, event) in self.loaded.rewritten)
-        for part, nodes in parts:
-            if part.job.error is None:
-                part.job.fire(nodes, touched, part.span, part.invokes)
-        if all(part.job.error for entries in self.waiting.values() for part, _ in entries):
-            raise _Enough
-        return touched.result()
-
-    def finish(self) -> None:
-        """Fail the jobs that still wait for a point: the forward is over and never came there."""
-        for entries in self.waiting.values():
-            for part, nodes in entries:
-                node = nodes[0]
-                reason = f"this forward never came to {node.point}"
-                part.job.fail(NotReached(reason, node=node.id, op=node.op, source=node.source))
-
-
-_POINT = {event: name for name, event in EVENT.items()}
-
-
-def place(job: Interpreter, index: int, row: int) -> Placed:
-    """Where a run lies in a forward whose rows from `row` on are its own."""
-    run = job.plan.graph.runs[index]
-    starts = _starts([len(invoke.rows) for invoke in run.invokes])
-    invokes = tuple(
-        Span(start, len(invoke.rows), run.longest - invoke.longest, invoke.longest)
-        for start, invoke in zip(starts, run.invokes, strict=True)
-    )
-    return Placed(job, index, Span(row, run.rows, 0, run.longest), invokes)
-
-
-def _starts(sizes: Sequence[int]) -> list[int]:
-    starts, total = [], 0
-    for size in sizes:
-        starts.append(total)
-        total += size
-    return starts
-
-
-def _shifted(invoke: Span, run: Span) -> Span:
-    return Span(run.row + invoke.row, invoke.rows, run.start + invoke.start, invoke.length)
+def _gradients(*jobs: Interpreter) -> torch.set_grad_enabled:
+    """Tracks what is computed if a job asked for gradients; such jobs run alone."""
+    return torch.set_grad_enabled(any(job.plan.backwards for job in jobs))

@@ -10,16 +10,25 @@ from typing import Any, Protocol
 import torch
 from torch import nn
 
-from .. import errors
-from ..errors import BadArgument, InterposeError, JobCancelled, OpFailed, WrongOrder
+from ..errors import (
+    BadArgument,
+    InterposeError,
+    JobCancelled,
+    NotReached,
+    OpFailed,
+    ShapeMismatch,
+    WrongOrder,
+)
 from ..graph import ops
+from ..graph.checker import HANDLERS as CHECKED
+from ..graph.checker import Known
 from ..graph.limits import Limits
 from ..graph.model import Node
-from ..graph.validate import STRUCTURE, Known
-from ..graph.values import TensorSpec, refs, substitute
+from ..graph.values import TensorSpec, substitute
 from . import kernels, nests
+from .gradients import Gradients
 from .hooks import no_hooks
-from .plan import Plan
+from .plan import ACCESSES, GIVEN, MOMENTS, Plan
 from .rows import Span
 from .slots import RunValues, Touched, assign
 
@@ -43,6 +52,13 @@ class World:
 
     modules: Mapping[str, nn.Module]
     device: torch.device
+
+
+class _Skipped:
+    """The value of a node in a branch that wasn't taken."""
+
+
+SKIPPED = _Skipped()
 
 
 class Interpreter:
@@ -71,19 +87,45 @@ class Interpreter:
         self.exclusive = exclusive
         self.error: InterposeError | None = None
         self.result_bytes = 0
+        self.flops = 0
+        self.gradients = Gradients(self)
         self._values: dict[int, Any] = {}
-        self._waits = list(plan.waits)
+        self._waits = list(map(len, plan.needs))
         self._uses = [len(users) for users in plan.users]
         self._ready: list[int] = []
+        self._kept = _kept(plan)
+        self._lists: dict[int, list[Any]] = {}
 
     def begin(self) -> None:
         """Run what needs nothing from the model."""
         with self.guard():
             for node in self.nodes:
-                idle = node.op in EFFECT_FREE_STARTS and not self.plan.users[node.id]
-                if not self._waits[node.id] and node.point is None and node.op != "attention_mask" and not idle:
+                if node.id in self.plan.live and not self._waits[node.id] and self._free(node):
                     heapq.heappush(self._ready, node.id)
             self._drain()
+
+    def begin_step(self, run: int, step: int) -> None:
+        """Make the bodies of "steps" that hold this step ready to run once more."""
+        for control in self.plan.active(run, step):
+            body = self.plan.templates[control]
+            inside = {node.id for node in body}
+            for node in body:
+                self._values.pop(node.id, None)
+                needed = self.plan.needs[node.id]
+                self._waits[node.id] = sum(ref in inside or ref not in self._values for ref in needed)
+                self._uses[node.id] = len(self.plan.users[node.id])
+            with self.guard():
+                for node in body:
+                    if not self._waits[node.id] and self._startable(node):
+                        heapq.heappush(self._ready, node.id)
+                self._drain()
+
+    def end_run(self, run: int) -> None:
+        """Hand out what was gathered over the steps of a run."""
+        with self.guard():
+            for node in self.plan.nodes("save"):
+                if node.run == run and self.plan.template_of(node.id) is not None and self.error is None:
+                    self._emit(node, self._lists.pop(node.id, []))
 
     def provide(self, node: int, value: Any) -> None:
         """A value exists: run everything that waited for it alone."""
@@ -96,7 +138,7 @@ class Interpreter:
             if self.sink.cancelled():
                 raise JobCancelled("cancelled while running")
             values = RunValues(touched, span)
-            whole = Span(0, span.rows, 0, span.length)
+            whole = Span.whole(span.rows, span.length, span.keys)
             for node in nodes:
                 view = whole if node.invoke is None else invokes[node.invoke]
                 self._access(node, values, view)
@@ -112,31 +154,63 @@ class Interpreter:
         self._values.clear()
         self._ready.clear()
 
-    # -- parts -------------------------------------------------------------------------------------------------
+    def arguments(self, args: Sequence[Any]) -> tuple[Any, ...]:
+        """Arguments with references replaced by values."""
+        return tuple([substitute(arg, self._values.__getitem__) for arg in args])
+
+    def waits(self, node: Node) -> bool:
+        return self._waits[node.id] > 0
+
+    def release(self, node: Node) -> None:
+        """A node has run: let go of the values that only it still needed."""
+        for ref in self.plan.needs[node.id]:
+            self._uses[ref] -= 1
+            if not self._uses[ref] and ref not in self._kept:
+                self._values.pop(ref, None)
+
+    # -- the model's moments -----------------------------------------------------------------------------------
 
     def _access(self, node: Node, values: RunValues, view: Span) -> None:
         assert node.point is not None
+        if self._values.get(node.id) is SKIPPED or self.skips(node):
+            return
         try:
-            if node.op == "read":
-                value = values.read(node.point.path, view)
-                self._expect(node, value)
-            elif self._waits[node.id]:
-                raise WrongOrder("what is written here exists only later in the forward")
-            else:
-                chain, index, new = (substitute(arg, self._values.__getitem__) for arg in node.args)
+            if self._waits[node.id]:
+                raise WrongOrder("what this needs exists only later in the forward")
+            if node.op == "write":
+                chain, index, new = self.arguments(node.args)
                 values.write(node.point.path, view, chain, index, new)
-                self._release(node)
+                self.release(node)
                 return
+            value = self._read(node, values, view)
         except Exception as error:
             raise located(error, node) from error
         self.provide(node.id, value)
 
-    def _expect(self, node: Node, value: Any) -> None:
+    def _read(self, node: Node, values: RunValues, view: Span) -> Any:
+        assert node.point is not None
+        if node.id in self.plan.gradients:
+            self.gradients.watch(node.id, *values.watch(node.point.path, view))
+        value = values.read(node.point.path, view)
         spec = self.known[node.id].spec
         if isinstance(spec, TensorSpec) and tuple(value.shape) != spec.shape:
-            raise errors.ShapeMismatch(
-                f"{node.point} has shape {list(value.shape)} here, where {list(spec.shape)} was measured"
-            )
+            raise ShapeMismatch(f"the value has shape {list(value.shape)}, where {list(spec.shape)} was measured")
+        return value
+
+    def skips(self, node: Node) -> bool:
+        """Whether a node lies in a branch that wasn't taken."""
+        return any(self._values.get(control) is False for control in self.plan.scope[node.id])
+
+    # -- running nodes -----------------------------------------------------------------------------------------
+
+    def _free(self, node: Node) -> bool:
+        """Whether a node without needs may run at the start, and somebody will use it."""
+        idle = node.op in ("attachment", "param") and not self.plan.users[node.id]
+        return not idle and self.plan.template_of(node.id) is None and self._startable(node)
+
+    def _startable(self, node: Node) -> bool:
+        """Whether a node runs as soon as its needs are there: not at the model's moments, not in a loop's turn."""
+        return node.op not in MOMENTS and node.id not in self.plan.looped
 
     def _give(self, node: int, value: Any) -> None:
         users = self.plan.users[node]
@@ -144,25 +218,32 @@ class Interpreter:
             self._values[node] = value
         for user in users:
             self._waits[user] -= 1
-            if not self._waits[user] and self.nodes[user].point is None:
+            if not self._waits[user] and self._startable(self.nodes[user]):
                 heapq.heappush(self._ready, user)
 
     def _drain(self) -> None:
         while self._ready:
             node = self.nodes[heapq.heappop(self._ready)]
             try:
-                value = self._run(node)
+                value = SKIPPED if self.skips(node) else self._run(node)
             except Exception as error:
                 raise located(error, node) from error
-            self._release(node)
+            self.release(node)
             self._give(node.id, value)
 
     def _run(self, node: Node) -> Any:
-        look = self._values.__getitem__
-        args = tuple([substitute(arg, look) for arg in node.args])
         handler = HANDLERS.get(node.op)
         if handler is not None:
-            return handler(self, node, args)
+            value = handler(self, node, self.arguments(node.args))
+        else:
+            value = self.compute(node, self._values.__getitem__)
+        if node.id in self.plan.gradients:
+            value = self.gradients.watch_value(node.id, value)
+        return value
+
+    def compute(self, node: Node, look: Callable[[int], Any]) -> Any:
+        """The result of a node of the op table."""
+        args = tuple([substitute(arg, look) for arg in node.args])
         kwargs = {name: substitute(arg, look) for name, arg in node.kwargs.items()}
         if self.known[node.id].spec is ops.UNKNOWN:
             self._bound(node, args, kwargs)
@@ -172,19 +253,20 @@ class Interpreter:
         """Check an op whose size no shape told in advance, now that its inputs are here."""
         cost = ops.cost(node.op, described(args), {name: described(arg) for name, arg in kwargs.items()})
         if cost is not None:
+            self.flops += cost.flops
             self.limits.check("memory_bytes", cost.out_bytes + cost.peak_bytes)
-            self.limits.check("flops", cost.flops)
-
-    def _release(self, node: Node) -> None:
-        for ref in set(refs((*node.args, *node.kwargs.values()))):
-            self._uses[ref] -= 1
-            if not self._uses[ref]:
-                self._values.pop(ref, None)
+            self.limits.check("flops", self.flops)
 
     def save(self, node: Node, args: tuple[Any, ...]) -> None:
         value = nests.transform(args[0], torch.Tensor.detach)
         self.result_bytes += sum(tensor.nbytes for _, tensor in nests.tensors(value))
         self.limits.check("result_bytes", self.result_bytes)
+        if self.plan.template_of(node.id) is None:
+            self._emit(node, value)
+        else:
+            self._lists.setdefault(node.id, []).append(value)
+
+    def _emit(self, node: Node, value: Any) -> None:
         if node.id not in self.saved:
             self.saved.add(node.id)
             self.sink.save(node.id, value)
@@ -213,8 +295,75 @@ class Interpreter:
         assign(fresh, chain, index, value)
         return fresh
 
+    def branch(self, node: Node, args: tuple[Any, ...]) -> bool:
+        """Whether the body runs; if not, everything in it is skipped."""
+        pred, wanted = args
+        taken = truth(pred) is wanted
+        if not taken:
+            for other in self.plan.moments_within.get(node.id, ()):
+                self._give(other, SKIPPED)
+        return taken
 
-EFFECT_FREE_STARTS = frozenset({"attachment", "param"})
+    def select(self, node: Node, args: tuple[Any, ...]) -> Any:
+        then, _, one, two = args
+        return one if then else two
+
+    def end_loop(self, node: Node, args: tuple[Any, ...]) -> tuple[Any, ...]:
+        return self._loop(node, self._values.__getitem__)
+
+    def _loop(self, end: Node, look: Callable[[int], Any]) -> tuple[Any, ...]:
+        """Run a loop to its end, turn by turn, in a scope of its own."""
+        start, outs, keep, each = end.args
+        count, init = self.nodes[start.id].args
+        carried = [look(ref.id) for ref in init]
+        gathered: list[list[Any]] = [[] for _ in each]
+        for turn in range(count):
+            if self.sink.cancelled():
+                raise JobCancelled("cancelled while running")
+            inside = self._turn(start.id, carried, turn, look)
+
+            def seen(ref: int, inside: dict[int, Any] = inside) -> Any:
+                return inside[ref] if ref in inside else look(ref)
+
+            if keep is not None and not truth(seen(keep.id)):
+                break
+            carried = [seen(ref.id) for ref in outs]
+            for values, ref in zip(gathered, each, strict=True):
+                values.append(seen(ref.id))
+        return (*carried, *map(torch.stack, gathered))
+
+    def _turn(self, loop: int, carried: Sequence[Any], turn: int, look: Callable[[int], Any]) -> dict[int, Any]:
+        """The values of one turn of a loop's body."""
+        inside: dict[int, Any] = {}
+
+        def seen(ref: int) -> Any:
+            return inside[ref] if ref in inside else look(ref)
+
+        for node in self.plan.bodies.get(loop, ()):
+            try:
+                if node.op == "carry":
+                    inside[node.id] = carried[node.args[0]]
+                elif node.op == "turn":
+                    inside[node.id] = torch.tensor(turn, device=self.world.device)
+                elif node.op == "end_loop":
+                    inside[node.id] = self._loop(node, seen)
+                elif node.op == "loop":
+                    continue
+                elif node.op in HANDLERS:
+                    args = tuple(substitute(arg, seen) for arg in node.args)
+                    inside[node.id] = HANDLERS[node.op](self, node, args)
+                else:
+                    inside[node.id] = self.compute(node, seen)
+            except Exception as error:
+                raise located(error, node) from error
+        return inside
+
+    def backward(self, node: Node, args: tuple[Any, ...]) -> None:
+        self.gradients.run(node, args[0])
+
+    def nothing(self, node: Node, args: tuple[Any, ...]) -> None:
+        """Control nodes do nothing themselves."""
+
 
 HANDLERS: Mapping[str, Callable[[Interpreter, Node, tuple[Any, ...]], Any]] = {
     "save": Interpreter.save,
@@ -223,8 +372,15 @@ HANDLERS: Mapping[str, Callable[[Interpreter, Node, tuple[Any, ...]], Any]] = {
     "param": Interpreter.param,
     "call": Interpreter.call,
     "update": Interpreter.update,
+    "steps": Interpreter.nothing,
+    "branch": Interpreter.branch,
+    "select": Interpreter.select,
+    "loop": Interpreter.nothing,
+    "end_loop": Interpreter.end_loop,
+    "backward": Interpreter.backward,
 }
-assert set(HANDLERS) | {"read", "write", "attention_mask"} == set(STRUCTURE)
+assert set(HANDLERS) | MOMENTS | {"carry", "turn"} == set(CHECKED)
+assert GIVEN | ACCESSES < MOMENTS
 
 
 class _Guard:
@@ -240,14 +396,33 @@ class _Guard:
         return isinstance(error, InterposeError)
 
 
+def _kept(plan: Plan) -> frozenset[int]:
+    """Values that live to the end: those that a body of steps takes from outside, once a step."""
+    return frozenset(ref for body in plan.templates.values() for node in body for ref in plan.needs[node.id])
+
+
+def truth(value: Any) -> bool:
+    """A condition's value. Raises BadArgument if it is more than one."""
+    if isinstance(value, torch.Tensor):
+        if value.numel() != 1:
+            raise BadArgument(f"a condition is one value, not {list(value.shape)}")
+        return bool(value.item())
+    return bool(value)
+
+
 def located(error: Exception, node: Node) -> Exception:
     """The error as one of ours that names the node; torch's own become OpFailed with their first line."""
     if isinstance(error, InterposeError):
         return error.at(node.id, node.op, node.source)
-    if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
+    if isinstance(error, (torch.OutOfMemoryError, torch.AcceleratorError, MemoryError)):
         return error
     reason = str(error).strip().split("\n")[0][:300] or type(error).__name__
     return OpFailed(reason, node=node.id, op=node.op, source=node.source)
+
+
+def unreached(node: Node) -> NotReached:
+    """The error of a node whose point the forward never came to."""
+    return NotReached(f"this forward never came to {node.point}", node=node.id, op=node.op, source=node.source)
 
 
 def described(value: Any) -> Any:

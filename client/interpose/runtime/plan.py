@@ -1,8 +1,8 @@
-"""A graph compiled for execution: what waits for what, and which nodes run at which place of the forward."""
+"""A graph compiled for execution: what waits for what, and which nodes run at which moment of which forward."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from typing import TypeAlias
@@ -15,61 +15,204 @@ from ..graph.values import refs
 Place: TypeAlias = tuple[str, str, int]
 """Module path, event, call: where within one forward."""
 
+ACCESSES = frozenset({"read", "write"})
+MOMENTS = ACCESSES | {"grad", "set_grad", "attention_mask", "tokens"}
+"""Ops that run when the model comes to their moment, and not when their arguments are there."""
+
+GIVEN = frozenset({"attention_mask", "tokens"})
+"""Ops whose value the engine provides."""
+
 
 @dataclass(frozen=True)
 class Plan:
     """Pure data, so that one plan serves every execution of its graph.
 
     Attributes:
-        waits: node -> number of distinct nodes it needs first.
+        needs: node -> the nodes whose values it takes, or that decide over it.
         users: node -> nodes that need it.
-        accesses: (run, step) -> place -> reads and writes there, in the user's order.
+        scope: node -> the control nodes whose bodies hold it, outermost first.
+        live: ids of the nodes that matter.
     """
 
     graph: Graph
-    waits: tuple[int, ...]
+    needs: tuple[frozenset[int], ...]
     users: tuple[tuple[int, ...], ...]
-    accesses: Mapping[tuple[int, int], Mapping[Place, tuple[Node, ...]]]
+    scope: tuple[tuple[int, ...], ...]
+    live: frozenset[int]
+
+    def nodes(self, *wanted: str) -> Iterator[Node]:
+        """The live nodes of some ops."""
+        return (node for node in self.graph.nodes if node.op in wanted and node.id in self.live)
 
     @cached_property
-    def masks(self) -> Mapping[int, tuple[Node, ...]]:
-        """Run -> nodes that read its attention mask."""
-        found: dict[int, tuple[Node, ...]] = {}
+    def accesses(self) -> Mapping[tuple[int, int], Mapping[Place, tuple[Node, ...]]]:
+        """(run, step) -> place -> reads and writes there, in the user's order; those of every step are apart."""
+        found: dict[tuple[int, int], dict[Place, list[Node]]] = {}
+        for node in self.nodes(*ACCESSES):
+            if self.template_of(node.id) is None:
+                assert node.point is not None
+                found.setdefault((node.run, node.point.step), {}).setdefault(place_of(node), []).append(node)
+        return {key: {place: tuple(here) for place, here in places.items()} for key, places in found.items()}
+
+    @cached_property
+    def templates(self) -> Mapping[int, tuple[Node, ...]]:
+        """Control node of op "steps" -> all nodes of its body, nested ones included."""
+        found: dict[int, list[Node]] = {node.id: [] for node in self.graph.nodes if node.op == "steps"}
         for node in self.graph.nodes:
-            if node.op == "attention_mask":
-                found[node.run] = (*found.get(node.run, ()), node)
+            template = self.template_of(node.id)
+            if template is not None and node.id in self.live:
+                found[template].append(node)
+        return {control: tuple(nodes) for control, nodes in found.items()}
+
+    def template_of(self, node: int) -> int | None:
+        """The "steps" node whose body holds a node, if one does."""
+        scope = self.scope[node]
+        return scope[0] if scope and self.graph.nodes[scope[0]].op == "steps" else None
+
+    def active(self, run: int, step: int) -> list[int]:
+        """The "steps" nodes whose bodies run at one step of a run."""
+        return [
+            control
+            for control in self.templates
+            if (node := self.graph.nodes[control]).run == run
+            and node.args[0] <= step
+            and (node.args[1] is None or step < node.args[1])
+        ]
+
+    def at(self, run: int, step: int) -> Mapping[Place, tuple[Node, ...]]:
+        """Place -> everything read and written there at one step, in the user's order."""
+        found = {place: list(nodes) for place, nodes in self.accesses.get((run, step), {}).items()}
+        for control in self.active(run, step):
+            for node in self.templates[control]:
+                if node.op in ACCESSES:
+                    found.setdefault(place_of(node), []).append(node)
+        return {place: tuple(sorted(nodes, key=_id)) for place, nodes in found.items()}
+
+    @cached_property
+    def moments_within(self) -> Mapping[int, tuple[int, ...]]:
+        """Branch -> the nodes of its body, nested ones included, that run at moments of the model's."""
+        found: dict[int, list[int]] = {}
+        for node in self.nodes(*MOMENTS):
+            for control in self.scope[node.id]:
+                found.setdefault(control, []).append(node.id)
+        return {control: tuple(nodes) for control, nodes in found.items()}
+
+    @cached_property
+    def bodies(self) -> Mapping[int, tuple[Node, ...]]:
+        """Control node -> the nodes directly in its body."""
+        found: dict[int, list[Node]] = {}
+        for node in self.graph.nodes:
+            if node.when is not None and node.id in self.live:
+                found.setdefault(node.when, []).append(node)
+        return {control: tuple(nodes) for control, nodes in found.items()}
+
+    @cached_property
+    def looped(self) -> frozenset[int]:
+        """Ids of nodes inside loops: their loop runs them."""
+        return frozenset(
+            node.id
+            for node in self.graph.nodes
+            if any(self.graph.nodes[control].op == "loop" for control in self.scope[node.id])
+        )
+
+    @cached_property
+    def gradients(self) -> Mapping[int, Mapping[int, tuple[Node, ...]]]:
+        """Watched node -> backward node -> gradient reads and writes there, in the user's order."""
+        found: dict[int, dict[int, list[Node]]] = {}
+        for node in self.nodes("grad", "set_grad"):
+            target, backward = node.args[0].id, node.args[1].id
+            found.setdefault(target, {}).setdefault(backward, []).append(node)
+        return {target: {back: tuple(nodes) for back, nodes in by.items()} for target, by in found.items()}
+
+    @cached_property
+    def backwards(self) -> tuple[int, ...]:
+        return tuple(node.id for node in self.nodes("backward"))
+
+    @cached_property
+    def last_step(self) -> Mapping[int, int | None]:
+        """Run -> the last step anybody asks for; None if that is the end of the generation."""
+        found: dict[int, int | None] = dict.fromkeys(range(len(self.graph.runs)), -1)
+        for node in self.nodes(*ACCESSES, "tokens"):
+            template = self.template_of(node.id)
+            stop = self.graph.nodes[template].args[1] if template is not None else None
+            if node.op == "tokens" or (template is not None and stop is None):
+                found[node.run] = None
+                continue
+            last = stop - 1 if stop is not None else node.point.step if node.point else 0
+            known = found[node.run]
+            found[node.run] = None if known is None else max(known, last)
         return found
+
+    @cached_property
+    def levels(self) -> tuple[tuple[int, ...], ...]:
+        """Runs in groups: those of a group need nothing of one another, only of groups before."""
+        return _levels(self.graph)
+
+    def idle(self, run: int) -> bool:
+        """Whether a run serves nobody."""
+        return not any(node.run == run for node in self.nodes(*ACCESSES, *GIVEN))
 
     def attention(self, run: int) -> bool:
         """Whether a run looks inside attention."""
-        return any(
-            event not in ("enter", "exit")
-            for (index, _), places in self.accesses.items()
-            if index == run
-            for _, event, _ in places
-        )
+        return any(place_of(node)[1] not in EVENT.values() for node in self.nodes(*ACCESSES) if node.run == run)
+
+
+def place_of(node: Node) -> Place:
+    assert node.point is not None
+    return node.point.module, EVENT.get(node.point.name, node.point.name), node.point.call
+
+
+def _taken(node: Node) -> set[int]:
+    """The nodes whose values a node takes: what it refers to, and for a gradient only the value it writes."""
+    if node.op in ("grad", "set_grad"):
+        return set(refs(node.args[2:]))
+    return set(refs((*node.args, *node.kwargs.values())))
 
 
 def compile_graph(graph: Graph) -> Plan:
     """The plan of a graph, without the nodes that no save, log or write needs."""
-    needed_ids = live(graph.nodes)
-    waits = [0] * len(graph.nodes)
-    users: list[list[int]] = [[] for _ in graph.nodes]
-    accesses: dict[tuple[int, int], dict[Place, list[Node]]] = {}
+    matter = frozenset(live(graph.nodes))
+    scope: list[tuple[int, ...]] = []
+    needed: list[set[int]] = []
     for node in graph.nodes:
-        if node.id not in needed_ids:
-            continue
-        needed = set(refs((*node.args, *node.kwargs.values())))
-        waits[node.id] = len(needed)
-        for ref in needed:
-            users[ref].append(node.id)
-        if node.point is not None:
-            point = node.point
-            place = point.module, EVENT.get(point.name, point.name), point.call
-            accesses.setdefault((node.run, point.step), {}).setdefault(place, []).append(node)
-    return Plan(
-        graph,
-        tuple(waits),
-        tuple(map(tuple, users)),
-        {key: {place: tuple(nodes) for place, nodes in places.items()} for key, places in accesses.items()},
+        scope.append(() if node.when is None else (*scope[node.when], node.when))
+        needed.append(_taken(node))
+    for node in graph.nodes:
+        for control in scope[node.id]:
+            # A branch decides over its body; a loop needs beforehand what its body takes from outside.
+            if graph.nodes[control].op == "branch":
+                needed[node.id].add(control)
+        if node.op == "end_loop":
+            inside = {other.id for other in graph.nodes if node.args[0].id in scope[other.id]}
+            taken = {ref for other in inside for ref in needed[other]}
+            needed[node.id] = (needed[node.id] | taken) - inside
+    users: list[list[int]] = [[] for _ in graph.nodes]
+    for node in graph.nodes:
+        if node.id in matter:
+            for ref in needed[node.id]:
+                users[ref].append(node.id)
+    return Plan(graph, tuple(map(frozenset, needed)), tuple(map(tuple, users)), tuple(scope), matter)
+
+
+def _levels(graph: Graph) -> tuple[tuple[int, ...], ...]:
+    """Topological groups of runs. Which runs a value comes from is kept as one bit a run."""
+    comes_from: list[int] = []
+    wanted = [0] * len(graph.runs)
+    for node in graph.nodes:
+        source = 0
+        for ref in refs((*node.args, *node.kwargs.values())):
+            source |= comes_from[ref]
+        if node.op in MOMENTS:
+            wanted[node.run] |= source & ~(1 << node.run)
+            source |= 1 << node.run
+        comes_from.append(source)
+    level: list[int] = []
+    for bits in wanted:
+        level.append(max((level[other] + 1 for other in range(len(level)) if bits >> other & 1), default=0))
+    return tuple(
+        tuple(run for run, at in enumerate(level) if at == group) for group in range(max(level, default=-1) + 1)
     )
+
+
+def _id(node: Node) -> int:
+    return node.id

@@ -17,15 +17,30 @@ from ..graph.manifest import BATCH, BATCH_SEQ, KEY, SEQ, Leaf
 
 @dataclass(frozen=True, slots=True)
 class Span:
-    """Rows [row, row + rows) and positions [start, start + length) of something `total` positions long."""
+    """A part of a batch: rows [row, row + rows), positions [start, start + length), and of the positions attention
+    looks back on, which a cache makes more, [key, key + keys)."""
 
     row: int
     rows: int
     start: int
     length: int
+    key: int
+    keys: int
 
-    def covers(self, rows: int, total: int) -> bool:
-        return self.row == 0 and self.rows == rows and self.start == 0 and self.length == total
+    @classmethod
+    def whole(cls, rows: int, length: int, keys: int) -> Span:
+        return cls(0, rows, 0, length, 0, keys)
+
+    def within(self, outer: Span) -> Span:
+        """This part, given relative to another, in terms of what that one is given in."""
+        return Span(
+            outer.row + self.row,
+            self.rows,
+            outer.start + self.start,
+            self.length,
+            outer.key + self.key,
+            self.keys,
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,22 +48,25 @@ class View:
     """How to cut a span out of tensors of one layout.
 
     Dimensions that hold batch and positions in one are opened into two first, so that a cut stays a view.
+
+    Attributes:
+        of: what the tensors hold, as a span that starts at 0.
     """
 
     leaf: Leaf
     span: Span
-    rows: int
-    total: int
+    of: Span
 
     @property
     def whole(self) -> bool:
         """Whether the cut would leave everything: always so for values that don't belong to rows."""
-        return not self.leaf.by_rows or self.span.covers(self.rows, self.total)
+        return not self.leaf.by_rows or self.span == self.of
 
     def open(self, tensor: torch.Tensor) -> torch.Tensor:
         """The cut with batch and positions apart, sharing memory with `tensor`."""
         dims = list(self.leaf.dims)
-        sizes = {BATCH: self.rows, SEQ: self.total, KEY: self.total, BATCH_SEQ: self.rows * self.total}
+        of = self.of
+        sizes = {BATCH: of.rows, SEQ: of.length, KEY: of.keys, BATCH_SEQ: of.rows * of.length}
         if len(dims) != tensor.dim() or any(
             size != sizes.get(str(dim), size) for dim, size in zip(dims, tensor.shape, strict=True)
         ):
@@ -59,13 +77,15 @@ class View:
         if BATCH_SEQ in dims:
             place = dims.index(BATCH_SEQ)
             dims[place : place + 1] = [BATCH, SEQ]
-            tensor = tensor.unflatten(place, (self.rows, self.total))  # type: ignore[no-untyped-call]
+            tensor = tensor.unflatten(place, (of.rows, of.length))  # type: ignore[no-untyped-call]
         span = self.span
         for place, dim in enumerate(dims):
             if dim == BATCH:
                 tensor = tensor.narrow(place, span.row, span.rows)
-            elif dim in (SEQ, KEY):
+            elif dim == SEQ:
                 tensor = tensor.narrow(place, span.start, span.length)
+            elif dim == KEY:
+                tensor = tensor.narrow(place, span.key, span.keys)
         return tensor
 
     def close(self, opened: torch.Tensor) -> torch.Tensor:

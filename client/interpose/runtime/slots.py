@@ -30,8 +30,7 @@ class Touched:
 
     nest: Any
     layout: Layout
-    rows: int
-    total: int
+    whole: Span
     rewritten: bool = False
     owned: dict[Path, torch.Tensor] = field(default_factory=dict)
     _copies: dict[Path, torch.Tensor] = field(default_factory=dict)
@@ -79,6 +78,14 @@ class Slot:
         self.private = False
         return view.cut(self.current)
 
+    def watch(self) -> torch.Tensor:
+        """The newest version as one that gradients flow to; where none did yet, they are cut off behind it."""
+        if not self.current.requires_grad:
+            self.current = self.current.detach().requires_grad_()
+            self.written = True
+        self.private = False
+        return self.current
+
     def write(self, view: View, chain: Sequence[Any], index: Any, value: Any) -> None:
         self.written = True
         if index is None and not chain and view.whole:
@@ -122,6 +129,13 @@ class RunValues:
             raise BadArgument("a nest can't be written as one")
         self._slot(leaf, path).write(self._within(leaf, invoke), chain, index, value)
 
+    def watch(self, path: Path, invoke: Span) -> tuple[torch.Tensor, View]:
+        """The whole tensor at a path, ready for gradients, and how an invoke's part is cut out of it."""
+        leaf = walk(self.touched.layout, path)
+        if not isinstance(leaf, Leaf):
+            raise BadArgument("a nest has no gradient; take one of its tensors")
+        return self._slot(leaf, path).watch(), self._within(leaf, invoke)
+
     def finish(self) -> None:
         """Hand the newest versions to the model."""
         for path, slot in self.slots.items():
@@ -135,12 +149,12 @@ class RunValues:
     def _slot(self, leaf: Leaf, path: Path) -> Slot:
         slot = self.slots.get(path)
         if slot is None:
-            view = View(leaf, self.span, self.touched.rows, self.touched.total)
+            view = View(leaf, self.span, self.touched.whole)
             slot = self.slots[path] = Slot(leaf, view, view.cut(self.touched.tensor(path)))
         return slot
 
     def _within(self, leaf: Leaf, invoke: Span) -> View:
-        return View(leaf, invoke, self.span.rows, self.span.length)
+        return View(leaf, invoke, Span.whole(self.span.rows, self.span.length, self.span.keys))
 
 
 def fitted(value: torch.Tensor, like: torch.Tensor) -> torch.Tensor:

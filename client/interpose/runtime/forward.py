@@ -1,0 +1,119 @@
+"""One forward of the model, shared by the runs placed in it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from ..graph.manifest import EVENT
+from ..graph.model import Node
+from .hooks import hooked
+from .interpreter import Interpreter, unreached
+from .loading import Loaded
+from .plan import Place
+from .rows import Span
+from .slots import Touched
+
+_POINT = {event: name for name, event in EVENT.items()}
+
+
+@dataclass(frozen=True)
+class Placed:
+    """One job's run within a forward: its part of the batch, and each invoke's part of that."""
+
+    job: Interpreter
+    run: int
+    span: Span
+    invokes: tuple[Span, ...]
+    step: int = 0
+
+    def give_mask(self, mask: torch.Tensor) -> None:
+        """Provide the reads of the attention mask, [rows, positions] of the whole batch."""
+        for node in self.job.plan.nodes("attention_mask"):
+            if node.run != self.run or self.job.error is not None:
+                continue
+            span = self.span if node.invoke is None else self.invokes[node.invoke].within(self.span)
+            with self.job.guard():
+                self.job.provide(
+                    node.id, mask[span.row : span.row + span.rows, span.start : span.start + span.length]
+                )
+
+
+def place(job: Interpreter, run: int, span: Span, step: int = 0) -> Placed:
+    """A run placed in a forward: invokes follow one another by rows, each ends where its run ends."""
+    invokes = job.plan.graph.runs[run].invokes
+    parts = []
+    for row, invoke in zip(starts([len(invoke.rows) for invoke in invokes]), invokes, strict=True):
+        keys = invoke.longest + step
+        length = invoke.longest if not step else 1
+        parts.append(Span(row, len(invoke.rows), span.length - length, length, span.keys - keys, keys))
+    return Placed(job, run, span, tuple(parts), step)
+
+
+def starts(sizes: Sequence[int]) -> list[int]:
+    """Where each of several pieces laid end to end begins."""
+    found, total = [], 0
+    for size in sizes:
+        found.append(total)
+        total += size
+    return found
+
+
+class Enough(Exception):
+    """Nobody needs what comes after this point of the forward."""
+
+
+class Forward:
+    """A `Visitor` of the model's hooks that serves every run placed in the batch.
+
+    Args:
+        whole: the batch.
+        complete: run the model to its end even when nobody waits for a point any more.
+    """
+
+    def __init__(self, loaded: Loaded, placed: Sequence[Placed], whole: Span, *, complete: bool = False) -> None:
+        self.loaded = loaded
+        self.whole = whole
+        self.complete = complete
+        self.waiting: dict[Place, list[tuple[Placed, tuple[Node, ...]]]] = {}
+        for part in placed:
+            if part.job.error is None:
+                for at, nodes in part.job.plan.at(part.run, part.step).items():
+                    self.waiting.setdefault(at, []).append((part, nodes))
+        self.attention = any(part.job.plan.attention(part.run) for part in placed)
+
+    def run(self, kwargs: Mapping[str, Any]) -> Any:
+        """The model's output; None if it was stopped early."""
+        if not self.waiting and not self.complete:
+            return None
+        touched = {name: self.loaded.modules[name] for name, _, _ in self.waiting}
+        with hooked(touched, self.loaded.names, self):
+            try:
+                return self.loaded.model(**kwargs)
+            except Enough:
+                return None
+
+    def visit(self, module: str, event: str, call: int, value: Any) -> Any:
+        parts = self.waiting.pop((module, event, call), None)
+        if parts is None:
+            return value
+        layout = self.loaded.manifest.modules[module].points[_POINT.get(event, event)]
+        rewritten = (module, event) in self.loaded.rewritten
+        touched = Touched(value, layout, self.whole, rewritten)
+        for part, nodes in parts:
+            if part.job.error is None:
+                part.job.fire(nodes, touched, part.span, part.invokes)
+        if not self.complete and all(part.job.error for entries in self.waiting.values() for part, _ in entries):
+            raise Enough
+        return touched.result()
+
+    def finish(self) -> None:
+        """Fail the jobs that still wait for a point: the forward is over and never came there."""
+        for entries in self.waiting.values():
+            for part, nodes in entries:
+                missed = [node for node in nodes if not part.job.skips(node)]
+                if missed:
+                    part.job.fail(unreached(missed[0]))
