@@ -112,7 +112,8 @@ def decode_submission(body: bytes, limits: Limits | None = None, content_type: s
 
 def _parse(body: bytes, limits: Limits, content_type: str) -> Any:
     if content_type == MSGPACK:
-        longest = max(limits.tokens, limits.nodes, limits.attachments)
+        # Room beyond the limit, so that a graph several times too large is told by how much.
+        longest = max(limits.tokens, 16 * limits.nodes, limits.attachments)
         return unpack(body, longest=min(longest, len(body)), containers=min(64 * limits.nodes, len(body)))
     if content_type != JSON:
         raise InvalidPayload(f"a submission is {MSGPACK} or {JSON}, not {content_type[:80]!r}")
