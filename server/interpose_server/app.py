@@ -23,6 +23,7 @@ from .routes import admin, health, jobs, me, models, pages, stream, tensors
 from .settings import Settings
 from .streams import OpenStreams
 from .sweeper import sweep_forever
+from .tasks import end
 
 ROUTERS = (jobs, models, tensors, me, admin, stream, health, pages)
 
@@ -61,6 +62,4 @@ async def _background(app: FastAPI) -> AsyncIterator[None]:
     try:
         yield
     finally:
-        for task in tasks:
-            task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
+        await end(tasks)

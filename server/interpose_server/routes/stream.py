@@ -16,6 +16,7 @@ from ..broker.accounts import Key
 from ..parts import Parts
 from ..problems import problem
 from ..relay import Line, Relay
+from ..tasks import end
 
 router = APIRouter(prefix="/v1/stream")
 
@@ -68,12 +69,7 @@ class Stream:
             except WebSocketDisconnect:
                 pass
             finally:
-                await self._stop([*tasks, *self._relays.values()])
-
-    async def _stop(self, tasks: list[asyncio.Task[Any]]) -> None:
-        for task in tasks:
-            task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
+                await end([*tasks, *self._relays.values()])
 
     async def _read(self) -> None:
         while True:
@@ -90,7 +86,7 @@ class Stream:
         match message:
             case Subscribe():
                 if old is not None:
-                    await self._stop([old])
+                    await end([old])
                 self._relays = {job: task for job, task in self._relays.items() if not task.done()}
                 if len(self._relays) >= self._parts.settings.subscriptions:
                     raise QueueFull(f"more than {self._parts.settings.subscriptions} jobs on one stream")
@@ -98,7 +94,7 @@ class Stream:
                 self._relays[message.job] = asyncio.create_task(relay.run())
             case Unsubscribe():
                 if old is not None:
-                    await self._stop([old])
+                    await end([old])
             case Ack():
                 await self._parts.broker.queue.ack(self._key.user, message.job)
             case _:

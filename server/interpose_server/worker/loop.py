@@ -25,6 +25,7 @@ from ..blobs import Blobs
 from ..broker.connect import Broker
 from ..broker.queue import Claim
 from ..settings import Settings
+from ..tasks import end
 from .publisher import Publisher
 from .scheduler import Budget, choose
 from .sink import JobSink
@@ -92,9 +93,7 @@ class Worker:
                 self._empty.clear()
                 await self._empty.wait()
         finally:
-            for task in tasks:
-                task.cancel()
-            await asyncio.gather(*tasks, return_exceptions=True)
+            await end(tasks)
             self._thread.shutdown(wait=False)
 
     async def _turn(self, stop: asyncio.Event) -> None:
@@ -204,6 +203,4 @@ async def _either(wait: Coroutine[Any, Any, None], stop: asyncio.Event) -> None:
         if tasks[0].done():
             tasks[0].result()
     finally:
-        for task in tasks:
-            task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
+        await end(tasks)

@@ -1,0 +1,219 @@
+"""The HTTP interface over a real broker."""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+from pathlib import Path
+
+import msgpack
+import numpy as np
+import pytest
+from interpose.graph.footprint import Footprint
+from interpose.graph.manifest import fingerprint
+from interpose.graph.model import Graph, Node
+from interpose.graph.values import TensorSpec
+from interpose.wire.submission import encode_submission_json
+from interpose.wire.tensors import digest
+from interpose_server import blob_keys
+from interpose_server.broker import keys
+from interpose_server.broker.queue import Outcome, Record, Report
+from interpose_server.settings import Settings
+from rig import Gateway, Valkey, make_settings, run_gateway, submission, tiny_graph, tiny_manifest
+from safetensors.numpy import load as load_safetensors
+
+DATA = np.arange(6, dtype=np.float32).tobytes()
+SPEC = TensorSpec((2, 3), "float32")
+SHA = digest(SPEC, DATA)
+HEADERS = {"Interpose-Dtype": "float32", "Interpose-Shape": "2,3"}
+
+
+def with_attachment() -> Graph:
+    graph = tiny_graph()
+    return Graph(graph.runs, (*graph.nodes, Node(2, "attachment", args=(SHA,))), {SHA: SPEC})
+
+
+async def finish(gateway: Gateway, job: str, saves: list[Record]) -> None:
+    """Do what a worker would."""
+    ref = keys.ref("ada", job)
+    await gateway.broker.queue.claim("tiny", "w1", [ref])
+    await gateway.broker.queue.report([Report(ref, "w1", 1, 0, saves, Outcome(None, 0.1))])
+
+
+def saved(node: int, data: bytes = DATA) -> Record:
+    tensors = [{"dtype": "float32", "shape": [2, 3]}]
+    body = {"node": node, "tree": {"tensor": 0}, "tensors": tensors, "nbytes": len(data)}
+    return Record("save", msgpack.packb(body), data)
+
+
+async def test_a_job_is_accepted_once(settings: Settings) -> None:
+    async with run_gateway(settings) as gateway:
+        job = submission()
+        first, again = await gateway.post(job), await gateway.post(job)
+        assert first.status_code == again.status_code == 202
+        assert first.json() == {"id": job.id, "status": "queued", "position": 1}
+        assert first.headers["interpose-protocol"] == "1"
+        assert await gateway.broker.queue.depth("tiny") == 1
+        other = await gateway.post(submission(tiny_graph("h.1"), id=job.id))
+        assert (other.status_code, other.json()["code"]) == (409, "job_conflict")
+        (waiting,) = await gateway.broker.queue.peek("tiny")
+        assert waiting.footprint == Footprint(rows=1, longest=3, **_sizes(waiting.footprint))
+
+
+def _sizes(footprint: Footprint) -> dict[str, int]:
+    return {name: getattr(footprint, name) for name in ("result_bytes", "memory_bytes", "flops")}
+
+
+async def test_json_is_accepted_too(settings: Settings) -> None:
+    async with run_gateway(settings) as gateway:
+        job = submission(with_attachment(), attachments={SHA: DATA})
+        headers = {"Content-Type": "application/json; charset=utf-8"}
+        answer = await gateway.client.post("/v1/jobs", content=encode_submission_json(job), headers=headers)
+        assert answer.status_code == 202, answer.text
+        assert (await gateway.client.head(f"/v1/tensors/{SHA}")).status_code == 200
+
+
+async def test_looking_listing_cancelling(settings: Settings) -> None:
+    async with run_gateway(settings) as gateway:
+        jobs = [submission() for _ in range(2)]
+        for job in jobs:
+            await gateway.post(job)
+        state = (await gateway.client.get(f"/v1/jobs/{jobs[1].id}")).json()
+        assert (state["status"], state["position"], state["model"]) == ("queued", 2, "tiny")
+        assert len((await gateway.client.get("/v1/jobs")).json()["jobs"]) == 2
+        gone = await gateway.client.delete(f"/v1/jobs/{jobs[0].id}")
+        assert gone.json()["status"] == "cancelled"
+        result = await gateway.client.get(f"/v1/jobs/{jobs[0].id}/result")
+        assert (result.status_code, result.json()["code"]) == (410, "job_cancelled")
+
+
+async def test_another_users_job_is_unknown(settings: Settings) -> None:
+    async with run_gateway(settings) as gateway:
+        job = submission()
+        await gateway.post(job)
+        token, _ = await gateway.broker.accounts.create("bob")
+        for method, path in (("GET", ""), ("DELETE", ""), ("GET", "/result")):
+            answer = await gateway.client.request(method, f"/v1/jobs/{job.id}{path}", headers=gateway.auth(token))
+            assert (answer.status_code, answer.json()["code"]) == (404, "unknown_job")
+        listed = await gateway.client.get("/v1/jobs", headers=gateway.auth(token))
+        assert listed.json() == {"jobs": []}
+
+
+async def test_results_as_files(settings: Settings) -> None:
+    async with run_gateway(settings) as gateway:
+        job = submission()
+        await gateway.post(job)
+        path = f"/v1/jobs/{job.id}/result"
+        assert (await gateway.client.get(path)).status_code == 202
+        gateway.blobs.put(blob_keys.result("ada", "big"), [DATA], 60)
+        inline = saved(1)
+        await finish(gateway, job.id, [inline, Record("save", saved(4).body, blob="big")])
+        tensors = load_safetensors((await gateway.client.get(path)).content)
+        assert sorted(tensors) == ["1.0", "4.0"]
+        assert tensors["4.0"].tobytes() == DATA and tensors["1.0"].shape == (2, 3)
+        plain = msgpack.unpackb((await gateway.client.get(path, params={"format": "msgpack"})).content)
+        assert plain["id"] == job.id and [save["data"] for save in plain["saves"]] == [DATA, DATA]
+        wrong = await gateway.client.get(path, params={"format": "pickle"})
+        assert (wrong.status_code, wrong.json()["code"]) == (400, "invalid_payload")
+
+
+async def test_attachments_are_uploaded_once(settings: Settings) -> None:
+    async with run_gateway(settings) as gateway:
+        graph = with_attachment()
+        missing = await gateway.post(submission(graph))
+        assert (missing.json()["code"], missing.json()["details"]) == ("missing_attachment", {"missing": [SHA]})
+        path = f"/v1/tensors/{SHA}"
+        assert (await gateway.client.head(path)).status_code == 404
+        assert (await gateway.client.put(path, content=DATA, headers=HEADERS)).status_code == 201
+        assert (await gateway.client.put(path, content=DATA, headers=HEADERS)).status_code == 200
+        assert (await gateway.client.head(path)).status_code == 200
+        assert (await gateway.post(submission(graph))).status_code == 202
+        token, _ = await gateway.broker.accounts.create("bob")
+        assert (await gateway.client.head(path, headers=gateway.auth(token))).status_code == 404
+
+
+async def test_manifests_are_cached_by_fingerprint(settings: Settings) -> None:
+    async with run_gateway(settings) as gateway:
+        answer = await gateway.client.get("/v1/models/tiny", headers={"Accept": "application/msgpack"})
+        mark = answer.headers["etag"]
+        assert mark == f'"{fingerprint(tiny_manifest())}"' and msgpack.unpackb(answer.content)["model"] == "tiny"
+        again = await gateway.client.get("/v1/models/tiny", headers={"If-None-Match": mark})
+        assert (again.status_code, again.content) == (304, b"")
+        assert (await gateway.client.get("/v1/models/tiny")).json()["blocks"] == ["h.0", "h.1"]
+        (listed,) = (await gateway.client.get("/v1/models")).json()["models"]
+        assert listed["id"] == "tiny" and listed["state"] == "ready"
+
+
+async def test_tokenizers_are_handed_out(settings: Settings) -> None:
+    async with run_gateway(settings) as gateway:
+        assert (await gateway.client.get("/v1/models/tiny/tokenizer")).status_code == 404
+        sha = hashlib.sha256(b"{}").hexdigest()
+        gateway.blobs.put(blob_keys.tokenizer(sha), [b"{}"], 60)
+        await gateway.broker.models.publish("org/name", "w2", tiny_manifest("org/name"), sha)
+        answer = await gateway.client.get("/v1/models/org/name/tokenizer")
+        assert (answer.status_code, answer.content) == (200, b"{}")
+
+
+async def test_keys_over_http_are_for_admins(settings: Settings) -> None:
+    async with run_gateway(settings) as gateway:
+        assert (await gateway.client.get("/v1/admin/keys")).json()["code"] == "forbidden"
+        admin, _ = await gateway.broker.accounts.create("root", admin=True)
+        auth = gateway.auth(admin) | {"Content-Type": "application/json"}
+        wanted = {"user": "eve", "models": ["tiny"]}
+        made = (await gateway.client.post("/v1/admin/keys", json=wanted, headers=auth)).json()
+        eve = gateway.auth(made["token"])
+        assert (await gateway.client.get("/v1/me", headers=eve)).json()["user"] == "eve"
+        listed = (await gateway.client.get("/v1/admin/keys", headers=auth)).text
+        assert made["id"] in listed and made["token"] not in listed
+        gone = await gateway.client.delete(f"/v1/admin/keys/{made['id']}", headers=auth)
+        assert gone.status_code == 204
+        assert (await gateway.client.get("/v1/me", headers=eve)).status_code == 401
+
+
+async def test_a_key_for_some_models(settings: Settings) -> None:
+    async with run_gateway(settings) as gateway:
+        token, _ = await gateway.broker.accounts.create("eve", models=("other",))
+        auth = gateway.auth(token)
+        assert (await gateway.post(submission(), headers=auth)).json()["code"] == "forbidden"
+        assert (await gateway.client.get("/v1/models/tiny", headers=auth)).status_code == 403
+        assert (await gateway.client.get("/v1/models", headers=auth)).json() == {"models": []}
+
+
+async def test_a_full_queue_says_when_to_come_back(valkey: Valkey, tmp_path: Path) -> None:
+    async with run_gateway(make_settings(valkey, tmp_path, queued_per_user=1)) as gateway:
+        assert (await gateway.post(submission())).status_code == 202
+        full = await gateway.post(submission())
+        assert (full.status_code, full.json()["code"], full.headers["retry-after"]) == (429, "queue_full", "1")
+
+
+async def test_too_many_requests(valkey: Valkey, tmp_path: Path) -> None:
+    async with run_gateway(make_settings(valkey, tmp_path, rate_per_s=1, rate_burst=2)) as gateway:
+        codes = [(await gateway.client.get("/v1/me")).status_code for _ in range(3)]
+        assert codes == [200, 200, 429]
+
+
+async def test_a_full_store_refuses_the_upload_and_recovers(valkey: Valkey, tmp_path: Path) -> None:
+    async with run_gateway(make_settings(valkey, tmp_path, blob_bytes=4096, queue_ttl_s=0.2)) as gateway:
+        gateway.blobs.put(blob_keys.result("bob", "x"), [b"x"], 0.2)
+        put = await gateway.client.put(f"/v1/tensors/{SHA}", content=DATA, headers=HEADERS)
+        assert (put.status_code, put.json()["code"]) == (507, "storage_full")
+        await asyncio.sleep(0.3)
+        gateway.blobs.sweep()
+        put = await gateway.client.put(f"/v1/tensors/{SHA}", content=DATA, headers=HEADERS)
+        assert put.status_code == 201
+
+
+@pytest.mark.parametrize("path", ["/", "/healthz", "/readyz", "/docs", "/openapi.json"])
+async def test_open_pages(settings: Settings, path: str) -> None:
+    async with run_gateway(settings) as gateway:
+        answer = await gateway.client.get(path, headers={"Authorization": ""})
+        assert answer.status_code == 200
+
+
+async def test_figures_need_an_admin(settings: Settings) -> None:
+    async with run_gateway(settings) as gateway:
+        await gateway.post(submission())
+        assert (await gateway.client.get("/metrics")).status_code == 403
+        admin, _ = await gateway.broker.accounts.create("root", admin=True)
+        text = (await gateway.client.get("/metrics", headers=gateway.auth(admin))).text
+        assert 'interpose_waiting{model="tiny"} 1.0' in text and "/v1/jobs" in text
