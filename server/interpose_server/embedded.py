@@ -130,7 +130,9 @@ class Supervisor:
             for hosted in await broker.models.list():
                 if hosted.name not in names:
                     await broker.models.forget(hosted.name)
-        env = settings.environment()
+        # Threads of torch that spin while they wait for one another stall on a busy machine: beside two busy
+        # processes loading took ten times as long, and a forward four times.
+        env = {"OMP_WAIT_POLICY": "passive"} | settings.environment()
         say(f"starting {len(names)} worker{'s' * (len(names) > 1)}")
         for index, model in enumerate(self._wanted.models):
             name = f"{socket.gethostname()}#{index}:{model.name}"
