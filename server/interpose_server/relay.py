@@ -75,7 +75,7 @@ class Relay:
 
     async def _follow(self, bell: asyncio.Event) -> None:
         info = await self._parts.broker.queue.info(self._user, self._job)
-        waiting, looked = info.status is JobStatus.QUEUED, False
+        waiting, waited = info.status is JobStatus.QUEUED, False
         while True:
             bell.clear()
             batch = await events.read(self._parts.broker.redis, self._ref, self._after)
@@ -84,13 +84,13 @@ class Relay:
                 if status is not None and status.terminal:
                     return
                 waiting = status is JobStatus.QUEUED if status else waiting
-            if batch:
-                looked = False
-            elif looked and not await self._parts.broker.redis.exists(keys.JOB.format(ref=self._ref)):
+            if len(batch) == events.MOST:
+                continue
+            if not batch and waited and not await self._parts.broker.redis.exists(keys.JOB.format(ref=self._ref)):
                 raise UnknownJob("the job has expired")
-            else:
-                looked = True
-                await self._wait(bell, info.model, waiting)
+            # Whatever came after the read has set the bell, so there is no need to read until nothing comes.
+            await self._wait(bell, info.model, waiting)
+            waited = True
 
     async def _wait(self, bell: asyncio.Event, model: str, waiting: bool) -> None:
         if waiting:

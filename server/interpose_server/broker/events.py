@@ -10,6 +10,9 @@ from redis.asyncio import Redis
 
 from . import keys
 
+MOST = 32
+"""Events read at once."""
+
 
 @dataclass(frozen=True, slots=True)
 class Stored:
@@ -23,7 +26,7 @@ class Stored:
     blob: str
 
 
-async def read(redis: Redis, ref: str, after: int, most: int = 32) -> list[Stored]:
+async def read(redis: Redis, ref: str, after: int, most: int = MOST) -> list[Stored]:
     """A job's next events after number `after`."""
     rows: Any = await redis.xrange(keys.EVENTS.format(ref=ref), f"({after}-0", "+", count=most)
     return [_stored(row_id, row) for row_id, row in rows]

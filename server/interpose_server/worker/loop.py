@@ -120,26 +120,24 @@ class Worker:
                 sink.end(error, 0)
         if not ready:
             return
+        await asyncio.get_running_loop().run_in_executor(self._thread, self._run, ready)
+        self._ran = self._ran[0] + 1, self._ran[1] + len(ready)
+
+    def _run(self, ready: Sequence[tuple[JobSink, EngineJob]]) -> None:
+        """On the engine's thread. Ends are published from here, in one round with the last saves."""
         start = time.monotonic()
         for sink, _ in ready:
             sink.start()
-        jobs = [job for _, job in ready]
-        outcomes = await asyncio.get_running_loop().run_in_executor(self._thread, self._run, jobs)
+        try:
+            outcomes = self._runner.run([job for _, job in ready])
+        except Exception:
+            log.exception("the engine failed")
+            outcomes = [InternalError("the server failed while running this job") for _ in ready]
+        self._check()
         seconds = time.monotonic() - start
-        self._ran = self._ran[0] + 1, self._ran[1] + len(ready)
         rows = sum(max(sink.claim.footprint.rows, 1) for sink, _ in ready)
         for (sink, _), outcome in zip(ready, outcomes, strict=True):
             sink.end(outcome, seconds * max(sink.claim.footprint.rows, 1) / rows)
-
-    def _run(self, jobs: Sequence[EngineJob]) -> Sequence[InterposeError | None]:
-        """On the engine's thread."""
-        try:
-            outcomes = self._runner.run(jobs)
-        except Exception:
-            log.exception("the engine failed")
-            outcomes = [InternalError("the server failed while running this job") for _ in jobs]
-        self._check()
-        return outcomes
 
     def _sink(self, claim: Claim) -> JobSink:
         limits = replace(self._settings.limits, wall_s=min(claim.timeout_s, self._settings.limits.wall_s))
