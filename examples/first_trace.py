@@ -17,7 +17,6 @@ COUNTRY = -2  # the position of the country's name, in both
 model = LanguageModel(sys.argv[1] if len(sys.argv) > 1 else "SmolLM2-135M-Instruct")
 layers = model.model.layers
 middle = len(layers) // 2
-out = Console(highlight=False)
 
 
 def named(guess) -> list[str]:
@@ -34,9 +33,11 @@ with model.trace(FRANCE, remote=True):
     before = t.softmax(model.output[0, -1], dim=-1).topk(5).save()
 
 norms = np.linalg.norm(np.asarray(hidden)[0], axis=-1)
-out.print(f"\nThe model is asked for the next token after {FRANCE!r}.")
-out.print(f"Layer {middle} of {len(layers)}: shape {tuple(hidden.shape)}, norm at each position", end=" ")
-out.print(", ".join(f"{norm:.0f}" for norm in norms))
+print(f"\nThe model is asked for the next token after {FRANCE!r}.")
+print(
+    f"Layer {middle} of {len(layers)}: shape {tuple(hidden.shape)}, norm at each position",
+    *norms.round().astype(int),
+)
 
 # Change: at the country's position, that layer's values are those of another prompt in the same forward.
 with model.trace(remote=True) as tracer:
@@ -46,9 +47,9 @@ with model.trace(remote=True) as tracer:
         layers[middle].output[0][:, COUNTRY] = italy
         after = t.softmax(model.output[0, -1], dim=-1).topk(5).save()
 
-out.print(f"  as it is  {shown(before)}")
-out.print(f"  patched   {shown(after)}")
-out.print(f"Patched: layer {middle} at ' France' holds what it holds at ' Italy' in the other prompt.\n")
+print(f"  as it is  {shown(before)}")
+print(f"  patched   {shown(after)}")
+print(f"Patched: layer {middle} at ' France' holds what it holds at ' Italy' in the other prompt.\n")
 
 # Logit lens: what each layer would say. Only five numbers a layer cross the network.
 lens = []
@@ -61,4 +62,4 @@ table = Table("layer", "token", "probability", "next four", title="logit lens, l
 for index, guess in enumerate(lens):
     first, *others = named(guess)
     table.add_row(str(index), first, f"{guess.values[0]:.3f}", " ".join(others))
-out.print(table)
+Console().print(table)

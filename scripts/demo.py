@@ -17,10 +17,11 @@ ROOT = Path(__file__).resolve().parents[1]
 MODEL = "SmolLM2-135M-Instruct"
 
 
-def main(folder: str, client_python: str) -> int:
+def main(folder: str, client_python: str, data_dir: str = str(ROOT / ".demo")) -> int:
     """Serve the model in `folder`, run the example with `client_python`, keep serving."""
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
-    server = start(folder)
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.default_int_handler)
+    server = start(folder, data_dir)
     try:
         return show(server, client_python)
     except KeyboardInterrupt:
@@ -32,10 +33,10 @@ def main(folder: str, client_python: str) -> int:
         server.wait()
 
 
-def start(folder: str) -> subprocess.Popen[str]:
+def start(folder: str, data_dir: str) -> subprocess.Popen[str]:
     """Start the server. It dies with this process, and Ctrl-C in the terminal doesn't reach it directly."""
     interpose = Path(sys.executable).with_name("interpose")
-    command = [interpose, "serve", f"{MODEL}={folder}", "--data-dir", ROOT / ".demo", "--print-env"]
+    command = [interpose, "serve", f"{MODEL}={folder}", "--data-dir", data_dir, "--print-env"]
     command += ["--port", os.environ.get("PORT", "0")]
     wrapped = [sys.executable, "-I", "-S", CHILD, str(os.getpid()), *command]
     return subprocess.Popen(wrapped, stdout=subprocess.PIPE, text=True, start_new_session=True)
@@ -53,12 +54,12 @@ def show(server: subprocess.Popen[str], client_python: str) -> int:
     if done.returncode:
         return done.returncode
     print(f"\nStill serving. Paste these into a notebook, or into {client_python}:\n")
-    print("    from interpose import CONFIG, LanguageModel")
-    print(f'    CONFIG.HOST, CONFIG.API_KEY = "{settings["INTERPOSE_HOST"]}", "{settings["INTERPOSE_API_KEY"]}"')
-    print(f'    model = LanguageModel("{MODEL}")')
+    print("from interpose import CONFIG, LanguageModel")
+    print(f'CONFIG.HOST, CONFIG.API_KEY = "{settings["INTERPOSE_HOST"]}", "{settings["INTERPOSE_API_KEY"]}"')
+    print(f'model = LanguageModel("{MODEL}")')
     print("\nCtrl-C stops the server and everything it started.", flush=True)
     return server.wait()
 
 
 if __name__ == "__main__":
-    sys.exit(main(*sys.argv[1:3]))
+    sys.exit(main(*sys.argv[1:4]))
