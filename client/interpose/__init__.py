@@ -3,5 +3,6 @@
 from .config import CONFIG
 from .errors import InterposeError
 from .models import LanguageModel
+from .tracing.keeping import save
 
-__all__ = ["CONFIG", "InterposeError", "LanguageModel"]
+__all__ = ["CONFIG", "InterposeError", "LanguageModel", "save"]

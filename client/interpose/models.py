@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
-import importlib.util
-from collections.abc import Mapping
+from collections.abc import Sequence
 from functools import partial
-from pathlib import Path
 from typing import Any, Literal
 
-from .config import CONFIG
-from .errors import ConfigError, DeferredError, UnknownModel
+from .errors import BadArgument, DeferredError
 from .graph.manifest import Manifest
-from .graph.model import Graph
+from .home import Home
+from .tracing.edits import Edit, Editor
+from .tracing.execution import Execute, Execution, Options
 from .tracing.handles import Module
-from .tracing.notes import note
 from .tracing.recorder import Recorder
-from .tracing.tracer import ACTIVE, Execute, Handle, Options, Tracer
+from .tracing.tracer import ACTIVE, SESSION, Session, Tracer
+
+Batching = Literal["auto", "exclusive"]
 
 
 class LanguageModel(Module):
@@ -46,21 +46,19 @@ class LanguageModel(Module):
         revision: str | None = None,
         tokenizer: Any = None,
     ) -> None:
-        super().__init__(self, "")
         chosen = dtype if dtype is not None else torch_dtype
-        self.__dict__.update(
-            _source=source,
-            _server=(host, api_key),
-            _load_options={
-                "device": device or device_map,
-                "dtype": None if chosen is None else str(chosen).removeprefix("torch."),
-                "revision": revision,
-            },
-            _given_tokenizer=tokenizer,
-            _local=None,
-            _remote_manifest=None,
-            _tokenizers={},
-        )
+        load = {
+            "device": device or device_map,
+            "dtype": None if chosen is None else str(chosen).removeprefix("torch."),
+            "revision": revision,
+        }
+        self._set_up(Home(source, host, api_key, load, tokenizer), ())
+
+    def _set_up(self, home: Home, edits: Sequence[Edit]) -> None:
+        Module.__init__(self, self, "")
+        self.__dict__.update(_home=home, _edits=tuple(edits))
+
+    # -- blocks ------------------------------------------------------------------------------------------------
 
     def trace(
         self,
@@ -69,7 +67,7 @@ class LanguageModel(Module):
         remote: bool = False,
         blocking: bool = True,
         timeout: float | None = None,
-        batching: Literal["auto", "exclusive"] = "auto",
+        batching: Batching = "auto",
     ) -> Tracer:
         """Open a block whose reads and writes happen inside one forward of the model.
 
@@ -80,16 +78,72 @@ class LanguageModel(Module):
             timeout: seconds it may take.
             batching: "exclusive" to share the forward with nobody, for results bitwise those of a plain forward.
         """
+        return self._open(prompt, Options(remote, blocking, timeout, batching))
+
+    def generate(
+        self,
+        prompt: Any = None,
+        *,
+        remote: bool = False,
+        blocking: bool = True,
+        timeout: float | None = None,
+        batching: Batching = "auto",
+        **options: Any,
+    ) -> Any:
+        """Open a block around a generation; `t.iter`, `t.all()` choose steps, `t.result` is all token ids.
+
+        Inside an open block it makes that block's run a generation instead, and returns the saved token ids.
+
+        Args:
+            options: as of the transformers library: max_new_tokens (20 if not given), do_sample, temperature,
+                top_k, top_p, repetition_penalty, eos_token_id, stop_strings, ...; and `seed`.
+        """
+        tracer = ACTIVE.get()
+        if tracer is not None and self._is(tracer.model):
+            if prompt is not None:
+                raise BadArgument("the block has its prompt already: generate(max_new_tokens=...) continues it")
+            tracer.recorder.generate(options)
+            return tracer.result.save()
+        return self._open(prompt, Options(remote, blocking, timeout, batching), generation=options)
+
+    def session(
+        self,
+        *,
+        remote: bool = False,
+        blocking: bool = True,
+        timeout: float | None = None,
+        batching: Batching = "auto",
+    ) -> Session:
+        """Open a block for several traces that run as one job; values of one can be used in the next."""
         options = Options(remote, blocking, timeout, batching)
-        manifest = self._manifest_of(remote)
-        execute: Execute = self._run_remote if remote else self._run_local
-        recorder = Recorder(manifest, _face(remote))
-        return Tracer(self, recorder, prompt, partial(self._tokenize, remote), execute, options)
+        return Session(self._execution(options), self)
+
+    def scan(self, prompt: Any = None) -> Tracer:
+        """Open a block that runs nothing: shapes, order and errors are told as in a trace."""
+        return self._open(prompt, Options(remote=self._home.prefers_server), execute=None)
+
+    def edit(self, *, inplace: bool = False) -> Editor:
+        """Open a block whose interventions stay: they come first in every later block of the edited model.
+
+        `with model.edit() as edited:` leaves `model` as it was; with `inplace` it is `model` that is edited.
+        """
+        edited = self if inplace else LanguageModel.__new__(type(self))
+        if not inplace:
+            edited._set_up(self._home, self._edits)
+        remote = self._home.prefers_server
+        recorder = Recorder(self._home.manifest(remote), self._home.face(remote), symbolic=True)
+        return Editor(edited, recorder)
+
+    def clear_edits(self) -> None:
+        """Forget all edits."""
+        self.__dict__["_edits"] = ()
+
+    # -- what it is --------------------------------------------------------------------------------------------
 
     @property
     def tokenizer(self) -> Any:
         """The model's tokenizer; needs neither a hub nor the transformers library."""
-        return self._tokenizer_of(self._prefers_server())
+        return self._home.tokenizer(self._home.prefers_server)
 
     @property
     def manifest(self) -> Manifest:
@@ -97,118 +151,67 @@ class LanguageModel(Module):
         return self._tree()
 
     @property
+    def generator(self) -> Generator:
+        """`model.generator.output` inside a generation: all its token ids."""
+        return Generator(self)
+
+    @property
     def _model(self) -> Any:
         """The underlying torch module of a local model; of one on a server, its tree to print."""
-        return self if self._prefers_server() else self._here().loaded.model
+        return self if self._home.prefers_server else self._home.local.loaded.model
 
-    # -- where it runs -----------------------------------------------------------------------------------------
+    # -- parts -------------------------------------------------------------------------------------------------
 
-    def _name(self) -> str:
-        return self._source if isinstance(self._source, str) else type(self._source).__name__
+    def _execution(self, options: Options, execute: Execute | None = None) -> Execution:
+        remote = options.remote
+        recorder = Recorder(self._home.manifest(remote), self._home.face(remote), edits=self._edits)
+        return Execution(recorder, execute or self._home.execute, options)
+
+    def _open(self, prompt: Any, options: Options, **rest: Any) -> Tracer:
+        session = SESSION.get()
+        generation = rest.get("generation")
+        if session is not None:
+            if not self._is(session.model):
+                raise DeferredError("a session's traces are all of its own model")
+            tokenize = partial(self._tokenize, session.remote)
+            return Tracer(self, session.recorder, prompt, tokenize, generation=generation)
+        owner = self._execution(options)
+        if "execute" in rest:
+            owner.execute = rest["execute"]
+        tokenize = partial(self._tokenize, options.remote)
+        return Tracer(self, owner.recorder, prompt, tokenize, generation=generation, owner=owner)
+
+    def _tokenize(self, remote: bool, text: str) -> list[int]:
+        ids: list[int] = self._home.tokenizer(remote).encode(text)
+        return ids
+
+    def _is(self, other: Any) -> bool:
+        """Whether `other` is this model, edited or not."""
+        return getattr(other, "_home", None) is self._home
 
     def _tree(self) -> Manifest:
         tracer = ACTIVE.get()
-        if tracer is not None and tracer.model is self:
-            return tracer.recorder.manifest
-        return self._manifest_of(self._prefers_server())
+        if tracer is not None and self._is(tracer.model):
+            open_: Manifest = tracer.recorder.manifest
+            return open_
+        home: Home = self._home
+        return home.manifest(home.prefers_server)
 
     def _recording(self) -> Recorder:
         tracer = ACTIVE.get()
-        if tracer is None or tracer.model is not self:
+        if tracer is None or not self._is(tracer.model):
             raise DeferredError("values of the model exist only inside a block: with model.trace(prompt): ...")
         return tracer.recorder
 
-    def _prefers_server(self) -> bool:
-        """Whether to look the model up on the server: it isn't loaded here, and the configured host has it."""
-        if self._local is not None or not isinstance(self._source, str):
-            return False
-        if self._remote_manifest is not None:
-            return True
-        if not (self._server[0] or CONFIG.HOST):
-            return False
-        try:
-            self._manifest_of(remote=True)
-        except UnknownModel:
-            note(f"the server doesn't have {self._name()}; using the local model's own description")
-            return False
-        return True
 
-    def _manifest_of(self, remote: bool) -> Manifest:
-        if not remote:
-            here: Manifest = self._here().manifest
-            return here
-        from .client import fetch_manifest
+class Generator:
+    """What notebooks call the generating part of a model."""
 
-        host, key = self._server
-        manifest = fetch_manifest(self._name(), host, key)
-        self.__dict__["_remote_manifest"] = manifest
-        return manifest
+    def __init__(self, model: LanguageModel) -> None:
+        self._owner = model
 
-    def _tokenizer_of(self, remote: bool) -> Any:
-        if self._given_tokenizer is not None:
-            return self._given_tokenizer
-        if remote not in self._tokenizers:
-            from .tokens import Tokenizer
-
-            manifest = self._manifest_of(remote)
-            if remote:
-                from .client import fetch_tokenizer
-
-                data = fetch_tokenizer(self._name(), *self._server)
-            else:
-                data = self._here().loaded.tokenizer_bytes
-            if data is None:
-                raise ConfigError(f"{self._name()} has no tokenizer; give token ids instead of text")
-            self._tokenizers[remote] = Tokenizer(data, manifest.tokenizer_config)
-        return self._tokenizers[remote]
-
-    def _tokenize(self, remote: bool, text: str) -> list[int]:
-        ids: list[int] = self._tokenizer_of(remote).encode(text)
-        return ids
-
-    def _here(self) -> Any:
-        if self._local is None:
-            if importlib.util.find_spec("torch") is None:
-                raise ConfigError(
-                    'a local run needs torch: pip install "interpose[local]", or trace with remote=True'
-                )
-            from .transports.local import LocalModel
-
-            if isinstance(self._source, (str, Path)):
-                made = LocalModel.load(self._source, **self._load_options)
-            else:
-                made = LocalModel.wrap(self._source, self._name(), self._given_tokenizer)
-            self.__dict__["_local"] = made
-        return self._local
-
-    def _run_local(self, graph: Graph, tensors: Mapping[str, Any], options: Options) -> Mapping[int, Any]:
-        return self._here().run(graph, tensors, exclusive=options.batching == "exclusive")  # type: ignore[no-any-return]
-
-    def _run_remote(self, graph: Graph, tensors: Mapping[str, Any], options: Options) -> Mapping[int, Any] | Handle:
-        from .client import run_remote, submit_remote
-        from .wire.addressed import addressed
-
-        host, key = self._server
-        graph, tensors = addressed(graph, tensors)
-        send = run_remote if options.blocking else submit_remote
-        return send(
-            graph,
-            self._name(),
-            tensors,
-            revision=self._remote_manifest.revision,
-            batching=options.batching,
-            timeout=options.timeout,
-            host=host,
-            api_key=key,
-        )
-
-
-def _face(remote: bool) -> Any:
-    """The face deferred values wear: torch's where torch is there and wanted."""
-    if remote and (CONFIG.BACKEND == "numpy" or importlib.util.find_spec("torch") is None):
-        from .tracing.array_face import make
-
-        return make
-    from .tracing.torch_face import make as make_torch
-
-    return make_torch
+    @property
+    def output(self) -> Any:
+        """All token ids, [rows, prompt and new tokens]."""
+        recorder = self._owner._recording()
+        return recorder.value(recorder.node("tokens", invoke=None, when=None))

@@ -12,7 +12,7 @@ from typing import Any, TypeAlias
 
 from ..errors import BadArgument, InterposeError, InvalidGraph, ShapeMismatch, UnknownPoint, WrongOrder
 from . import ops
-from .manifest import BATCH_SEQ, EVENT, KEY, SEQ, Leaf, Manifest, leaves, walk
+from .manifest import BATCH, BATCH_SEQ, EVENT, KEY, SEQ, Leaf, Manifest, leaves, walk
 from .model import Node, Point, Run
 from .ops import UNKNOWN
 from .values import DTYPES, Ref, TensorSpec, refs, substitute
@@ -45,7 +45,7 @@ class Known:
 class Sizes:
     """Rows, positions, and positions attention looks back on; None where they change from step to step."""
 
-    rows: int
+    rows: int | None
     seq: int | None
     key: int | None
 
@@ -89,6 +89,7 @@ class Checker:
         attention: a point inside attention was touched.
         exclusive: something was asked for that no batch can be shared with.
         gradients: a backward was asked for.
+        symbolic: there are no prompts yet, so numbers of rows and positions aren't known.
     """
 
     manifest: Manifest
@@ -100,6 +101,7 @@ class Checker:
     attention: bool = False
     exclusive: bool = False
     gradients: bool = False
+    symbolic: bool = False
 
     def add(self, node: Node) -> Known:
         """Check one node. Raises a GraphError that names it."""
@@ -164,6 +166,8 @@ class Checker:
 
     def _sizes(self, node: Node) -> Sizes:
         """Rows and positions that a node's invoke has at its step; unknown positions inside a body of steps."""
+        if self.symbolic:
+            return Sizes(None, None, None)
         whole = self.run(node.run)
         if node.invoke is not None and node.invoke >= len(whole.invokes):
             raise InvalidGraph(f"run {node.run} has no invoke {node.invoke}")
@@ -321,7 +325,9 @@ class Checker:
     def attention_mask(self, node: Node) -> Known:
         arity(node, 0)
         sizes = self._sizes(node)
-        spec = UNKNOWN if sizes.seq is None else TensorSpec((sizes.rows, sizes.seq), "int64")
+        spec: Spec = UNKNOWN
+        if sizes.rows is not None and sizes.seq is not None:
+            spec = TensorSpec((sizes.rows, sizes.seq), "int64")
         return Known(spec, (node.run, 0, -1))
 
     def _pure(self, node: Node) -> Known:
@@ -335,7 +341,7 @@ class Checker:
         moment = self.moment((*node.args, *node.kwargs.values()))
         if cost is None:
             return Known(spec, moment)
-        return Known(spec, moment, 0 if op.view else cost.out_bytes, cost.peak_bytes, cost.flops)
+        return Known(spec, moment, cost.kept_bytes, cost.peak_bytes, cost.flops)
 
 
 for _op in ("read", "write", "update", "save", "log", "attachment", "param", "call", "attention_mask"):
@@ -371,9 +377,9 @@ def _numel(shape: Sequence[int]) -> int:
 
 def _spec_of(layout: Any, sizes: Sizes) -> Spec:
     if isinstance(layout, Leaf):
-        if sizes.seq is None:
-            moving = {SEQ, KEY, BATCH_SEQ} & set(layout.dims)
-            return UNKNOWN if moving else layout.spec(sizes.rows, 0) or UNKNOWN
+        if sizes.rows is None or sizes.seq is None:
+            moving = {SEQ, KEY, BATCH_SEQ} | ({BATCH} if sizes.rows is None else set())
+            return UNKNOWN if moving & set(layout.dims) else layout.spec(sizes.rows or 0, 0) or UNKNOWN
         return layout.spec(sizes.rows, sizes.seq, sizes.key) or UNKNOWN
     if isinstance(layout, tuple):
         return tuple(_spec_of(item, sizes) for item in layout)

@@ -185,7 +185,7 @@ def compile_graph(graph: Graph) -> Plan:
         if node.op == "end_loop":
             inside = {other.id for other in graph.nodes if node.args[0].id in scope[other.id]}
             taken = {ref for other in inside for ref in needed[other]}
-            needed[node.id] = (needed[node.id] | taken) - inside
+            needed[node.id] = (needed[node.id] | taken | needed[node.args[0].id]) - inside
     users: list[list[int]] = [[] for _ in graph.nodes]
     for node in graph.nodes:
         if node.id in matter:

@@ -33,6 +33,9 @@ class _Holder:
             kwargs["out"] = tuple(map(_plain, kwargs["out"]))
         return getattr(ufunc, method)(*map(_plain, inputs), **kwargs)
 
+    def _keep_gradient(self, gradient: Any) -> None:
+        self.__dict__["grad"] = np.asarray(gradient)
+
     @property
     def logits(self) -> np.ndarray[Any, Any]:
         return self.value

@@ -8,6 +8,7 @@ from typing import Any, ClassVar, NoReturn
 from ..errors import BadArgument, ControlFlow, ShapeUnknown, UnknownOp
 from ..graph import ops
 from ..graph.values import DTYPES, DType, TensorSpec
+from .gradients import Backward
 from .notes import note
 from .recorder import Base, Recorder, View
 
@@ -26,11 +27,13 @@ class Deferred:
     _chain: tuple[View, ...]
     _at: tuple[int, int]
     _role: str
+    _absent: str
+    """Why the value never came, if it didn't."""
 
     def _begin(self, recorder: Recorder, base: Base, chain: tuple[View, ...], node: int) -> None:
         self._recorder, self._root, self._chain = recorder, base, chain
         self._at = base.node() if chain else node, node
-        self._role = ""
+        self._role = self._absent = ""
 
     # -- what is known while recording -------------------------------------------------------------------------
 
@@ -133,6 +136,45 @@ class Deferred:
     def _become(self, value: Any) -> None:
         """Turn into the real value."""
         raise NotImplementedError
+
+    # -- gradients ---------------------------------------------------------------------------------------------
+
+    def backward(self) -> Backward:
+        """Run gradients back from this number; `with loss.backward():` is a block to read and replace them in."""
+        return Backward(self._recorder, self._recorder.start_backward(self))
+
+    def retain_grad(self) -> None:
+        """Keep the gradient of the backwards that follow: after the block it is `.grad`."""
+        self._recorder.retain(self)
+
+    @property
+    def grad(self) -> Any:
+        """The value's gradient: deferred inside the block, real after it if it was retained."""
+        if "_gradient" in self.__dict__:
+            return self.__dict__["_gradient"]
+        return self._recorder.gradient(self)
+
+    @grad.setter
+    def grad(self, value: Any) -> None:
+        gradient = self._recorder.gradient(self)
+        if self._recorder.is_same(value, gradient):
+            return  # the second half of `h.grad *= 2`, which has been written already
+        gradient._root.write(gradient._chain, None, self._recorder.arg(value))
+
+    @property
+    def requires_grad(self) -> bool:
+        return False
+
+    @requires_grad.setter
+    def requires_grad(self, wanted: bool) -> None:
+        """Nothing to do: asking for a gradient is enough."""
+
+    def requires_grad_(self, wanted: bool = True) -> Any:
+        return self
+
+    def _keep_gradient(self, gradient: Any) -> None:
+        """The value's gradient has come, and the value itself was not saved."""
+        self.__dict__["_gradient"] = gradient
 
     # -- what needs the value itself ---------------------------------------------------------------------------
 

@@ -92,6 +92,15 @@ class Module:
             raise BadArgument(f"{self._path} is called on a tensor")
         return recorder.value(recorder.node("call", (self._path, given)))
 
+    def skip(self, value: Any) -> None:
+        """Put `value` in place of the module's output, as if the module hadn't been run.
+
+        Raises WrongOrder if the value comes only after the module has begun.
+        """
+        recorder = self._owner._recording()
+        recorder.skip(self._path, self._call or 0, value)
+        self.points["output"] = value
+
     def __repr__(self) -> str:
         from ..draw import draw
 

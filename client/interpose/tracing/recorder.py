@@ -10,20 +10,25 @@ from __future__ import annotations
 import operator
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from types import EllipsisType
 from typing import Any, Protocol, TypeAlias
 
 import numpy as np
 
-from ..errors import BadArgument, DeferredError, InterposeError, NotSaved, UnknownPoint
+from ..errors import BadArgument, DeferredError, InterposeError, NotReached, NotSaved, UnknownPoint, WrongOrder
 from ..graph import ops
-from ..graph.manifest import Layout, Leaf, Manifest, walk
-from ..graph.model import Graph, Invoke, Key, Node, Point, Run, RunKind
+from ..graph.generation import check_options
+from ..graph.manifest import Leaf, Manifest, walk
+from ..graph.model import Graph, Invoke, Node, Point, Run, RunKind
 from ..graph.ops.convert import NAMED
 from ..graph.ops.declare import MANY
 from ..graph.trim import trimmed
 from ..graph.validate import Checker
-from ..graph.values import DTYPES, DType, Ref, TensorSpec
+from ..graph.values import DType, Ref, TensorSpec
+from .edits import Edit, attached, placed
+from .gradients import GradientBase
+from .keeping import StepValues
+from .nests import Nest, Several
+from .outside import dtype_of, is_deferred, snapshot, spec_of, version_of
 from .source import caller
 
 CONVERSIONS = frozenset({"to", "type", "type_as", *NAMED})
@@ -105,27 +110,52 @@ class Recorder:
     Args:
         manifest: of the model it will run on.
         make: makes the deferred value of a node; the torch or the array face.
+        edits: interventions that come before all others, in every run.
+        symbolic: numbers of rows and positions aren't known.
+
+    Attributes:
+        invoke, step, when: of the nodes that come next.
+        backward: the backward node whose gradients `.grad` names.
+        stopped: nothing later in the current run may be asked for.
     """
 
-    def __init__(self, manifest: Manifest, make: MakeValue) -> None:
+    def __init__(
+        self, manifest: Manifest, make: MakeValue, edits: Sequence[Edit] = (), *, symbolic: bool = False
+    ) -> None:
         self.manifest = manifest
         self.runs: list[Run] = []
         self.invoke: int | None = None
+        self.step = 0
+        self.when: int | None = None
+        self.backward: int | None = None
+        self.stopped = False
         self.saved: list[tuple[int, Any]] = []
+        self.gradients: list[tuple[int, Any]] = []
         self.open = True
+        self._edits = edits
+        self._retained: list[Any] = []
+        self._skipped: set[tuple[int, int, str]] = set()
+        self._gradient_bases: dict[tuple[int, int], GradientBase] = {}
         self._make = make
         self._nodes: list[Node] = []
         self._specs: dict[str, TensorSpec] = {}
         self._tensors: dict[str, Any] = {}
         self._attached: dict[int, tuple[Any, int, int]] = {}
         self._tracks: dict[tuple[int, tuple[str, str, int, int]], Track] = {}
-        self._reads: dict[tuple[int, int | None, Point, int], int] = {}
-        self._checker = Checker(manifest, self.runs, self._specs)
+        self._reads: dict[tuple[int, int | None, Point, int, int | None], int] = {}
+        self._checker = Checker(manifest, self.runs, self._specs, symbolic=symbolic)
 
     # -- runs and invokes --------------------------------------------------------------------------------------
 
     def start_run(self, kind: RunKind = "trace") -> None:
         self.runs.append(Run(kind))
+        self.invoke, self.step, self.stopped = None, 0, False
+
+    def generate(self, options: Mapping[str, Any]) -> None:
+        """Make the current run a generation."""
+        check_options(options)
+        given = {name: value for name, value in options.items() if value is not None}
+        self.runs[-1] = replace(self.runs[-1], kind="generate", options=given)
 
     def add_invoke(self, invoke: Invoke) -> int:
         """Add an invoke to the current run; returns its index."""
@@ -139,10 +169,8 @@ class Recorder:
         """Record one node, checked. `rest`: point, invoke. Returns its id."""
         if not self.open:
             raise NotSaved("this value was not saved: add .save() inside the block to keep it")
-        rest.setdefault("invoke", self.invoke)
-        node = Node(
-            len(self._nodes), op, tuple(args), kwargs or {}, run=len(self.runs) - 1, source=caller(), **rest
-        )
+        rest = {"invoke": self.invoke, "when": self.when, "run": max(len(self.runs) - 1, 0), **rest}
+        node = Node(len(self._nodes), op, tuple(args), kwargs or {}, source=caller(), **rest)
         self._checker.add(node)
         self._nodes.append(node)
         return node.id
@@ -167,6 +195,9 @@ class Recorder:
             node = self.node(op.name, (plain[0], *bound[1:]))
             return self._view(first, view, node) if self._shares(plain[0], view, node) else self.value(node)
         return self._results(self.node(op.name, plain, named), op, plain, named)
+
+    _interpose_record = op
+    """What the `interpose.torch` namespace calls."""
 
     def _shares(self, source: Ref, view: View, node: int) -> bool:
         """Whether what a view op gives here is the same memory, so that a write to either is seen by both."""
@@ -222,13 +253,14 @@ class Recorder:
         layout = walk(self.manifest.module(point.module).points.get(point.name), point.path)
         if not isinstance(layout, Leaf):
             return Nest(self, point, layout)
+        point = replace(point, step=self.step)
         base = PointBase(self, len(self.runs) - 1, self.invoke, point)
         node = base.node()
         self._track(base).bases.append(base)
         return self._make(self, base, (), node)
 
     def read(self, base: PointBase) -> int:
-        key = base.run, base.invoke, base.point, self._track(base).version
+        key = base.run, base.invoke, base.point, self._track(base).version, self.when
         if key not in self._reads:
             self._reads[key] = self._point_node("read", (), base)
         return self._reads[key]
@@ -241,6 +273,7 @@ class Recorder:
         """Put another value at a point."""
         if self._is_whole(value, point):
             return  # the second half of `module.output += y`, which has been written already
+        point = replace(point, step=self.step)
         given = self.arg(value)
         if not isinstance(given, Ref):
             raise BadArgument(
@@ -254,16 +287,29 @@ class Recorder:
         track.bases = [old for old in track.bases if old.pinned is None]
         self.write(base, (), None, given)
 
+    def skip(self, module: str, call: int, value: Any) -> None:
+        """Check that `value` is there when a module begins; its inner points can't be asked for from now on."""
+        enters = self.manifest.moment(module, "inputs", call)
+        ready = self._checker.moment(self.arg(value))
+        if enters is not None and ready > (len(self.runs) - 1, self.step, enters):
+            raise WrongOrder(f"{module} is skipped with a value that comes only after it has begun")
+        self._skipped.add((len(self.runs) - 1, self.step, module + "."))
+
     def _is_whole(self, value: Any, point: Point) -> bool:
         """Whether `value` is all of what lies at a point for the current invoke, in its newest version."""
         if not is_deferred(value) or value._chain or not isinstance(value._root, PointBase):
             return False
         root = value._root
         here = root.recorder, root.point, root.invoke, root.run, root.pinned
-        return here == (self, point, self.invoke, len(self.runs) - 1, None)
+        return here == (self, replace(point, step=self.step), self.invoke, len(self.runs) - 1, None)
 
     def _point_node(self, op: str, args: Sequence[Any], base: PointBase) -> int:
-        return self.node(op, args, point=base.point, invoke=base.invoke)
+        if base.run == len(self.runs) - 1 and self.stopped:
+            raise WrongOrder(f"{base.point}: the forward was stopped before this line")
+        for run, step, inside in self._skipped:
+            if (run, step) == (base.run, base.point.step) and base.point.module.startswith(inside):
+                raise WrongOrder(f"{base.point} lies in a module that this trace skips")
+        return self.node(op, args, point=base.point, invoke=base.invoke, run=base.run)
 
     def _track(self, base: PointBase) -> Track:
         return self._tracks.setdefault((base.run, base.point.place), Track())
@@ -279,6 +325,10 @@ class Recorder:
     def is_view(self, value: Any, of: Any, view: View) -> bool:
         """Whether `value` is that very view of another deferred value."""
         return is_deferred(value) and value._root is of._root and value._chain == (*of._chain, view)
+
+    def is_same(self, value: Any, other: Any) -> bool:
+        """Whether two names stand for the same part of the same value."""
+        return is_deferred(value) and value._root is other._root and value._chain == other._chain
 
     def is_dtype(self, value: Any) -> bool:
         return isinstance(value, DType) or dtype_of(value) is not None
@@ -300,13 +350,24 @@ class Recorder:
     def save(self, value: Value) -> Any:
         """Keep a value: it becomes real after the block.
 
-        Returns what becomes real: the value itself, or another name for it where that was saved before.
+        Returns what becomes real: the value itself, another name for it where that was saved before, or in a body
+        of steps a list with one value a step.
         """
         ref = self.ref(value)
-        if any(kept is value for _, kept in self.saved):
-            value = self.again(value)
-        self.saved.append((self.node("save", (Ref(ref),)), value))
-        return value
+        kept: Any = value
+        if self._in_steps():
+            kept = StepValues()
+        elif any(value is other for _, other in self.saved):
+            kept = self.again(value)
+        self.saved.append((self.node("save", (Ref(ref),)), kept))
+        return kept
+
+    def _in_steps(self) -> bool:
+        """Whether what comes next runs once a step."""
+        control = self.when
+        while control is not None and self._nodes[control].op != "steps":
+            control = self._nodes[control].when
+        return control is not None
 
     def finish(self) -> tuple[Graph, dict[str, Any]]:
         """The graph without nodes nobody needs, and its attachments by provisional key.
@@ -315,13 +376,45 @@ class Recorder:
         """
         self.open = False
         for tensor, version, _ in self._attached.values():
-            if _version(tensor) != version:
+            if version_of(tensor) != version:
                 raise BadArgument("a tensor from outside was changed in the block after it was used; use a clone")
-        nodes, renumbered = trimmed(self._nodes)
-        self.saved = [(renumbered[node], value) for node, value in self.saved]
+        specs, tensors = attached(self._edits)
+        specs |= self._specs
+        tensors |= self._tensors
+        before = placed(self._edits, self.runs, self._nodes)
+        nodes, renumbered = trimmed(before)
+        moved = len(before) - len(self._nodes)
+        self.saved = [(renumbered[node + moved], value) for node, value in self.saved]
+        self.gradients = [(renumbered[node + moved], value) for node, value in self.gradients]
         used = {node.args[0] for node in nodes if node.op == "attachment"}
-        graph = Graph(tuple(self.runs), nodes, {key: self._specs[key] for key in used})
-        return graph, {key: self._tensors[key] for key in used}
+        graph = Graph(tuple(self.runs), nodes, {key: specs[key] for key in used})
+        return graph, {key: tensors[key] for key in used}
+
+    # -- gradients ---------------------------------------------------------------------------------------------
+
+    def retain(self, value: Value) -> None:
+        """Ask for a value's gradient: after the block it is its `.grad`."""
+        self.ref(value)
+        self._retained.append(value)
+
+    def start_backward(self, loss: Value) -> int:
+        """Record a backward; the gradients retained so far are kept."""
+        self.backward = self.node("backward", (Ref(self.ref(loss)),))
+        for value in self._retained:
+            gradient = self.gradient(value)
+            self.gradients.append((self.node("save", (Ref(self.ref(gradient)),)), value))
+        return self.backward
+
+    def gradient(self, value: Value) -> Any:
+        """The gradient of a value in the current backward, deferred."""
+        if self.backward is None:
+            raise BadArgument("gradients exist once a loss runs backward: with loss.backward(): h.grad")
+        target = value._root.node()
+        base = self._gradient_bases.setdefault((target, self.backward), GradientBase(self, target, self.backward))
+        node = base.node()
+        for name, *args in value._chain:
+            node = self.node(name, (Ref(node), *args))
+        return self._make(self, base, value._chain, node)
 
     # -- arguments ---------------------------------------------------------------------------------------------
 
@@ -336,7 +429,7 @@ class Recorder:
             return tuple(items) if isinstance(value, tuple) else items
         if isinstance(value, slice):
             return slice(self.arg(value.start), self.arg(value.stop), self.arg(value.step))
-        if type(value) is int or type(value) is float or isinstance(value, (DType, EllipsisType)):
+        if type(value) is int or type(value) is float or isinstance(value, DType):
             return value
         if isinstance(value, (np.integer, np.floating, np.bool_)):
             return value.item()
@@ -359,8 +452,8 @@ class Recorder:
             # A provisional name: a digest is only worth its time where the tensor has to travel.
             key = f"{len(self._tensors):064x}"
             self._specs[key], self._tensors[key] = spec_of(tensor), snapshot(tensor)
-            node = self.node("attachment", (key,), invoke=None)
-            known = self._attached[id(tensor)] = tensor, _version(tensor), node
+            node = self.node("attachment", (key,), invoke=None, when=None)
+            known = self._attached[id(tensor)] = tensor, version_of(tensor), node
         return known[2]
 
     def _as_attached(self, tensor: Any) -> bool:
@@ -371,125 +464,10 @@ class Recorder:
         return bool(np.asarray(tensor).tobytes() == self._tensors[key].tobytes())
 
 
-class Several(tuple[Any, ...]):
-    """Several deferred values that came out of one operation; named where torch names them."""
-
-    _names: tuple[str, ...]
-
-    def __new__(cls, parts: Sequence[Any], names: Sequence[str] = ()) -> Several:
-        made = super().__new__(cls, parts)
-        made._names = tuple(names)
-        return made
-
-    def __getattr__(self, name: str) -> Any:
-        if name in self._names:
-            return self[self._names.index(name)]
-        raise AttributeError(name)
-
-    def save(self) -> Several:
-        return Several([part.save() for part in self], self._names)
-
-
-class Nest:
-    """What a module takes or returns where that is more than one tensor: a tuple or mapping of deferred values."""
-
-    def __init__(self, recorder: Recorder, point: Point, layout: Layout) -> None:
-        self._recorder, self._point, self._layout = recorder, point, layout
-        self._saved: dict[Key, Any] = {}
-
-    def __getitem__(self, key: Key) -> Any:
-        if key in self._saved:
-            return self._saved[key]
-        if isinstance(self._layout, tuple) and isinstance(key, int) and key < 0:
-            return self[key + len(self._layout)]
-        part = self._part(key)
-        if part is None:
-            raise UnknownPoint(f"{self._point}[{key!r}] is no tensor: there is nothing to read")
-        return self._recorder.at(replace(self._point, path=(*self._point.path, key)))
-
-    def __setitem__(self, key: Key, value: Any) -> None:
-        if isinstance(self._layout, tuple) and isinstance(key, int) and key < 0:
-            key += len(self._layout)
-        self._part(key)
-        self._recorder.replace(replace(self._point, path=(*self._point.path, key)), value)
-
-    def __getattr__(self, name: str) -> Any:
-        if not name.startswith("_") and isinstance(self._layout, dict) and name in self._layout:
-            return self[name]
-        raise AttributeError(f"{self!r} has no {name!r}")
-
-    def __len__(self) -> int:
-        return len(self._keys())
-
-    def __iter__(self) -> Any:
-        if isinstance(self._layout, dict):
-            return iter(self._layout)
-        return iter([self[key] for key in self._keys()])
-
-    def keys(self) -> Sequence[Key]:
-        return self._keys()
-
-    def items(self) -> list[tuple[Key, Any]]:
-        return [(key, self[key]) for key in self._keys()]
-
-    def save(self) -> Nest:
-        """Save every tensor in it."""
-        for key in self._keys():
-            if self._part(key) is not None:
-                self._saved[key] = self[key].save()
-        return self
-
-    def __repr__(self) -> str:
-        shown = ", ".join(map(repr, self._keys()))
-        return f"<{self._point}: {type(self._layout).__name__} of {shown}>"
-
-    def _keys(self) -> Sequence[Key]:
-        if isinstance(self._layout, dict):
-            return list(self._layout)
-        return range(len(self._layout)) if isinstance(self._layout, tuple) else ()
-
-    def _part(self, key: Key) -> Layout:
-        try:
-            return walk(self._layout, (key,))
-        except KeyError:
-            raise UnknownPoint(
-                f"{self._point} has no {key!r}; it has {', '.join(map(repr, self._keys()))}"
-            ) from None
-
-
-def is_deferred(value: Any) -> bool:
-    """Whether a value is still to come."""
-    return getattr(type(value), "_interpose_deferred", False)
-
-
 def foreign(value: Any) -> InterposeError:
     """Why a deferred value of another block can't be used here."""
+    if value._absent:
+        return NotReached(value._absent)
     if value._recorder.open:
         return DeferredError("this value belongs to another open block; use one trace with several invokes")
     return NotSaved("this value was not saved: add .save() in the block it comes from")
-
-
-def dtype_of(value: Any) -> DType | None:
-    """A torch or NumPy dtype as the graph's."""
-    if isinstance(value, np.dtype) or (isinstance(value, type) and issubclass(value, np.generic)):
-        name = np.dtype(value).name
-    else:
-        name = str(value).removeprefix("torch.") if type(value).__name__ == "dtype" else ""
-    return DType(name) if name in DTYPES else None
-
-
-def spec_of(tensor: Any) -> TensorSpec:
-    """Shape and dtype of a real tensor or array. Raises BadArgument for dtypes without a wire meaning."""
-    dtype = dtype_of(tensor.dtype) if hasattr(tensor, "dtype") else None
-    if dtype is None:
-        raise BadArgument(f"a {type(tensor).__name__} of {getattr(tensor, 'dtype', '?')} can't go into a graph")
-    return TensorSpec(tuple(tensor.shape), dtype.name)
-
-
-def snapshot(tensor: Any) -> Any:
-    """The tensor as it is now, free of its autograd history; arrays, which don't count their writes, are copied."""
-    return tensor.detach() if hasattr(tensor, "detach") else np.array(tensor)
-
-
-def _version(tensor: Any) -> int:
-    return getattr(tensor, "_version", 0)

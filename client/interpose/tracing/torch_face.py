@@ -14,7 +14,8 @@ from ..errors import BadArgument, UnknownOp
 from ..graph import ops
 from ..graph.values import TensorSpec
 from .deferred import Deferred, in_place
-from .recorder import Base, Recorder, View, is_deferred
+from .outside import is_deferred
+from .recorder import Base, Recorder, View
 from .torch_names import function_table
 
 _FUNCTIONS = function_table()
@@ -29,7 +30,7 @@ class DeferredTensor(Deferred, torch.Tensor):  # type: ignore[misc, override]
         found = _FUNCTIONS.get(func)
         if found is not None:
             name, swapped = found
-            args = (args[1], args[0]) if swapped else args
+            args = (args[1], args[0], *args[2:]) if swapped else args
             return recorder.op(name, args, kwargs or {})
         name = getattr(func, "__name__", str(func))
         if name in ("__get__", "__set__"):
@@ -73,6 +74,9 @@ class SavedTensor(torch.Tensor):
     """
 
     __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
+
+    def _keep_gradient(self, gradient: torch.Tensor) -> None:
+        self.grad = gradient.as_subclass(torch.Tensor)
 
     @property
     def value(self) -> torch.Tensor:

@@ -1,18 +1,22 @@
-"""The blocks a user opens: `with model.trace(prompt) as t:` and `with t.invoke(prompt):` inside it."""
+"""The blocks a user opens: `with model.trace(prompt) as t:`, in it `with t.invoke(prompt):`, sessions around."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from contextvars import ContextVar
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from contextvars import ContextVar, Token
 from types import TracebackType
-from typing import Any, Literal, Protocol
+from typing import Any, Protocol
 
-from ..errors import BadArgument, DeferredError, InterposeError, NotSaved
+from ..errors import BadArgument, DeferredError
 from ..graph.manifest import Manifest
-from ..graph.model import Graph
+from ..torch import RECORDER
+from . import flow
+from .cache import Cache, collect
+from .execution import Execution, TraceJob
+from .keeping import SavedList
 from .prompts import Tokenize, to_invoke
 from .recorder import Recorder
+from .steps import Iter, Steps
 
 
 class Model(Protocol):
@@ -25,45 +29,18 @@ class Model(Protocol):
         """The open block's recorder. Raises DeferredError outside one."""
 
 
-@dataclass(frozen=True)
-class Options:
-    """How a block is run. `timeout`: seconds, None for the configured one."""
-
-    remote: bool = False
-    blocking: bool = True
-    timeout: float | None = None
-    batching: Literal["auto", "exclusive"] = "auto"
-
-
-class Handle(Protocol):
-    """A submitted job."""
-
-    @property
-    def id(self) -> str: ...
-
-    @property
-    def status(self) -> Any: ...
-
-    def result(self, timeout: float | None = None) -> Mapping[int, Any]: ...
-
-    def cancel(self) -> Any: ...
-
-
-class Execute(Protocol):
-    """Runs a graph; with `blocking` gives the saved values by node, else the job that will have them."""
-
-    def __call__(
-        self, graph: Graph, tensors: Mapping[str, Any], options: Options
-    ) -> Mapping[int, Any] | Handle: ...
-
-
 ACTIVE: ContextVar[Tracer | None] = ContextVar("interpose_tracer", default=None)
+SESSION: ContextVar[Session | None] = ContextVar("interpose_session", default=None)
 
 
 class Tracer:
-    """One forward of the model with everything to be read and changed in it.
+    """One run of the model, a forward or a generation, with everything to be read and changed in it.
 
     Nothing runs until the block is left; then saved values become real. An error raised in the block runs nothing.
+
+    Args:
+        generation: the options of a generation, None for a single forward.
+        owner: runs the graph when this block is left; None inside a session, which runs it.
     """
 
     def __init__(
@@ -72,38 +49,46 @@ class Tracer:
         recorder: Recorder,
         prompt: Any,
         tokenize: Tokenize,
-        execute: Execute,
-        options: Options,
+        *,
+        generation: Mapping[str, Any] | None = None,
+        owner: Execution | None = None,
     ) -> None:
         self.model = model
         self.recorder = recorder
         self._prompt = prompt
         self._tokenize = tokenize
-        self._execute = execute
-        self._options = options
-        self._job: Handle | None = None
-        self._token: Any = None
+        self._generation = generation
+        self._owner = owner
 
     def __enter__(self) -> Tracer:
         if ACTIVE.get() is not None:
             raise DeferredError("a block is open already; use t.invoke(...) for several prompts in one forward")
         self.recorder.start_run()
+        if self._generation is not None:
+            self.recorder.generate(self._generation)
         if self._prompt is not None:
             self.recorder.invoke = self.recorder.add_invoke(to_invoke(self._prompt, self._tokenize))
-        self._token = ACTIVE.set(self)
+        self._tokens = ACTIVE.set(self), RECORDER.set(self.recorder)
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        ACTIVE.reset(self._token)
-        if error is not None:
-            self.recorder.open = False
+        active, recorder = self._tokens
+        ACTIVE.reset(active)
+        RECORDER.reset(recorder)
+        self.recorder.invoke = None
+        if self._owner is None:
             return
-        self._run()
+        if error is not None:
+            self._owner.abandon()
+        else:
+            self._owner.run()
+
+    # -- prompts and steps -------------------------------------------------------------------------------------
 
     def invoke(self, prompt: Any = None) -> Invoker:
-        """One more prompt (or list of prompts) of the same forward; without one, the whole batch of the others."""
+        """One more prompt (or list of prompts) of the same run; without one, the whole batch of the others."""
         if self._prompt is not None:
             raise BadArgument("this trace has its prompt already; open it without one to add invokes")
         return Invoker(self, prompt)
@@ -113,56 +98,75 @@ class Tracer:
         """1 for tokens, 0 for padding, [rows, seq]: of the current invoke, or of the whole batch outside one."""
         return self.recorder.value(self.recorder.node("attention_mask"))
 
+    @property
+    def iter(self) -> Iter:
+        """Steps of a generation: `for step in t.iter[:3]:`, `with t.iter[2]:`."""
+        return Iter(self.recorder)
+
+    def all(self) -> Steps:
+        """Every step of a generation: `with t.all():` records its body once."""
+        return self.iter[:]
+
+    @property
+    def result(self) -> Any:
+        """All token ids of a generation, [rows, prompt and new tokens]; save it to have them after the block."""
+        return self.recorder.value(self.recorder.node("tokens", invoke=None, when=None))
+
+    # -- control -----------------------------------------------------------------------------------------------
+
+    def cond(self, pred: Any, then: Callable[[], Any], otherwise: Callable[[], Any] | None = None) -> Any:
+        """Run one of two functions' bodies where the model runs, as one deferred value decides.
+
+        Both are recorded; each may read and write hook points that come after the condition is known.
+
+        Returns:
+            What the chosen one returned: None, a value, or several, alike in both.
+        """
+        return flow.cond(self.recorder, pred, then, otherwise)
+
+    def loop(self, count: int, body: Callable[..., Any], *init: Any) -> Any:
+        """Repeat `body(turn, *carried) -> carried` for `count` turns; returns what is carried at the end."""
+        return flow.loop(self.recorder, count, body, init)
+
+    def while_loop(self, proceed: Callable[..., Any], body: Callable[..., Any], *init: Any, most: int) -> Any:
+        """Repeat `body(turn, *carried)` while `proceed(*carried)`, for `most` turns at most."""
+        return flow.loop(self.recorder, most, body, init, proceed=proceed)
+
+    def scan(self, count: int, body: Callable[..., Any], *init: Any) -> Any:
+        """A loop whose `body(turn, *carried)` gives a pair; the second parts come back stacked, [turns, ...]."""
+        return flow.loop(self.recorder, count, body, init, stacked=True)
+
+    def stop(self) -> None:
+        """Nothing later in the forward is needed: asking for it raises. The stopping itself is automatic."""
+        self.recorder.stopped = True
+
+    # -- keeping -----------------------------------------------------------------------------------------------
+
     def log(self, *values: Any) -> None:
         """Print values while the block runs: texts, numbers, deferred values."""
         self.recorder.node("log", [self.recorder.arg(value) for value in values])
 
+    def list(self, *values: Any) -> SavedList:
+        """A list whose members are saved: `kept = t.list()`, then `kept.append(value)`."""
+        return SavedList(values)
+
+    def cache(self, *patterns: Any) -> Cache:
+        """Save every hook point that matches: `t.cache("transformer.h.*.output", model.lm_head)`.
+
+        Patterns are of the form `module.point`, with `*` for any one part; a module stands for its output.
+        """
+        return collect(self.model, patterns)
+
     @property
     def job(self) -> TraceJob:
-        """The submitted job, of a trace with `blocking=False`."""
-        if self._job is None:
-            raise NotSaved("there is a job only after a block with blocking=False")
-        return TraceJob(self._job, self._fill)
-
-    def _run(self) -> None:
-        graph, tensors = self.recorder.finish()
-        if not graph.nodes:
-            return
-        try:
-            done = self._execute(graph, tensors, self._options)
-        except InterposeError as error:
-            if error.node is not None and error.node < len(graph.nodes):
-                error.source = graph.nodes[error.node].source
-            raise error from None
-        if isinstance(done, Mapping):
-            self._fill(done)
-        else:
-            self._job = done
-
-    def _fill(self, values: Mapping[int, Any]) -> None:
-        saved, self.recorder.saved = self.recorder.saved, []
-        for node, value in saved:
-            value._become(values[node])
-
-
-class TraceJob:
-    """A job whose values, once it has completed, appear in the names that were saved in its block."""
-
-    def __init__(self, job: Handle, fill: Any) -> None:
-        self._job, self._fill = job, fill
-
-    def result(self, timeout: float | None = None) -> Mapping[int, Any]:
-        """Wait for the end. Raises the job's error, or TimeoutError after `timeout` seconds."""
-        values = self._job.result(timeout)
-        self._fill(values)
-        return values
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._job, name)
+        """The submitted job, of a block with `blocking=False`."""
+        if self._owner is None:
+            raise DeferredError("the job belongs to the session around this block")
+        return self._owner.job
 
 
 class Invoker:
-    """One prompt's part of a trace: what is read and written inside concerns its rows alone."""
+    """One prompt's part of a run: what is read and written inside concerns its rows alone."""
 
     def __init__(self, tracer: Tracer, prompt: Any) -> None:
         self._tracer, self._prompt = tracer, prompt
@@ -179,3 +183,40 @@ class Invoker:
 
     def __exit__(self, *error: object) -> None:
         self._tracer.recorder.invoke = None
+
+
+class Session:
+    """Several runs as one job: values flow between them without leaving the server.
+
+    Runs that need nothing of one another share forwards.
+    """
+
+    def __init__(self, owner: Execution, model: Model) -> None:
+        self.model = model
+        self.recorder = owner.recorder
+        self.remote = owner.options.remote
+        self._owner = owner
+        self._token: Token[Session | None] | None = None
+
+    def __enter__(self) -> Session:
+        if SESSION.get() is not None or ACTIVE.get() is not None:
+            raise DeferredError("a block is open already; a session holds traces, not other sessions")
+        self._token = SESSION.set(self)
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._token is not None:
+            SESSION.reset(self._token)
+        if error is not None:
+            self._owner.abandon()
+        else:
+            self._owner.run()
+
+    list = Tracer.list
+
+    @property
+    def job(self) -> TraceJob:
+        """The submitted job, of a session with `blocking=False`."""
+        return self._owner.job

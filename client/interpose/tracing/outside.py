@@ -1,0 +1,41 @@
+"""Values from outside a block: what may go into a graph, and as what."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from ..errors import BadArgument
+from ..graph.values import DTYPES, DType, TensorSpec
+
+
+def is_deferred(value: Any) -> bool:
+    """Whether a value is still to come."""
+    return getattr(type(value), "_interpose_deferred", False)
+
+
+def dtype_of(value: Any) -> DType | None:
+    """A torch or NumPy dtype as the graph's."""
+    if isinstance(value, np.dtype) or (isinstance(value, type) and issubclass(value, np.generic)):
+        name = np.dtype(value).name
+    else:
+        name = str(value).removeprefix("torch.") if type(value).__name__ == "dtype" else ""
+    return DType(name) if name in DTYPES else None
+
+
+def spec_of(tensor: Any) -> TensorSpec:
+    """Shape and dtype of a real tensor or array. Raises BadArgument for dtypes without a wire meaning."""
+    dtype = dtype_of(tensor.dtype) if hasattr(tensor, "dtype") else None
+    if dtype is None:
+        raise BadArgument(f"a {type(tensor).__name__} of {getattr(tensor, 'dtype', '?')} can't go into a graph")
+    return TensorSpec(tuple(tensor.shape), dtype.name)
+
+
+def snapshot(tensor: Any) -> Any:
+    """The tensor as it is now, free of its autograd history; arrays, which don't count their writes, are copied."""
+    return tensor.detach() if hasattr(tensor, "detach") else np.array(tensor)
+
+
+def version_of(tensor: Any) -> int:
+    return getattr(tensor, "_version", 0)
