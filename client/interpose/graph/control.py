@@ -15,7 +15,7 @@ Control nodes own a body, the nodes whose `when` names them:
 
 from __future__ import annotations
 
-from ..errors import BadArgument, InvalidGraph, ShapeMismatch
+from ..errors import BadArgument, InvalidGraph, LimitExceeded, ShapeMismatch
 from .checker import LATE, Checker, Known, Spec, arity, flat, handles, nbytes
 from .generation import new_tokens
 from .model import Node
@@ -24,6 +24,7 @@ from .values import Ref, TensorSpec
 
 MAX_TURNS = 100_000
 MAX_CARRIES = 64
+MAX_LOOPS = 256
 _FLAG = TensorSpec((), "bool")
 
 
@@ -79,6 +80,8 @@ def loop(checker: Checker, node: Node) -> Known:
     count, init = node.args
     if type(count) is not int or not 1 <= count <= MAX_TURNS:
         raise BadArgument(f"a loop takes 1 to {MAX_TURNS:,} turns")
+    if sum(other.op == "loop" for other in checker.nodes) > MAX_LOOPS:
+        raise LimitExceeded(f"a graph holds at most {MAX_LOOPS} loops")
     if not isinstance(init, tuple) or len(init) > MAX_CARRIES:
         raise BadArgument(f"a loop carries a tuple of at most {MAX_CARRIES} tensors")
     for value in init:

@@ -41,9 +41,10 @@ def validate(graph: Graph, manifest: Manifest, limits: Limits, *, batching: str 
     for node in graph.nodes:
         checker.add(node)
     known = tuple(checker.known)
-    result = sum(known[node.id].bytes for node in graph.saves)
+    times = [_times(graph, checker.scope[node.id]) for node in graph.nodes]
+    result = sum(known[node.id].bytes * times[node.id] for node in graph.saves)
     memory = _most_alive(graph, known)
-    flops = sum(item.flops for item in known)
+    flops = sum(item.flops * count for item, count in zip(known, times, strict=True))
     limits.check("result_bytes", result)
     limits.check("memory_bytes", memory)
     limits.check("flops", flops)
@@ -83,6 +84,16 @@ def check_run(run: Run, manifest: Manifest) -> None:
         )
     if not run.rows:
         raise BadArgument("nothing to run: no prompt was given")
+
+
+def _times(graph: Graph, scope: Sequence[int]) -> int:
+    """How often a node runs: once a step in a body of steps. Loops count their turns themselves."""
+    if not scope or graph.nodes[scope[0]].op != "steps":
+        return 1
+    control = graph.nodes[scope[0]]
+    start, stop = control.args
+    steps = new_tokens(graph.runs[control.run])
+    return max(min(steps, steps if stop is None else stop) - start, 0)
 
 
 def _most_alive(graph: Graph, known: Sequence[Known]) -> int:
