@@ -67,17 +67,17 @@ class Engine:
             return self._together(jobs)
 
     def _together(self, jobs: Sequence[EngineJob]) -> list[InterposeError | None]:
-        started = [self._start(job) for job in jobs]
         try:
+            started = [self._start(job) for job in jobs]
             self._runs([job for job in started if isinstance(job, Interpreter)])
         except Exception as error:
             if len(jobs) > 1:
-                log.warning("a shared forward failed (%s); its %d jobs run apart", type(error).__name__, len(jobs))
+                log.warning("a shared run failed (%s); its %d jobs run apart", type(error).__name__, len(jobs))
                 return self._apart(jobs)
             if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
                 return [OutOfMemory("the job alone doesn't fit the device's memory")]
-            log.exception("the model's forward failed")
-            return [InternalError(f"the model's forward failed with {type(error).__name__}")]
+            log.exception("a job failed that shouldn't have")
+            return [InternalError(f"running it failed with {type(error).__name__}; this is our fault")]
         return [job.error if isinstance(job, Interpreter) else job for job in started]
 
     def _apart(self, jobs: Sequence[EngineJob]) -> list[InterposeError | None]:
