@@ -151,12 +151,14 @@ async def run_gateway(settings: Settings) -> AsyncIterator[Gateway]:
     await broker.models.publish("tiny", "w1", tiny_manifest(), "")
     transport = httpx.ASGITransport(app, raise_app_exceptions=False)
     headers = {AUTH: f"Bearer {token}", "Interpose-Protocol": "1", "Content-Type": "application/msgpack"}
-    async with (
-        app.router.lifespan_context(app),
-        httpx.AsyncClient(transport=transport, base_url="http://lab", headers=headers) as client,
-    ):
-        yield Gateway(app, broker, blobs, settings, token, client)
-    await broker.close()
+    try:
+        async with (
+            app.router.lifespan_context(app),
+            httpx.AsyncClient(transport=transport, base_url="http://lab", headers=headers) as client,
+        ):
+            yield Gateway(app, broker, blobs, settings, token, client)
+    finally:
+        await broker.close()
 
 
 @asynccontextmanager

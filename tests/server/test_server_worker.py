@@ -51,9 +51,11 @@ async def working(gateway: Gateway, engine: Any, name: str = "w1") -> AsyncItera
     stop = asyncio.Event()
     worker = Worker("tiny", name, engine, gateway.broker, gateway.blobs, gateway.settings)
     task = asyncio.create_task(worker.run(stop))
-    yield stop
-    stop.set()
-    await asyncio.wait_for(task, 10)
+    try:
+        yield stop
+    finally:
+        stop.set()
+        await asyncio.wait_for(task, 10)
 
 
 async def ended(gateway: Gateway, job: Submission) -> list[Stored]:
@@ -248,7 +250,7 @@ async def test_stopping_finishes_the_running_batch(settings: Settings) -> None:
 @pytest.mark.parametrize("dtype", [torch.bool, torch.bfloat16, torch.complex64, torch.int64])
 async def test_nests_and_dtypes(settings: Settings, dtype: torch.dtype) -> None:
     def step(job: EngineJob) -> None:
-        job.sink.save(1, (torch.ones(2, dtype=dtype).T, {"a": [torch.zeros((), dtype=dtype), 3, None]}))
+        job.sink.save(1, (torch.ones(2, 1, dtype=dtype).mT, {"a": [torch.zeros((), dtype=dtype), 3, None]}))
 
     async with run_gateway(settings) as gateway, working(gateway, Obedient(step)):
         job = submission()

@@ -14,6 +14,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 import torch
+import transformers
 import uvloop
 from interpose.errors import ConfigError, InterposeError
 from interpose.runtime.engine import Engine
@@ -41,6 +42,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--name", default=f"{os.uname().nodename}-{os.getpid()}", help="of this worker")
     wanted = parser.parse_args(argv)
     logs.setup(f"worker {wanted.model}")
+    transformers.utils.logging.disable_progress_bar()  # type: ignore[no-untyped-call]
     settings = Settings()
     if settings.worker_threads:
         torch.set_num_threads(settings.worker_threads)
@@ -65,9 +67,15 @@ async def _main(wanted: argparse.Namespace, settings: Settings) -> None:
         # A worker of this name that died holds leases on jobs nobody runs.
         await broker.queue.reap(wanted.name)
         await broker.models.announce(name, wanted.name, ModelState.LOADING)
-        engine = await _load(wanted, broker, blobs, settings)
-        if not stop.is_set():
-            await Worker(name, wanted.name, engine, broker, blobs, settings, _check).run(stop)
+        loading = asyncio.create_task(_load(wanted, broker, blobs, settings))
+        stopping = asyncio.create_task(stop.wait())
+        await asyncio.wait([loading, stopping], return_when=asyncio.FIRST_COMPLETED)
+        if not loading.done():
+            await broker.models.announce(name, wanted.name, ModelState.STOPPED)
+            # The thread that loads can't be told to stop, and an orderly exit would wait for it.
+            os._exit(0)
+        await Worker(name, wanted.name, loading.result(), broker, blobs, settings, _check).run(stop)
+        stopping.cancel()
         await broker.models.announce(name, wanted.name, ModelState.STOPPED)
     finally:
         await broker.close()

@@ -1,0 +1,180 @@
+"""`interpose serve` as processes: what it prints, what it refuses, and that nothing stays behind."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import httpx
+import psutil
+import pytest
+from interpose.errors import ConfigError, InvalidPayload
+from interpose_server.wanted import Served as ServedModel
+from models import tiny
+from serving import Served, serve
+
+INTERPOSE = Path(sys.executable).with_name("interpose")
+
+
+def interpose(*words: str | Path, timeout_s: float = 60) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [INTERPOSE, *words], capture_output=True, text=True, timeout=timeout_s, stdin=subprocess.DEVNULL
+    )
+
+
+@pytest.fixture(scope="module")
+def lab(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
+    with serve(f"tiny={tiny('gpt2')}", data_dir=tmp_path_factory.mktemp("lab") / "data") as served:
+        yield served
+
+
+def family(served: Served) -> list[psutil.Process]:
+    """The supervisor and everything it started."""
+    root = psutil.Process(served.process.pid)
+    return [root, *root.children(recursive=True)]
+
+
+def until(ready: Callable[[], bool], timeout_s: float = 20) -> None:
+    ends = time.monotonic() + timeout_s
+    while not ready():
+        assert time.monotonic() < ends, "waited too long"
+        time.sleep(0.02)
+
+
+def get(served: Served, path: str, key: str = "") -> httpx.Response:
+    headers = {"Authorization": f"Bearer {key or served.key}"}
+    return httpx.get(served.host + path, headers=headers, trust_env=False)
+
+
+def test_it_serves_what_it_was_given(lab: Served) -> None:
+    (model,) = get(lab, "/v1/models").json()["models"]
+    assert (model["id"], model["state"]) == ("tiny", "ready")
+    assert get(lab, "/v1/models/tiny/tokenizer").json()["model"]
+    assert "tiny" in httpx.get(lab.host, trust_env=False).text
+    names = sorted(process.name() for process in family(lab)[1:])
+    assert len(names) == 3 and "valkey-server" in names
+
+
+def test_secrets_are_in_no_command_line_and_private_on_disk(lab: Served) -> None:
+    lines = " ".join(word for process in family(lab) for word in process.cmdline())
+    assert lab.key not in lines and "@" not in lines
+    for name in ("local-key", "server.json", "valkey/valkey.conf"):
+        assert (lab.data_dir / name).stat().st_mode & 0o077 == 0, name
+    assert lab.data_dir.stat().st_mode & 0o077 == 0
+
+
+def test_keys_on_a_running_server(lab: Served) -> None:
+    made = interpose("keys", "create", "--user", "bob", "--data-dir", lab.data_dir)
+    token = made.stdout.strip()
+    assert get(lab, "/v1/me", token).json()["user"] == "bob"
+    listed = interpose("keys", "list", "--data-dir", lab.data_dir).stdout
+    assert token not in listed and len(listed.splitlines()) == 2
+    (key_id,) = (line.split()[0] for line in listed.splitlines() if " bob " in line)
+    assert interpose("keys", "revoke", key_id, "--data-dir", lab.data_dir).returncode == 0
+    assert get(lab, "/v1/me", token).status_code == 401
+    assert "no key" in interpose("keys", "revoke", key_id, "--data-dir", lab.data_dir).stderr
+
+
+def test_status(lab: Served, tmp_path: Path) -> None:
+    assert "tiny  ready  0 waiting" in interpose("status", "--data-dir", lab.data_dir).stdout
+    assert interpose("status", "--data-dir", tmp_path).returncode == 1
+
+
+def test_one_server_a_folder(lab: Served) -> None:
+    second = interpose("serve", f"tiny={tiny('gpt2')}", "--port", "0", "--data-dir", lab.data_dir)
+    assert second.returncode == 1 and "a server runs on" in second.stderr.replace("another", "a")
+    assert get(lab, "/healthz").status_code == 200
+
+
+@pytest.mark.parametrize("name", ["valkey", "gateway", "worker"])
+def test_a_killed_part_comes_back(lab: Served, name: str) -> None:
+    (victim,) = [process for process in family(lab)[1:] if name in " ".join(process.cmdline())]
+    victim.kill()
+    until(lambda: not victim.is_running() or victim.status() == psutil.STATUS_ZOMBIE)
+
+    def back() -> bool:
+        try:
+            return len(family(lab)) == 4 and get(lab, "/readyz").status_code == 200
+        except httpx.HTTPError:
+            return False
+
+    until(back)
+    assert get(lab, "/v1/me").status_code == 200
+
+
+def gone(processes: list[psutil.Process]) -> bool:
+    return not any(one.is_running() and one.status() != psutil.STATUS_ZOMBIE for one in processes)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGKILL])
+def test_nothing_stays_behind(tmp_path: Path, number: signal.Signals) -> None:
+    data = tmp_path / "data"
+    with serve(f"tiny={tiny('gpt2')}", data_dir=data) as served:
+        processes = family(served)
+        assert len(processes) == 4
+        served.process.send_signal(number)
+        served.process.wait(20)
+        until(lambda: gone(processes), 5)
+        assert served.process.returncode == (-9 if number is signal.SIGKILL else 0)
+    # The folder is free again, and the key still the same.
+    listed = interpose("keys", "list", "--data-dir", data)
+    assert listed.returncode == 0 and " local " in listed.stdout
+
+
+def test_stopping_while_a_model_loads(tmp_path: Path) -> None:
+    command = [INTERPOSE, "serve", f"tiny={tiny('gpt2')}", "--port", "0", "--data-dir", tmp_path]
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
+        assert process.stderr is not None
+        while "starting the gateway" not in process.stderr.readline():
+            pass
+        processes = psutil.Process(process.pid).children(recursive=True)
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(10) == 0
+    assert gone(processes)
+
+
+def test_others_can_connect_only_with_keys(tmp_path: Path) -> None:
+    words = ("serve", f"tiny={tiny('gpt2')}", "--host", "0.0.0.0", "--port", "0", "--data-dir", tmp_path)
+    refused = interpose(*words)
+    assert refused.returncode == 1 and "keys create" in refused.stderr
+    assert gone([process for process in psutil.process_iter() if str(tmp_path) in " ".join(_cmdline(process))])
+
+
+def _cmdline(process: psutil.Process) -> list[str]:
+    try:
+        return [] if process.pid == os.getpid() else process.cmdline()
+    except psutil.Error:
+        return []
+
+
+def test_a_port_in_use(tmp_path: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = str(taken.getsockname()[1])
+        done = interpose("serve", f"tiny={tiny('gpt2')}", "--port", port, "--data-dir", tmp_path)
+    assert done.returncode == 1 and "can't listen" in done.stderr and "Traceback" not in done.stderr
+
+
+def test_a_model_that_cannot_be_loaded(tmp_path: Path) -> None:
+    (tmp_path / "empty").mkdir()
+    done = interpose("serve", str(tmp_path / "empty"), "--port", "0", "--data-dir", tmp_path / "data")
+    assert done.returncode == 1 and "Traceback" not in done.stderr and done.stdout == ""
+
+
+def test_names_of_models(tmp_path: Path) -> None:
+    folder = tmp_path / "my-model"
+    folder.mkdir()
+    assert ServedModel.parse(str(folder)) == ServedModel("my-model", str(folder))
+    assert ServedModel.parse(f"other={folder}") == ServedModel("other", str(folder))
+    assert ServedModel.parse("org/name") == ServedModel("org/name", "org/name")
+    for text in ("./nothing", "x=/nothing", "/nothing"):
+        with pytest.raises(ConfigError):
+            ServedModel.parse(text)
+    for text in ("a b", "../../nothing", f"../x={folder}"):
+        with pytest.raises((InvalidPayload, ConfigError)):
+            ServedModel.parse(text)
