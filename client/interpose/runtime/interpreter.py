@@ -43,7 +43,7 @@ class Sink(Protocol):
         """A line the user asked to see."""
 
     def cancelled(self) -> bool:
-        """Whether to give up; asked at every hook point. May raise the error to end with."""
+        """Whether to give up; asked before every node. May raise the error to end with."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -135,8 +135,7 @@ class Interpreter:
     def fire(self, nodes: Iterable[Node], touched: Touched, span: Span, invokes: Sequence[Span]) -> None:
         """Serve this job's reads and writes at one moment, in the user's order."""
         with self.guard():
-            if self.sink.cancelled():
-                raise JobCancelled("cancelled while running")
+            self._check_wanted()
             values = RunValues(touched, span)
             whole = Span.whole(span.rows, span.length, span.keys)
             for node in nodes:
@@ -221,8 +220,15 @@ class Interpreter:
             if not self._waits[user] and self._startable(self.nodes[user]):
                 heapq.heappush(self._ready, user)
 
+    def _check_wanted(self) -> None:
+        """Raises JobCancelled, or the sink's own error, if the job is to end here."""
+        if self.sink.cancelled():
+            raise JobCancelled("cancelled while running")
+
     def _drain(self) -> None:
         while self._ready:
+            # A graph may compute for hours without coming to another hook point.
+            self._check_wanted()
             node = self.nodes[heapq.heappop(self._ready)]
             try:
                 value = SKIPPED if self.skips(node) else self._run(node)
@@ -318,8 +324,7 @@ class Interpreter:
         carried = [look(ref.id) for ref in init]
         gathered: list[list[Any]] = [[] for _ in each]
         for turn in range(count):
-            if self.sink.cancelled():
-                raise JobCancelled("cancelled while running")
+            self._check_wanted()
             inside = self._turn(start.id, carried, turn, look)
 
             def seen(ref: int, inside: dict[int, Any] = inside) -> Any:
