@@ -14,9 +14,12 @@ if os.environ.get("INTERPOSE_BLOCK_TORCH"):
     sys.modules["torch"] = None  # type: ignore[assignment]
 
 import numpy as np
-from interpose import LanguageModel
+from interpose import LanguageModel, torch
 from interpose.errors import InterposeError
-from programs import PROGRAMS
+from interpose.job import Job
+from programs import PROGRAMS, slow
+
+PROMPT = "The capital of France is"
 
 
 def say(**facts: Any) -> None:
@@ -43,9 +46,65 @@ def run(name: str, program: str, path: str) -> None:
     np.savez(path, **{key: np.asarray(value) for key, value in saved.items()})
 
 
+def numpy(path: str) -> None:
+    """Use saved values as NumPy users do, where torch isn't; write the bytes they hold."""
+    import ml_dtypes
+
+    assert sys.modules.get("torch") is None
+    model, half = LanguageModel("tiny-llama"), LanguageModel("tiny-llama-bf16")
+    with model.trace(PROMPT, remote=True):
+        hidden = model.model.layers[1].output[0].save()
+        model.model.layers[2].output[0][:, -1] += np.ones(64, dtype=np.float32)
+        logits = model.output.save()
+        top = torch.softmax(model.output[0, -1], dim=-1).topk(3).save()
+    with half.trace(PROMPT, remote=True):
+        low = half.model.layers[1].output[0].save()
+    array = np.asarray(hidden)
+    assert type(array) is np.ndarray and array.dtype == np.float32 and array.shape == hidden.shape
+    assert np.array_equal(hidden[0, -1], array[0, -1]) and len(hidden) == 1
+    assert np.array_equal(hidden * 2 + 1, array * 2 + 1) and np.array_equal(2 - hidden, 2 - array)
+    assert np.array_equal(np.exp(hidden), np.exp(array)) and np.array_equal(hidden @ array[0].T, array @ array[0].T)
+    assert float(hidden.mean()) == float(array.mean()) and int(logits[0, -1].argmax()) == int(top.indices[0])
+    hidden[0, 0] = 0
+    assert not array[0, 0].any()
+    assert low.dtype == ml_dtypes.bfloat16 and np.asarray(low).dtype == ml_dtypes.bfloat16
+    assert np.isfinite(np.asarray(low, dtype=np.float32)).all()
+    assert sys.modules.get("torch") is None
+    np.savez(path, logits=np.asarray(logits), low=np.asarray(low).view(np.uint16))
+    say(done=True)
+
+
+def submit(name: str) -> None:
+    """Hand in a job and say its id; then wait to be killed."""
+    model = LanguageModel(name)
+    with model.trace(PROMPT, remote=True, blocking=False) as tracer:
+        model.output[:, -1].save()
+    say(job=tracer.job.id)
+    sys.stdin.readline()
+
+
+def attach(job: str) -> None:
+    """Take over another process's job."""
+    found = Job.attach(job)
+    values = found.result(timeout=60)
+    say(
+        status=str(found.status),
+        values={node: np.asarray(value).ravel().tolist() for node, value in values.items()},
+    )
+
+
+def block(name: str) -> None:
+    """Run a slow job and wait for it, until Ctrl-C."""
+    model = LanguageModel(name)
+    try:
+        slow(model, remote=True)
+    except KeyboardInterrupt:
+        say(interrupted=True)
+
+
 def main() -> None:
     verb, *args = sys.argv[1:]
-    {"run": run}[verb](*args)
+    {"run": run, "numpy": numpy, "submit": submit, "attach": attach, "block": block}[verb](*args)
 
 
 if __name__ == "__main__":

@@ -6,7 +6,8 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from typing import Any
 import httpx
 import numpy as np
 from interpose import LanguageModel
+from programs import slow
 from serving import Served
 
 HERE = Path(__file__).parent
@@ -34,34 +36,47 @@ def figures(server: Served) -> dict[str, float]:
     return {name: float(value) for name, value in lines}
 
 
-def start(server: Served, *args: Any, blocker: bool = False, **env: str) -> subprocess.Popen[str]:
-    """A client in a process of its own: `python client.py ARGS`. With `blocker`, torch can't be imported there."""
-    command = [sys.executable, HERE / "client.py", *map(str, args)]
+@contextmanager
+def client(
+    server: Served, *args: Any, blocker: bool = False, python: str | Path = sys.executable, **env: str
+) -> Iterator[subprocess.Popen[str]]:
+    """A process of its own, `python client.py ARGS`; with `blocker`, torch can't be imported there."""
     extra = {"INTERPOSE_BLOCK_TORCH": "1"} if blocker else {}
-    return subprocess.Popen(
-        command,
+    process = subprocess.Popen(
+        [python, HERE / "client.py", *map(str, args)],
         env=os.environ | server.env | extra | env,
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
     )
+    try:
+        yield process
+    finally:
+        process.kill()
+        process.communicate()
 
 
 @contextmanager
 def held_up(model: Any) -> Iterator[None]:
-    """Keep the model's worker busy for about a second, so that what is submitted meanwhile waits together."""
-    with model.trace([1], remote=True, blocking=False, batching="exclusive") as tracer:
-        value = model.output.mean() + np.eye(1600, dtype=np.float32)
-        for _ in range(6):
-            value = value @ value
-        value.mean().save()
+    """Keep the model's worker busy for a second or two, so that what is submitted meanwhile waits together."""
+    tracer, _, _ = slow(model, 8, remote=True, blocking=False, batching="exclusive")
     yield
     tracer.job.result()
 
 
-def told(client: Any) -> dict[str, Any]:
-    line = client.stdout.readline()
-    assert line, client.stderr.read()
+def told(process: Any) -> dict[str, Any]:
+    """What it says next."""
+    line = process.stdout.readline()
+    assert line, process.stderr.read()
     facts: dict[str, Any] = json.loads(line)
     return facts
+
+
+def until(found: Callable[[], Any], seconds: float = 30) -> Any:
+    """What `found` gives, once it gives something."""
+    ends = time.monotonic() + seconds
+    while not (value := found()):
+        assert time.monotonic() < ends, "waited too long"
+        time.sleep(0.05)
+    return value

@@ -93,6 +93,18 @@ def out_of_range(model: Any, **options: Any) -> Saved:
         return {"row": hidden[0][row].save()}  # the failing line
 
 
+def slow(model: Any, steps: int = 60, **options: Any) -> Any:
+    """Seconds of work between two hook points, with a save before it and one after; its tracer and both saves."""
+    with model.trace([1, 2, 3], **options) as tracer:
+        early = blocks(model)[0].output[0].save()
+        value = early.mean() + np.eye(1600, dtype=np.float32)
+        for _ in range(steps):
+            value = (value @ value).clamp(-1, 1)
+        blocks(model)[1].output[0][:] += value.mean() * 0
+        late = model.output.save()
+    return tracer, early, late
+
+
 PROGRAMS: dict[str, Callable[..., Saved]] = {
     program.__name__: program
     for program in (look, zero, scale, patch, lens, attention, steer, several, weights, out_of_range)

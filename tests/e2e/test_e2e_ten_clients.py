@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import inspect
-import time
 from collections.abc import Callable
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import programs
 import pytest
-from clients import figures, held_up, start, told
+from clients import client, figures, held_up, told, until
 from programs import PROGRAMS
 from serving import Served
 
@@ -28,25 +28,23 @@ def test_each_gets_what_it_would_get_alone(
     model = open_model(name)
     good = [program for program in PROGRAMS if program != "out_of_range"]
     alone = {program: PROGRAMS[program](model, remote=True, batching="exclusive") for program in good}
-    clients = {
-        program: start(lab, "run", name, program, tmp_path / f"{program}.npz", INTERPOSE_BACKEND="numpy")
-        for program in PROGRAMS
-    }
-    try:
-        for client in clients.values():
-            assert told(client)["ready"]
+    with ExitStack() as stack:
+        clients = {
+            program: stack.enter_context(
+                client(lab, "run", name, program, tmp_path / f"{program}.npz", INTERPOSE_BACKEND="numpy")
+            )
+            for program in PROGRAMS
+        }
+        for process in clients.values():
+            assert told(process)["ready"]
         before = figures(lab)
         with held_up(model):
-            for client in clients.values():
-                client.stdin.write("go\n")
-                client.stdin.flush()
-            answers = {program: told(client) for program, client in clients.items()}
-        for client in clients.values():
-            assert client.wait(30) == 0
-    finally:
-        for client in clients.values():
-            client.kill()
-            client.communicate()
+            for process in clients.values():
+                process.stdin.write("go\n")
+                process.stdin.flush()
+            answers = {program: told(process) for program, process in clients.items()}
+        for process in clients.values():
+            assert process.wait(30) == 0
     error = answers.pop("out_of_range")["error"]
     assert (error["code"], error["cls"], error["line"]) == ("index_out_of_range", "IndexOutOfRange", failing_line())
     for program in answers:
@@ -68,13 +66,8 @@ def shared(before: dict[str, float], lab: Served, name: str) -> None:
 
     def grown(figure: str) -> float:
         key = f'{figure}{{model="{name}"}}'
-        return after[key] - before[key]
+        return figures(lab)[key] - before[key]
 
-    for _ in range(40):
-        after = figures(lab)
-        if grown("interpose_batched_jobs") >= len(PROGRAMS) + 1:
-            break
-        time.sleep(0.1)
-    assert grown("interpose_batched_jobs") == len(PROGRAMS) + 1
+    until(lambda: grown("interpose_batched_jobs") == len(PROGRAMS) + 1)
     assert grown("interpose_batches") <= 5
     assert "run apart" not in lab.data_dir.with_name(f"{lab.data_dir.name}.log").read_text()

@@ -1,0 +1,170 @@
+"""Jobs that outlive the block: not waiting, attaching, cancelling, clients that die, connections that break."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import struct
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from clients import client, held_up, told, until
+from interpose import LanguageModel
+from interpose.client import jobs
+from interpose.errors import JobCancelled
+from interpose.job import Job
+from programs import slow
+from serving import Served
+
+PROMPT = "The capital of France is"
+
+
+def attached(lab: Served, job: str) -> Job:
+    return Job.attach(job, host=lab.host, api_key=lab.key)
+
+
+def test_not_waiting(open_model: Callable[..., Any]) -> None:
+    model = open_model()
+    with model.trace(PROMPT, remote=True):
+        expected = model.output.save()
+    with model.trace(PROMPT, remote=True, blocking=False) as tracer:
+        logits = model.output.save()
+    values = tracer.job.result(timeout=60)
+    assert tracer.job.status == "completed" and len(values) == 1
+    assert isinstance(logits, torch.Tensor) and torch.equal(logits, expected)
+
+
+def test_another_process_attaches(lab: Served, open_model: Callable[..., Any]) -> None:
+    model = open_model()
+    with model.trace(PROMPT, remote=True, blocking=False) as tracer:
+        saved = model.output[0, -1].save()
+    with client(lab, "attach", tracer.job.id) as process:
+        answer = told(process)
+    tracer.job.result()
+    assert answer["status"] == "completed" and list(answer["values"].values()) == [saved.tolist()]
+
+
+def test_a_client_killed_while_its_job_waits(lab: Served, open_model: Callable[..., Any]) -> None:
+    model = open_model()
+    with model.trace(PROMPT, remote=True, batching="exclusive"):
+        expected = model.output[:, -1].save()
+    with held_up(model):
+        with client(lab, "submit", "tiny-gpt2", INTERPOSE_BACKEND="numpy") as process:
+            job = told(process)["job"]
+            process.kill()
+        found = attached(lab, job)
+    (value,) = found.result(timeout=60).values()
+    assert torch.allclose(value, expected, rtol=1e-5, atol=1e-5)
+
+
+def test_cancelling_what_waits(lab: Served, open_model: Callable[..., Any]) -> None:
+    model = open_model()
+    with held_up(model):
+        with model.trace(PROMPT, remote=True, blocking=False) as tracer:
+            model.output.save()
+        tracer.job.cancel()
+        with pytest.raises(JobCancelled):
+            tracer.job.result(timeout=10)
+    assert {str(info.status) for info in listed(lab) if info.id == tracer.job.id} == {"cancelled"}
+
+
+def test_cancelling_what_runs(open_model: Callable[..., Any]) -> None:
+    tracer, _, _ = slow(open_model(), 300, remote=True, blocking=False)
+    until(lambda: tracer.job.status == "running")
+    tracer.job.cancel()
+    with pytest.raises(JobCancelled):
+        tracer.job.result(timeout=10)
+    # The worker has given it up too: it takes the next job long before the old one could have ended.
+    start, model = time.monotonic(), open_model()
+    with model.trace(PROMPT, remote=True):
+        model.output.save()
+    assert time.monotonic() - start < 5
+
+
+def test_ctrl_c_cancels(lab: Served) -> None:
+    before = {info.id for info in listed(lab)}
+    with client(lab, "block", "tiny-gpt2", INTERPOSE_BACKEND="numpy") as process:
+        job = until(lambda: [info for info in listed(lab) if info.id not in before and info.status == "running"])[0]
+        process.send_signal(signal.SIGINT)
+        assert told(process) == {"interrupted": True}
+    assert {str(info.status) for info in listed(lab) if info.id == job.id} == {"cancelled"}
+
+
+def listed(lab: Served) -> list[Any]:
+    return jobs(host=lab.host, api_key=lab.key)
+
+
+@contextmanager
+def proxied(lab: Served, cut: list[int]) -> Iterator[str]:
+    """The server's address through a proxy that resets the n-th connection with a stream after cut[n] bytes."""
+    host, port = lab.host.removeprefix("http://").split(":")
+    listener = socket.create_server(("127.0.0.1", 0))
+    threading.Thread(target=_accept, args=(listener, (host, int(port)), cut), daemon=True).start()
+    yield f"127.0.0.1:{listener.getsockname()[1]}"
+    listener.close()
+
+
+def _accept(listener: socket.socket, target: tuple[str, int], cut: list[int]) -> None:
+    with suppress(OSError):
+        while True:
+            client, _ = listener.accept()
+            threading.Thread(target=_serve, args=(client, target, cut), daemon=True).start()
+
+
+def _serve(client: socket.socket, target: tuple[str, int], cut: list[int]) -> None:
+    head = client.recv(65536)
+    server = socket.create_connection(target)
+    server.sendall(head)
+    most = cut.pop(0) if b"/v1/stream" in head and cut else None
+    threading.Thread(target=_pump, args=(client, server, None), daemon=True).start()
+    _pump(server, client, most)
+
+
+def _pump(source: socket.socket, target: socket.socket, most: int | None) -> None:
+    sent = 0
+    with suppress(OSError):
+        while data := source.recv(65536):
+            target.sendall(data)
+            sent += len(data)
+            if most is not None and sent > most:
+                # Closing with nothing lingering resets the connection: no goodbye of any kind.
+                target.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+                break
+    for end in (source, target):
+        with suppress(OSError):
+            end.shutdown(socket.SHUT_RDWR)
+        end.close()
+
+
+def test_a_connection_that_breaks_within_a_large_result(lab: Served) -> None:
+    cut = [20 << 20, 5 << 20, 300]
+    with proxied(lab, cut) as address:
+        model = LanguageModel("tiny-gpt2", host=address, api_key=lab.key)
+        factors = np.arange(1 << 18, dtype=np.float32)[:, None]
+        with model.trace(PROMPT, remote=True):
+            row = model.transformer.h[1].output[0][0, -1]
+            small = row.save()
+            big = (row.unsqueeze(0) * factors).save()
+            logits = model.output.save()
+    assert not cut
+    assert big.nbytes == 64 << 20 and np.array_equal(big.numpy(), small.numpy() * factors)
+    assert torch.isfinite(logits).all()
+
+
+def test_a_fork_has_connections_of_its_own(open_model: Callable[..., Any]) -> None:
+    model = open_model()
+    with model.trace(PROMPT, remote=True):
+        expected = model.output.sum().save()
+    child = os.fork()
+    if child == 0:
+        with model.trace(PROMPT, remote=True):
+            found = model.output.sum().save()
+        os._exit(0 if torch.equal(found, expected) else 1)
+    assert os.waitpid(child, 0)[1] == 0
