@@ -107,6 +107,8 @@ class Checker:
         """Check one node. Raises a GraphError that names it."""
         count = len(self.known)
         try:
+            if node.point is not None and node.op not in ("read", "write"):
+                raise InvalidGraph("only reads and writes name a hook point")
             self._enter(node)
             handler = HANDLERS.get(node.op)
             known = handler(self, node) if handler else self._pure(node)
@@ -332,8 +334,6 @@ class Checker:
 
     def _pure(self, node: Node) -> Known:
         op = ops.lookup(node.op)
-        if node.point is not None:
-            raise InvalidGraph("only reads and writes name a hook point")
         args = self.specs(node.args)
         kwargs = {name: self.specs(arg) for name, arg in node.kwargs.items()}
         spec = ops.infer(op.name, args, kwargs)

@@ -69,6 +69,10 @@ def check_run(run: Run, manifest: Manifest) -> None:
     """Token ids against the vocabulary, lengths against the model's positions, options of a generation."""
     if run.kind == "generate":
         check_options(run.options)
+    elif run.options:
+        raise BadArgument("a trace has no options")
+    if any(invoke.tensors for invoke in run.invokes):
+        raise BadArgument("inputs beside token ids aren't taken yet")
     for invoke in run.invokes:
         for row in invoke.rows:
             if not row:
