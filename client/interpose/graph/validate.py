@@ -94,9 +94,9 @@ def _times(graph: Graph, scope: Sequence[int]) -> int:
     """How often a node runs: once a step in a body of steps. Loops count their turns themselves."""
     if not scope or graph.nodes[scope[0]].op != "steps":
         return 1
-    control = graph.nodes[scope[0]]
-    start, stop = control.args
-    steps = new_tokens(graph.runs[control.run])
+    owner = graph.nodes[scope[0]]
+    start, stop = owner.args
+    steps = new_tokens(graph.runs[owner.run])
     return max(min(steps, steps if stop is None else stop) - start, 0)
 
 
