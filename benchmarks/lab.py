@@ -40,8 +40,10 @@ def served(name: str, folder: Path) -> Iterator[serving.Served]:
         yield server
 
 
-def bare(folder: Path) -> Any:
-    """The model as the transformers library loads it."""
+def bare(folder: Path, threads: int = 1) -> Any:
+    """The model as the transformers library loads it. The tiny one gains nothing from a second thread."""
+    import torch
     from transformers import AutoModelForCausalLM
 
+    torch.set_num_threads(threads)
     return AutoModelForCausalLM.from_pretrained(folder).eval()

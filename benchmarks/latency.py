@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator
 from functools import partial
 
 import torch
+from cost import cpu
 from interpose import LanguageModel
 from lab import PROMPT, TINY, bare, served, tiny
 from reference import reference
@@ -21,10 +22,13 @@ def measure(effort: Effort) -> Iterator[Row]:
         works = (partial(trace, model), forward(folder), away.empty)
         measures = [partial(seconds, work) for work in works]
         remote, local, empty = interleaved(effort.traces, *measures, warm=10)
+        spent = cpu(server.process.pid, works[0], effort.traces)
     yield _row("tiny remote trace, p50", 0.5, remote, local, "the bare forward")
     yield _row("tiny remote trace, p95", 0.95, remote, local, "the bare forward")
     stack = "one POST, one websocket message"
     yield _row("tiny remote trace, p50", 0.5, remote, empty, stack, "the same libraries, doing nothing")
+    parts = ", ".join(f"{name} {ms(part)}" for name, part in spent.items())
+    yield Row("processor time of one", ms(sum(spent.values())), "", "", f"{parts}; the forward is the worker's")
 
 
 def trace(model: LanguageModel) -> None:

@@ -15,6 +15,8 @@ from pathlib import Path
 
 # Before torch and the client are imported; a developer's own server must not be measured.
 os.environ |= {"HF_HUB_OFFLINE": "1", "HF_HUB_DISABLE_PROGRESS_BARS": "1", "TQDM_DISABLE": "1"}
+# As the server's workers: on a machine that others use, threads that spin while they wait take what they wait for.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 for _name in ("INTERPOSE_HOST", "INTERPOSE_API_KEY", "NDIF_HOST", "NDIF_API_KEY"):
     os.environ.pop(_name, None)
 
@@ -60,9 +62,10 @@ def main() -> None:
 def about(began: float, load: float, *, quick: bool) -> str:
     """What the figures were taken on. Server, clients and what they stand beside share the machine."""
     cores = len(os.sched_getaffinity(0))
+    after = os.getloadavg()[0]
     return (
-        f"{datetime.now(UTC):%Y-%m-%d %H:%M} UTC, {cores} cores shared by server, clients and the rest "
-        f"(load {load:.1f} before), {platform.machine()}, Python {platform.python_version()}, "
+        f"{datetime.now(UTC):%Y-%m-%d %H:%M} UTC, {cores} cores shared by server, clients and whatever else runs "
+        f"(load {load:.1f} before, {after:.1f} after), {platform.machine()}, Python {platform.python_version()}, "
         f"torch {torch.__version__}, {'quick, ' * quick}{time.perf_counter() - began:.0f} s. Medians of runs in "
         f"turns; relations are medians of one turn's."
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from collections.abc import Iterator, Sequence
@@ -18,6 +19,7 @@ from timing import Effort, interleaved, ratio, seconds
 
 from client import TOKENS
 
+CORES = len(os.sched_getaffinity(0))
 CLIENTS = (1, 8, 32)
 BATCHES = (1, 4, 8, 16, 32, 64)
 
@@ -26,7 +28,7 @@ def measure(effort: Effort) -> Iterator[Row]:
     folder = smol()
     batch = best_batch(folder)
     with served(SMOL, folder) as server, clients(server, max(CLIENTS)) as crowd:
-        plain = bare(folder)
+        plain = bare(folder, CORES)
         measures = [partial(jobs_per_s, crowd[:number], effort.round_s) for number in CLIENTS]
         measures.append(partial(forwards_per_s, plain, batch, effort.round_s / 2))
         *ours, beside = interleaved(effort.rounds, *measures, warm=0)
@@ -86,6 +88,6 @@ def forwards_per_s(plain: torch.nn.Module, rows: int, duration_s: float) -> floa
 
 def best_batch(folder: Path) -> int:
     """The number of rows at which a bare forward does most rows per second."""
-    plain = bare(folder)
+    plain = bare(folder, CORES)
     forwards_per_s(plain, 1, 0.2)
-    return max(BATCHES, key=lambda rows: forwards_per_s(plain, rows, 1.0))
+    return max(BATCHES, key=lambda rows: forwards_per_s(plain, rows, 0.5))

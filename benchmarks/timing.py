@@ -53,5 +53,5 @@ class Effort:
     round_s: float
 
 
-FULL = Effort(traces=300, transfers=15, locals=200, starts=3, rounds=3, round_s=10.0)
-QUICK = Effort(traces=60, transfers=4, locals=40, starts=1, rounds=1, round_s=4.0)
+FULL = Effort(traces=300, transfers=15, locals=200, starts=3, rounds=6, round_s=4.0)
+QUICK = Effort(traces=60, transfers=4, locals=40, starts=1, rounds=1, round_s=3.0)
