@@ -25,7 +25,10 @@ class DataDir:
 
     def __init__(self, path: Path) -> None:
         self.path = path.expanduser().resolve()
-        self.path.mkdir(parents=True, exist_ok=True, mode=0o700)
+        try:
+            self.path.mkdir(parents=True, exist_ok=True, mode=0o700)
+        except OSError as error:
+            raise ConfigError(f"the data folder {self.path} can't be made: {error.strerror}") from error
         self._lock: int | None = None
 
     def lock(self, wait_s: float = WAIT_S) -> int:

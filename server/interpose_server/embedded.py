@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import os
 import signal
 import socket
@@ -59,6 +60,7 @@ class Supervisor:
         try:
             settings = self._settings(self._wanted.redis_url or await self._valkey())
             broker = connect(settings)
+            await broker.reach()
             token = await self._access(broker.accounts)
             await self._start(settings, broker, bound)
             if await self._ready(broker, bound):
@@ -75,7 +77,7 @@ class Supervisor:
 
     def _settings(self, redis_url: str) -> Settings:
         """The environment's settings, with what this command decides."""
-        base = Settings()
+        base = Settings.read()
         threads = base.worker_threads or max((os.cpu_count() or 1) // len(self._wanted.models), 1)
         changes = {
             "redis_url": redis_url,
@@ -201,7 +203,9 @@ def _bind(wanted: Wanted) -> socket.socket:
     try:
         return listen(wanted.host, wanted.port)
     except OSError as error:
-        raise ConfigError(f"can't listen on {wanted.host}:{wanted.port}: {error.strerror or error}") from error
+        advice = "; choose another --port, 0 takes a free one" if error.errno == errno.EADDRINUSE else ""
+        reason = f"{error.strerror or error}{advice}"
+        raise ConfigError(f"can't listen on {wanted.host}:{wanted.port}: {reason}") from error
 
 
 def _address(bound: socket.socket) -> tuple[str, int]:

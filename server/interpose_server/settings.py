@@ -8,10 +8,11 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from interpose.errors import ConfigError
 from interpose.graph.limits import Limits
 from interpose.wire.protocol import CHUNK_BYTES, PROTOCOL
-from pydantic import Field, field_validator
-from pydantic_settings import BaseSettings, SettingsConfigDict
+from pydantic import Field, ValidationError, field_validator
+from pydantic_settings import BaseSettings, SettingsConfigDict, SettingsError
 
 PREFIX = "INTERPOSE_SERVER_"
 _BASE = Limits()
@@ -79,7 +80,21 @@ class Settings(BaseSettings):
     @classmethod
     def _limits(cls, value: Any) -> Any:
         """Named limits over the defaults; a name that doesn't exist is refused."""
+        if isinstance(value, dict) and (wrong := sorted(value.keys() - _BASE.as_dict().keys())):
+            raise ValueError(f"there is no limit {wrong[0]!r}; there are {', '.join(_BASE.as_dict())}")
         return Limits(**{**_BASE.as_dict(), **value}) if isinstance(value, dict) else value
+
+    @classmethod
+    def read(cls) -> Settings:
+        """The environment's. Raises ConfigError, which names the variable at fault."""
+        try:
+            return cls()
+        except ValidationError as error:
+            first = error.errors()[0]
+            name = "_".join(str(part) for part in first["loc"]).upper()
+            raise ConfigError(f"{PREFIX}{name}: {first['msg'].removeprefix('Value error, ')}") from error
+        except SettingsError as error:
+            raise ConfigError(f"a setting {PREFIX}... can't be read: {error}") from error
 
     @cached_property
     def blob_dir(self) -> Path:

@@ -47,6 +47,23 @@ def plainly(verb: Callable[P, T]) -> Callable[P, T]:
     return run
 
 
+def _version(wanted: bool) -> None:
+    if wanted:
+        from importlib.metadata import version
+
+        typer.echo(f"interpose {version('interpose')}")
+        raise typer.Exit
+
+
+@app.callback()
+def main(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Show the version.")
+    ] = False,
+) -> None:
+    """Read and change the inside of a neural network that runs somewhere else."""
+
+
 @app.command()
 @plainly
 def serve(

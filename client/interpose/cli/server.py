@@ -69,7 +69,10 @@ def create_key(user: str, admin: bool, models: Sequence[str], data_dir: Path | N
 def list_keys(data_dir: Path | None, redis_url: str | None) -> None:
     async def show() -> None:
         async with _broker(data_dir, redis_url) as broker:
-            for key in await broker.accounts.list():
+            keys = await broker.accounts.list()
+            if not keys:
+                typer.echo("there are no keys; `interpose keys create --user NAME` makes one", err=True)
+            for key in keys:
                 made = datetime.fromtimestamp(key.created_ms / 1000, UTC).strftime("%Y-%m-%d %H:%M")
                 role = "admin" if key.admin else "user"
                 typer.echo(f"{key.id}  {key.user}  {role}  {', '.join(key.models) or 'all models'}  {made}")
@@ -102,8 +105,9 @@ async def _broker(data_dir: Path | None, redis_url: str | None) -> AsyncIterator
         await valkey.start()
         await embedded.ready()
         redis_url = embedded.url
-    broker = connect(Settings(redis_url=redis_url, data_dir=data.path))
+    broker = connect(Settings.read().model_copy(update={"redis_url": redis_url, "data_dir": data.path}))
     try:
+        await broker.reach()
         yield broker
     finally:
         await broker.close()

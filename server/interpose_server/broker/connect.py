@@ -9,6 +9,7 @@ from redis.asyncio import Redis
 from redis.asyncio.retry import Retry
 from redis.backoff import ExponentialBackoff
 from redis.exceptions import ConnectionError as RedisConnectionError
+from redis.exceptions import RedisError
 from redis.exceptions import TimeoutError as RedisTimeoutError
 
 from ..settings import Settings
@@ -24,6 +25,13 @@ class Broker:
     queue: Queue
     accounts: Accounts
     models: Models
+
+    async def reach(self) -> None:
+        """Raises ConfigError if Redis doesn't answer, or not to us."""
+        try:
+            await self.redis.ping()
+        except (RedisError, OSError) as error:
+            raise ConfigError(f"Redis can't be used: {error}") from error
 
     async def close(self) -> None:
         await self.redis.aclose()

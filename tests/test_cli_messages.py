@@ -1,0 +1,62 @@
+"""What the command says to somebody who got it wrong: one line with advice, never a traceback."""
+
+from __future__ import annotations
+
+import os
+import socket
+import subprocess
+from pathlib import Path
+
+import pytest
+from serving import INTERPOSE
+
+
+def ends_with(data_dir: Path, *arguments: str, **env: str) -> str:
+    """The last line on stderr of a command that fails."""
+    command = [INTERPOSE, *arguments, "--data-dir", data_dir]
+    done = subprocess.run(command, capture_output=True, text=True, env=os.environ | env)
+    assert done.returncode == 1
+    assert done.stdout == ""
+    assert "Traceback" not in done.stderr
+    return done.stderr.splitlines()[-1]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (("serve", "/no/such"), "no folder '/no/such'"),
+        (("serve", "x=/no/such"), "no folder '/no/such'"),
+        (("serve", "a b"), "a model's name is"),
+        (("serve", "org/name", "org/name"), "the same name"),
+        (("serve", "org/name", "--host", "0.0.0.0", "--port", "0"), "there are no keys"),
+        (("serve", "org/name", "--port", "0", "--redis-url", "redis://127.0.0.1:1"), "Redis can't be used"),
+        (("keys", "create", "--user", "a b"), "a user's name is"),
+        (("keys", "revoke", "abcd"), "no key 'abcd'"),
+        (("keys", "list", "--redis-url", "nowhere"), "the Redis URL can't be read"),
+    ],
+)
+def test_wrong_arguments(tmp_path: Path, arguments: tuple[str, ...], words: str) -> None:
+    assert words in ends_with(tmp_path, *arguments)
+
+
+def test_a_port_in_use(tmp_path: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        said = ends_with(tmp_path, "serve", "org/name", "--port", str(taken.getsockname()[1]))
+    assert "already in use" in said
+    assert "--port" in said
+
+
+def test_a_data_folder_that_cannot_be_made(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    assert "can't be made" in ends_with(tmp_path / "file" / "data", "serve", "org/name")
+
+
+def test_settings_that_are_wrong(tmp_path: Path) -> None:
+    serve = ("serve", "org/name", "--port", "0")
+    assert "INTERPOSE_SERVER_LEASE_S" in ends_with(tmp_path, *serve, INTERPOSE_SERVER_LEASE_S="-1")
+    assert "no limit 'wal_s'" in ends_with(tmp_path, *serve, INTERPOSE_SERVER_LIMITS='{"wal_s": 3}')
+
+
+def test_the_version() -> None:
+    done = subprocess.run([INTERPOSE, "--version"], capture_output=True, text=True, check=True)
+    assert done.stdout.startswith("interpose ")
