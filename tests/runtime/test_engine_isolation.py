@@ -156,7 +156,8 @@ def run(on: Engine, graphs: Sequence[Graph], **options: Any) -> list[Kept]:
     return sinks
 
 
-def close(found: Kept, expected: Kept, tolerance: float = 1e-5) -> None:
+def close(found: Kept, expected: Kept, tolerance: float = 2e-5) -> None:
+    """Equal within a share of the largest value, where a slice of small ones counts as of ordinary size."""
     assert found.values.keys() == expected.values.keys()
     for node, wanted in expected.values.items():
         for one, other in zip(found.values[node], wanted, strict=True):
@@ -164,7 +165,7 @@ def close(found: Kept, expected: Kept, tolerance: float = 1e-5) -> None:
             hidden = ~(other.abs() < 1e30)  # masked scores, and what was computed from them
             assert torch.equal(one[hidden].sign().nan_to_num(2), other[hidden].sign().nan_to_num(2))
             one, other = one.masked_fill(hidden, 0), other.masked_fill(hidden, 0)
-            assert float((one - other).abs().max()) <= tolerance * max(float(other.abs().max()), 1e-3)
+            assert float((one - other).abs().max()) <= tolerance * max(float(other.abs().max()), 0.5)
 
 
 @pytest.mark.parametrize("arch", ["gpt2", "llama", "bert"])
