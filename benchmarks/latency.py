@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from functools import partial
+from pathlib import Path
 
 import torch
 from cost import cpu
@@ -36,7 +37,7 @@ def trace(model: LanguageModel) -> None:
         model.transformer.h[2].output[0].save()
 
 
-def forward(folder: object) -> Callable[[], object]:
+def forward(folder: Path) -> Callable[[], object]:
     """The forward that the trace rides on, without a server."""
     plain = bare(folder)
     ids = torch.tensor([LanguageModel(str(folder)).tokenizer.encode(PROMPT)])

@@ -30,7 +30,7 @@ def measure(effort: Effort) -> Iterator[Row]:
             mine,
             f"{name} {mb_s(SIZE, median(beside))}",
             part,
-            "loopback; the whole trace, the making of the tensor too",
+            "the whole trace, making the tensor included",
         )
 
 
