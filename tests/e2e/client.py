@@ -17,7 +17,7 @@ import numpy as np
 from interpose import LanguageModel, torch
 from interpose.errors import InterposeError
 from interpose.job import Job
-from programs import PROGRAMS, slow
+from workloads import PROGRAMS, slow
 
 PROMPT = "The capital of France is"
 

@@ -15,8 +15,8 @@ from typing import Any
 import httpx
 import numpy as np
 from interpose import LanguageModel
-from programs import slow
 from serving import Served
+from workloads import slow
 
 HERE = Path(__file__).parent
 

@@ -17,8 +17,8 @@ from interpose.job import Job
 from interpose.wire.result import Saved
 from interpose.wire.stream import Changed
 from models import tiny
-from programs import slow
 from serving import Served, serve
+from workloads import slow
 
 SETTINGS = {"INTERPOSE_SERVER_LEASE_S": "3", "INTERPOSE_SERVER_MAX_ATTEMPTS": "2"}
 PROMPT = "The capital of France is"

@@ -15,8 +15,8 @@ from interpose.errors import BY_CODE
 from interpose.wire.addressed import addressed
 from interpose.wire.submission import Submission, encode_submission
 from interpose.wire.tensors import encode_tensor
-from programs import PROGRAMS
 from serving import Served
+from workloads import PROGRAMS
 
 HOSTILE: tuple[Any, ...] = (
     None, True, -1, 0, 1, 7, 2**31, 2**63 - 1, -(2**63), 0.5, float("nan"), float("inf"), "", "x", "h.0", "\ud7ff",

@@ -20,8 +20,8 @@ from interpose import LanguageModel
 from interpose.client import jobs
 from interpose.errors import JobCancelled
 from interpose.job import Job
-from programs import slow
 from serving import Served
+from workloads import slow
 
 PROMPT = "The capital of France is"
 

@@ -9,15 +9,15 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import programs
 import pytest
+import workloads
 from clients import client, figures, held_up, told, until
-from programs import PROGRAMS
 from serving import Served
+from workloads import PROGRAMS
 
 
 def failing_line() -> int:
-    lines, first = inspect.getsourcelines(programs.out_of_range)
+    lines, first = inspect.getsourcelines(workloads.out_of_range)
     return first + next(index for index, line in enumerate(lines) if "# the failing line" in line)
 
 
