@@ -17,7 +17,8 @@ CLIENT = {
     "graph": {"errors"},
     "wire": {"errors", "graph"},
     "draw": {"errors", "graph"},
-    "tracing": {"errors", "graph", "draw"},
+    "torch": {"errors", "graph"},
+    "tracing": {"errors", "graph", "draw", "torch"},
     "runtime": {"errors", "graph", "wire"},
     "transports": {"errors", "config", "graph", "wire", "runtime"},
 }

@@ -232,7 +232,7 @@ def test_a_neighbour_that_is_cancelled_changes_nothing(patience: int) -> None:
     errors = on.run([EngineJob(one, {}, sink) for one, sink in zip((going, staying), sinks, strict=True)])
     assert isinstance(errors[0], JobCancelled)
     assert errors[1] is None
-    assert len(sinks[0].values) == patience
+    assert len(sinks[0].values) <= patience
     close(sinks[1], run(on, [staying])[0])
 
 
