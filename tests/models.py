@@ -40,6 +40,7 @@ _SIZES = {"hidden_size": 64, "num_hidden_layers": 3, "num_attention_heads": 4, "
 _WIDE = _SIZES | {"intermediate_size": 112}
 _GROUPED = _WIDE | {"num_key_value_heads": 2}
 _GEMMA = _GROUPED | {"head_dim": 24, "query_pre_attn_scalar": 24, "sliding_window": 12}
+_EXPERTS = {"num_experts": 5, "num_experts_per_tok": 2, "moe_intermediate_size": 48}
 _PATTERN = ["sliding_attention", "full_attention", "sliding_attention"]
 
 ARCHITECTURES: dict[str, tuple[str, dict[str, Any]]] = {
@@ -57,6 +58,13 @@ ARCHITECTURES: dict[str, tuple[str, dict[str, Any]]] = {
     "bloom": ("BloomForCausalLM", {"hidden_size": 64, "n_layer": 3, "n_head": 4}),
     "falcon": ("FalconForCausalLM", _SIZES | {"ffn_hidden_size": 112}),
     "bert": ("BertForMaskedLM", _WIDE),
+    "granite": ("GraniteForCausalLM", _GROUPED | {"residual_multiplier": 0.3, "embedding_multiplier": 5.0}),
+    "olmo2": ("Olmo2ForCausalLM", _GROUPED),
+    "phi3": ("Phi3ForCausalLM", _GROUPED),
+    "qwen2_moe": ("Qwen2MoeForCausalLM", _GROUPED | _EXPERTS | {"shared_expert_intermediate_size": 80}),
+    "qwen3_moe": ("Qwen3MoeForCausalLM", _GROUPED | _EXPERTS | {"head_dim": 24, "norm_topk_prob": True}),
+    "mamba": ("MambaForCausalLM", {"hidden_size": 64, "num_hidden_layers": 3, "state_size": 8}),
+    "mpt": ("MptForCausalLM", {"d_model": 64, "n_layers": 3, "n_heads": 4, "max_seq_len": 128}),
 }
 """Short name -> class of the model, and the sizes that make it tiny."""
 

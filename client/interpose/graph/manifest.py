@@ -14,13 +14,19 @@ from functools import cached_property
 from typing import Any, TypeAlias
 
 from ..errors import InvalidGraph, UnknownModule
+from .named import Offers, Refusals, decode_named, encode_named
 from .values import DTYPES, TensorSpec
 
 BATCH, SEQ, KEY, BATCH_SEQ, UNKNOWN = "batch", "seq", "key", "batch*seq", "?"
 DIMS = (BATCH, SEQ, KEY, BATCH_SEQ, UNKNOWN)
 
-EVENT = {"output": "exit", "inputs": "enter"}
-"""The event of a module's call at which a point of that name exists; other names are their own event."""
+EVENT = {"output": "exit", "inputs": "enter", "stream": "stream"}
+"""The event of a module's call at which a point of that name exists; other names are their own event.
+
+"stream" is what the module is given, before "inputs", written in the memory itself: whoever else holds that
+tensor, as a block holds its residual while a norm reads it, goes on with what was written. Only offered where that
+is right.
+"""
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,6 +100,9 @@ class Manifest:
     tokenizer_config: what turns text to ids beyond that file: special tokens, chat template.
     config: figures for people: layers, heads, hidden size.
     limits: the server's limits on a job, by name.
+    named: standard names of points, verified on numbers: owner (a block's path, "" for the model) -> name -> point.
+    refused: owner -> standard name -> why there is no such point; what holds for every block stands under "".
+    roles: "embed", "final_norm", "unembed" -> path of the module, where there is one.
     """
 
     model: str
@@ -112,6 +121,9 @@ class Manifest:
     config: Mapping[str, Any] = field(default_factory=dict)
     versions: Mapping[str, str] = field(default_factory=dict)
     limits: Mapping[str, int | float] = field(default_factory=dict)
+    named: Offers = field(default_factory=dict)
+    refused: Refusals = field(default_factory=dict)
+    roles: Mapping[str, str] = field(default_factory=dict)
 
     def module(self, path: str) -> ModuleInfo:
         """The module at a path. Raises UnknownModule with the nearest names."""
@@ -225,12 +237,14 @@ def encode_manifest(manifest: Manifest) -> dict[str, Any]:
         "blocks": list(manifest.blocks),
         "modules": modules,
         "layouts": [json.loads(layout) for layout in table],
+        "named": encode_named(manifest.named),
     }
 
 
 _PLAIN = (
     *("model", "revision", "architecture", "dtype", "vocab", "positions", "attention", "row_independent"),
     *("row_note", "tokenizer", "tokenizer_config", "config", "versions", "limits"),
+    *("refused", "roles"),
 )
 
 
@@ -253,6 +267,7 @@ def decode_manifest(plain: Mapping[str, Any]) -> Manifest:
             **{name: plain[name] for name in _PLAIN},
             blocks=tuple(plain["blocks"]),
             modules=modules,
+            named=decode_named(plain["named"]),
         )
     except (KeyError, TypeError, ValueError, IndexError, AttributeError) as error:
         raise InvalidGraph(f"a malformed manifest: {error!r}") from error

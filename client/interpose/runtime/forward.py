@@ -97,12 +97,17 @@ class Forward:
                 return None
 
     def visit(self, module: str, event: str, call: int, value: Any) -> Any:
+        if event == EVENT["inputs"]:
+            value = self._serve(module, EVENT["stream"], call, value)
+        return self._serve(module, event, call, value)
+
+    def _serve(self, module: str, event: str, call: int, value: Any) -> Any:
         parts = self.waiting.pop((module, event, call), None)
         if parts is None:
             return value
         layout = self.loaded.manifest.modules[module].points[_POINT.get(event, event)]
         rewritten = (module, event) in self.loaded.rewritten
-        touched = Touched(value, layout, self.whole, rewritten)
+        touched = Touched(value, layout, self.whole, rewritten, in_place=event == EVENT["stream"])
         for part, nodes in parts:
             if part.job.error is None:
                 part.job.fire(nodes, touched, part.span, part.invokes)

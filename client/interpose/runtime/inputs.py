@@ -81,6 +81,8 @@ class Feeding:
 
     Attributes:
         accepts: parameter names of its forward.
+        stated: positions are given even without padding: it looks them up in a table, and left alone would do so
+            once for all rows.
         offset: what it adds to positions before its table, so what we must add when we give them (RoBERTa counts
             from its padding id); None if it takes no positions from outside.
         note: why it doesn't run on token ids alone, "" if it does.
@@ -89,6 +91,7 @@ class Feeding:
     accepts: frozenset[str]
     offset: int | None = None
     note: str = ""
+    stated: bool = False
 
     @property
     def tokens(self) -> bool:
@@ -98,13 +101,13 @@ class Feeding:
     def kwargs(self, inputs: ModelInputs) -> dict[str, Tensor]:
         """The keyword arguments of the forward for a batch.
 
-        Without padding these are what a tokenizer would give, so the result is bitwise the plain call's; with
-        padding the positions are stated too, as most models would count padded places.
+        Without padding the result is bitwise that of what a tokenizer would give; with padding the positions are
+        stated too, as most models would count padded places.
         """
         kwargs = {"input_ids": inputs.input_ids}
         if "attention_mask" in self.accepts:
             kwargs["attention_mask"] = inputs.attention_mask
-        if inputs.padded and self.offset is not None:
+        if (inputs.padded or self.stated) and self.offset is not None:
             kwargs["position_ids"] = inputs.position_ids + self.offset
         return kwargs
 
@@ -140,8 +143,25 @@ def measure_feeding(model: nn.Module, device: torch.device | str) -> Feeding:
     for offset in (0, *([pad + 1] if isinstance(pad, int) else [])):
         given = principal(model(**plain, position_ids=inputs.position_ids + offset)).float()
         if torch.allclose(given, expected, rtol=1e-3, atol=1e-4 * float(expected.abs().max())):
-            return Feeding(accepts, offset)
+            stated = torch.equal(given, expected) and _looks_up_once(model, device, feeding)
+            return Feeding(accepts, offset, stated=stated)
     return feeding
+
+
+def _looks_up_once(model: nn.Module, device: torch.device | str, feeding: Feeding) -> bool:
+    """Whether some table of the model is looked up for one row, where there are several."""
+    found: list[int] = []
+
+    def watch(module: nn.Module, args: Any, output: Any) -> None:
+        found.append(len(output))
+
+    handles = [m.register_forward_hook(watch) for m in model.modules() if isinstance(m, nn.Embedding)]
+    try:
+        model(**feeding.kwargs(batch_inputs([sample_rows(model, [3, 3])], device)))
+    finally:
+        for handle in handles:
+            handle.remove()
+    return 1 in found
 
 
 def vocabulary(model: nn.Module) -> int | None:

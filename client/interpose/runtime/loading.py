@@ -14,7 +14,7 @@ from transformers import AutoConfig, AutoTokenizer, PretrainedConfig
 
 from ..errors import ConfigError, ModelUnavailable
 from ..graph.manifest import Manifest
-from . import attention, describe, independence
+from . import attention, describe, independence, named
 from .inputs import Feeding, batch_inputs, measure_feeding, sample_rows, vocabulary
 from .probe import probe
 
@@ -136,7 +136,7 @@ def wrap(model: nn.Module, name: str, tokenizer: Any = None) -> Loaded:
         versions=describe.versions(),
     )
     names = {module: path for path, module in modules.items()}
-    return Loaded(model, manifest, file, names, modules, device, feeding, measured.rewritten)
+    return named.settle(Loaded(model, manifest, file, names, modules, device, feeding, measured.rewritten))
 
 
 def _folder(source: str | Path) -> Path | None:

@@ -26,12 +26,14 @@ class Touched:
     """What a module takes or returns at one moment of a shared forward, and what it becomes.
 
     `rewritten`: the model writes over it later, in place; then jobs and model each have their own memory.
+    `in_place`: writes go into its memory, where all who hold it see them; then jobs have memory of their own.
     """
 
     nest: Any
     layout: Layout
     whole: Span
     rewritten: bool = False
+    in_place: bool = False
     owned: dict[Path, torch.Tensor] = field(default_factory=dict)
     _copies: dict[Path, torch.Tensor] = field(default_factory=dict)
 
@@ -141,7 +143,9 @@ class RunValues:
         for path, slot in self.slots.items():
             if not slot.written:
                 continue
-            if slot.view.whole:
+            if self.touched.in_place:
+                slot.view.paste(self.touched.tensor(path), slot.current)
+            elif slot.view.whole:
                 self.touched.owned[path] = slot.current
             else:
                 slot.view.paste(self.touched.own(path), slot.current)
@@ -150,7 +154,8 @@ class RunValues:
         slot = self.slots.get(path)
         if slot is None:
             view = View(leaf, self.span, self.touched.whole)
-            slot = self.slots[path] = Slot(leaf, view, view.cut(self.touched.tensor(path)))
+            current = view.cut(self.touched.tensor(path))
+            slot = self.slots[path] = Slot(leaf, view, current.clone() if self.touched.in_place else current)
         return slot
 
     def _within(self, leaf: Leaf, invoke: Span) -> View:
