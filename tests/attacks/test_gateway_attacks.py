@@ -96,7 +96,7 @@ async def test_an_oversize_body_is_refused_before_it_is_read(gateway: Gateway) -
 
 async def test_ten_times_the_nodes(gateway: Gateway) -> None:
     first = tiny_graph()
-    nodes = first.nodes + tuple(Node(index, "log", args=("x",)) for index in range(2, 500))
+    nodes = first.nodes + tuple(Node(index, "tell", args=("x",)) for index in range(2, 500))
     refused(await gateway.post(submission(Graph(first.runs, nodes))), "limit_exceeded", 413)
 
 

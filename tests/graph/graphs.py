@@ -136,7 +136,7 @@ class Builder:
             case 7:
                 self.add("save", self.ref())
             case _:
-                self.add(*rng.choice([("log", "seen", 1), ("attention_mask",), ("param", "lm_head", "weight")]))
+                self.add(*rng.choice([("tell", "seen", 1), ("attention_mask",), ("param", "lm_head", "weight")]))
 
 
 def graph(seed: int, size: int = 12) -> Graph:

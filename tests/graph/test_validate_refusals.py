@@ -23,7 +23,7 @@ def check(*nodes: Node, run: Run | None = None, limits: Limits = LIMITS, attache
 
 READ = Node(0, "read", point=EARLY, invoke=0)
 STRAYS = [
-    ("log", ((), None, Ref(0))),
+    ("tell", ((), None, Ref(0))),
     ("save", (Ref(0),)),
     ("update", (Ref(0), (), ..., 1)),
     ("param", ("lm_head", "weight")),

@@ -308,7 +308,7 @@ def test_later_blocks_are_not_called(last: int, called: int) -> None:
 
 def test_nodes_nobody_needs_do_not_run() -> None:
     on = engine("gpt2")
-    unneeded = Node(1, "log", (Ref(0),), invoke=0), Node(2, "mul", (Ref(0), 2), invoke=0)
+    unneeded = Node(1, "tell", (Ref(0),), invoke=0), Node(2, "mul", (Ref(0), 2), invoke=0)
     sink = Kept()
     job = graph(read(0, BLOCK.format(0)), *unneeded, Node(3, "tanh", (Ref(2),)), save(4, 0))
     assert on.run([EngineJob(job, {}, sink)]) == [None]

@@ -118,7 +118,7 @@ async def test_waiting_jobs_share_a_batch_and_fail_apart(settings: Settings) -> 
 
     engine = Obedient(step)
     graph = tiny_graph()
-    bad = submission(Graph(graph.runs, (*graph.nodes, Node(2, "log", args=("x",)))))
+    bad = submission(Graph(graph.runs, (*graph.nodes, Node(2, "tell", args=("x",)))))
     async with run_gateway(settings) as gateway:
         jobs = [submission(), bad, submission()]
         for job in jobs:
@@ -145,7 +145,7 @@ async def test_attachments_reach_the_engine(settings: Settings) -> None:
 
 async def test_a_large_graph_goes_through_the_blob_store(settings: Settings) -> None:
     graph = tiny_graph()
-    graph = Graph(graph.runs, graph.nodes + tuple(Node(index, "log", args=("x" * 90,)) for index in range(2, 500)))
+    graph = Graph(graph.runs, graph.nodes + tuple(Node(index, "tell", args=("x" * 90,)) for index in range(2, 500)))
     engine = Obedient(save_ones)
     async with run_gateway(settings) as gateway, working(gateway, engine):
         job = submission(graph)

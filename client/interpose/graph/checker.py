@@ -58,10 +58,10 @@ HANDLERS: dict[str, Handler] = {}
 CONTROL = frozenset({"steps", "branch", "loop"})
 """Ops with a body: the nodes whose `when` names them."""
 
-LEAVES_BODIES = frozenset({"select", "end_loop"})
+LEAVES_BODIES = frozenset({"choose", "end_loop"})
 """Ops that take values out of bodies."""
 
-LOOP_REFUSES = frozenset({"read", "write", "save", "log", "grad", "set_grad", "backward", "branch", "tokens"})
+LOOP_REFUSES = frozenset({"read", "write", "save", "tell", "grad", "set_grad", "backward", "branch", "tokens"})
 """What a loop's body can't hold: the model passes each point once, not once a turn."""
 
 MAX_NESTING = 8
@@ -72,6 +72,7 @@ def handles(op: str) -> Callable[[Handler], Handler]:
     """Register what checks an op."""
 
     def register(handler: Handler) -> Handler:
+        assert op not in ops.OPS, f"{op} is an operation on tensors"
         HANDLERS[op] = handler
         return handler
 
@@ -289,9 +290,9 @@ class Checker:
         spec = self.specs(node.args[0])
         return Known(spec, self.moment(node.args), bytes=sum(map(nbytes, flat(spec))))
 
-    def log(self, node: Node) -> Known:
+    def tell(self, node: Node) -> Known:
         if not node.args or len(node.args) > 16:
-            raise BadArgument("log takes one to sixteen values")
+            raise BadArgument("one to sixteen values can be logged")
         return Known(None, self.moment(node.args))
 
     def attachment(self, node: Node) -> Known:
@@ -344,8 +345,8 @@ class Checker:
         return Known(spec, moment, cost.kept_bytes, cost.peak_bytes, cost.flops)
 
 
-for _op in ("read", "write", "update", "save", "log", "attachment", "param", "call", "attention_mask"):
-    HANDLERS[_op] = getattr(Checker, _op)
+for _op in ("read", "write", "update", "save", "tell", "attachment", "param", "call", "attention_mask"):
+    handles(_op)(getattr(Checker, _op))
 
 
 def called_spec(points: Mapping[str, Any], given: Spec) -> Spec:

@@ -4,7 +4,7 @@ Control nodes own a body, the nodes whose `when` names them:
 
     steps(start, stop)                a body that runs at every step of a generation; stop None: to the end
     branch(pred, wanted)              a body that runs if `pred` is `wanted`
-    select(then, else, a, b)          `a` if branch `then` was taken, else `b`
+    choose(then, else, a, b)          `a` if branch `then` was taken, else `b`
     loop(count, init)                 a body that runs up to `count` times; carry(k) and turn() in it
     end_loop(loop, outs, keep, each)  runs it, while `keep`: the last `outs`, and every turn's `each` stacked
     backward(loss)                    gradients of a scalar
@@ -53,8 +53,8 @@ def branch(checker: Checker, node: Node) -> Known:
     return Known(_FLAG, checker.moment(node.args))
 
 
-@handles("select")
-def select(checker: Checker, node: Node) -> Known:
+@handles("choose")
+def choose(checker: Checker, node: Node) -> Known:
     arity(node, 4)
     then, other, one, two = node.args
     for control in (then, other):

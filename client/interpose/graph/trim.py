@@ -8,7 +8,7 @@ from dataclasses import replace
 from .model import Node
 from .values import Ref, refs, substitute
 
-EFFECTS = frozenset({"save", "write", "log", "set_grad"})
+EFFECTS = frozenset({"save", "write", "tell", "set_grad"})
 """Ops that matter in themselves; any other node matters if one of these needs it."""
 
 
@@ -27,6 +27,8 @@ def live(nodes: Sequence[Node]) -> set[int]:
 def trimmed(nodes: Sequence[Node]) -> tuple[tuple[Node, ...], dict[int, int]]:
     """The live nodes, renumbered, and old id -> new id."""
     ids = {old: new for new, old in enumerate(sorted(live(nodes)))}
+    if all(node.id == ids.get(node.id) for node in nodes):
+        return tuple(nodes), ids
 
     def renumber(old: int) -> Ref:
         return Ref(ids[old])

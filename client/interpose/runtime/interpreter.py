@@ -280,7 +280,7 @@ class Interpreter:
             self.saved.add(node.id)
             self.sink.save(node.id, value)
 
-    def log(self, node: Node, args: tuple[Any, ...]) -> None:
+    def tell(self, node: Node, args: tuple[Any, ...]) -> None:
         self.sink.log(node.id, " ".join(map(_told, args)))
 
     def attachment(self, node: Node, args: tuple[Any, ...]) -> torch.Tensor:
@@ -313,7 +313,7 @@ class Interpreter:
                 self._give(other, SKIPPED)
         return taken
 
-    def select(self, node: Node, args: tuple[Any, ...]) -> Any:
+    def choose(self, node: Node, args: tuple[Any, ...]) -> Any:
         then, _, one, two = args
         return one if then else two
 
@@ -372,14 +372,14 @@ class Interpreter:
 
 HANDLERS: Mapping[str, Callable[[Interpreter, Node, tuple[Any, ...]], Any]] = {
     "save": Interpreter.save,
-    "log": Interpreter.log,
+    "tell": Interpreter.tell,
     "attachment": Interpreter.attachment,
     "param": Interpreter.param,
     "call": Interpreter.call,
     "update": Interpreter.update,
     "steps": Interpreter.nothing,
     "branch": Interpreter.branch,
-    "select": Interpreter.select,
+    "choose": Interpreter.choose,
     "loop": Interpreter.nothing,
     "backward": Interpreter.backward,
 }

@@ -62,7 +62,7 @@ def cond(recorder: Recorder, pred: Any, then: Callable[[], Any], otherwise: Call
     if len(one) != len(two):
         raise BadArgument(f"both ways must give the same number of values: {len(one)} and {len(two)}")
     values = [
-        recorder.value(recorder.node("select", (*map(Ref, branches), left, right)))
+        recorder.value(recorder.node("choose", (*map(Ref, branches), left, right)))
         for left, right in zip(one, two, strict=True)
     ]
     return _alike(given, values)

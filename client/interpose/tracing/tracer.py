@@ -144,7 +144,7 @@ class Tracer:
 
     def log(self, *values: Any) -> None:
         """Print values while the block runs: texts, numbers, deferred values."""
-        self.recorder.node("log", [self.recorder.arg(value) for value in values])
+        self.recorder.node("tell", [self.recorder.arg(value) for value in values])
 
     def list(self, *values: Any) -> SavedList:
         """A list whose members are saved: `kept = t.list()`, then `kept.append(value)`."""
