@@ -21,25 +21,31 @@ def main(folder: str, client_python: str, data_dir: str = str(ROOT / ".demo")) -
     """Serve the model in `folder`, run the example with `client_python`, keep serving."""
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.default_int_handler)
-    server = start(folder, data_dir)
+    server = None
     try:
+        server = start(folder, data_dir)
         return show(server, client_python)
     except KeyboardInterrupt:
         return 0
     finally:
         # Impatient people press Ctrl-C twice; the server is told once and stops in order.
         signal.signal(signal.SIGINT, signal.SIG_IGN)
-        server.terminate()
-        server.wait()
+        if server is not None:
+            server.terminate()
+            server.wait()
 
 
 def start(folder: str, data_dir: str) -> subprocess.Popen[str]:
-    """Start the server. It dies with this process, and Ctrl-C in the terminal doesn't reach it directly."""
+    """Start the server. Ctrl-C in the terminal doesn't reach it directly."""
     interpose = Path(sys.executable).with_name("interpose")
     command = [interpose, "serve", f"{MODEL}={folder}", "--data-dir", data_dir, "--print-env"]
     command += ["--port", os.environ.get("PORT", "0")]
-    wrapped = [sys.executable, "-I", "-S", CHILD, str(os.getpid()), *command]
-    return subprocess.Popen(wrapped, stdout=subprocess.PIPE, text=True, start_new_session=True)
+    return subprocess.Popen(mortal(*command), stdout=subprocess.PIPE, text=True, start_new_session=True)
+
+
+def mortal(*command: str | Path) -> list[str | Path]:
+    """The command, so that it dies with this process, however this process dies."""
+    return [sys.executable, "-I", "-S", CHILD, str(os.getpid()), *command]
 
 
 def show(server: subprocess.Popen[str], client_python: str) -> int:
@@ -49,7 +55,7 @@ def show(server: subprocess.Popen[str], client_python: str) -> int:
     if not all(lines):
         return server.wait()
     settings = dict(line.split("=", 1) for line in lines)
-    example = [client_python, ROOT / "examples" / "first_trace.py", MODEL]
+    example = mortal(client_python, ROOT / "examples" / "first_trace.py", MODEL)
     done = subprocess.run(example, env=os.environ | settings, start_new_session=True, check=False)
     if done.returncode:
         return done.returncode

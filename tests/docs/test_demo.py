@@ -49,7 +49,8 @@ def ctrl_c(process: subprocess.Popen[str]) -> str:
     os.killpg(process.pid, signal.SIGINT)
     rest, _ = process.communicate(timeout=30)
     assert process.returncode == 0
-    assert not [member for member in family if member.is_running()]
+    _, alive = psutil.wait_procs(family, timeout=5)
+    assert not [member for member in alive if member.status() != psutil.STATUS_ZOMBIE]
     return rest
 
 
