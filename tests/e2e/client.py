@@ -17,7 +17,7 @@ import numpy as np
 from interpose import LanguageModel, torch
 from interpose.errors import InterposeError
 from interpose.job import Job
-from workloads import PROGRAMS, slow
+from workloads import EVERY, slow
 
 PROMPT = "The capital of France is"
 
@@ -38,7 +38,7 @@ def run(name: str, program: str, path: str) -> None:
     say(ready=True)
     sys.stdin.readline()
     try:
-        saved = PROGRAMS[program](model, remote=True)
+        saved = EVERY[program](model, remote=True)
     except InterposeError as error:
         say(error=described(error))
         return

@@ -11,12 +11,10 @@ from typing import Any
 import httpx
 import msgpack
 import pytest
-from interpose.errors import BY_CODE
-from interpose.wire.addressed import addressed
-from interpose.wire.submission import Submission, encode_submission
-from interpose.wire.tensors import encode_tensor
+from interpose.errors import BY_CODE, InvalidPayload
+from interpose.transports.remote import Remote
 from serving import Served
-from workloads import PROGRAMS
+from workloads import EVERY, MORE
 
 HOSTILE: tuple[Any, ...] = (
     None, True, -1, 0, 1, 7, 2**31, 2**63 - 1, -(2**63), 0.5, float("nan"), float("inf"), "", "x", "h.0", "\ud7ff",
@@ -36,17 +34,14 @@ def recorded(model: Any, program: str) -> bytes:
     """The body a client sends for a program."""
     bodies = []
 
-    def capture(graph: Any, tensors: Any, options: Any) -> Any:
-        graph, tensors = addressed(graph, tensors)
-        inline = {sha: encode_tensor(tensor).data for sha, tensor in tensors.items()}
-        bodies.append(encode_submission(Submission(uuid.uuid4().hex, "tiny-gpt2", graph, attachments=inline)))
-        return {node.id: 0 for node in graph.saves}
+    async def capture(_: Remote, body: bytes) -> None:
+        bodies.append(body)
+        raise InvalidPayload("captured")
 
-    model.__dict__["_run_remote"] = capture
-    try:
-        PROGRAMS[program](model, remote=True)
-    except Exception:  # noqa: BLE001 - there are no values to put into the names
-        pass
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Remote, "_post", capture)
+        with pytest.raises(InvalidPayload, match="captured"):
+            EVERY[program](model, remote=True)
     return bodies[0]
 
 
@@ -125,7 +120,7 @@ def ended(http: httpx.Client, job: str) -> dict[str, Any]:
     raise AssertionError(f"{job} is still {info['status']}")
 
 
-@pytest.mark.parametrize("program", ["look", "patch", "steer", "lens", "attention", "weights"])
+@pytest.mark.parametrize("program", ["look", "patch", "steer", "lens", "attention", *MORE])
 @pytest.mark.parametrize("mutate", [flipped, bent])
 def test_mutations(
     http: httpx.Client, open_model: Callable[..., Any], program: str, mutate: Callable[..., bytes]

@@ -10,49 +10,58 @@ from typing import Any
 
 import numpy as np
 import pytest
-import workloads
 from clients import client, figures, held_up, told, until
 from serving import Served
-from workloads import PROGRAMS
+from workloads import EVERY, MORE, PROGRAMS
+
+FAILING = {"out_of_range", "late_failure"}
+TWICE = [*MORE, *MORE]
 
 
-def failing_line() -> int:
-    lines, first = inspect.getsourcelines(workloads.out_of_range)
-    return first + next(index for index, line in enumerate(lines) if "# the failing line" in line)
-
-
-@pytest.mark.parametrize("name", ["tiny-gpt2", "tiny-llama"])
+@pytest.mark.parametrize(
+    ("name", "programs", "most"),
+    [("tiny-gpt2", list(PROGRAMS), 5), ("tiny-llama", list(PROGRAMS), 5), ("tiny-gpt2", TWICE, 8)],
+    ids=["traces on gpt2", "traces on llama", "other kinds"],
+)
 def test_each_gets_what_it_would_get_alone(
-    name: str, lab: Served, open_model: Callable[..., Any], tmp_path: Path
+    name: str, programs: list[str], most: int, lab: Served, open_model: Callable[..., Any], tmp_path: Path
 ) -> None:
+    """`most`: batches in which they may run, the one that holds them up included."""
     model = open_model(name)
-    good = [program for program in PROGRAMS if program != "out_of_range"]
-    alone = {program: PROGRAMS[program](model, remote=True, batching="exclusive") for program in good}
+    alone = {program: EVERY[program](model, remote=True, batching="exclusive") for program in {*programs} - FAILING}
+    files = [tmp_path / f"{index}.npz" for index in range(len(programs))]
     with ExitStack() as stack:
-        clients = {
-            program: stack.enter_context(
-                client(lab, "run", name, program, tmp_path / f"{program}.npz", INTERPOSE_BACKEND="numpy")
-            )
-            for program in PROGRAMS
-        }
-        for process in clients.values():
+        clients = [
+            stack.enter_context(client(lab, "run", name, program, file, INTERPOSE_BACKEND="numpy"))
+            for program, file in zip(programs, files, strict=True)
+        ]
+        for process in clients:
             assert told(process)["ready"]
         before = figures(lab)
         with held_up(model):
-            for process in clients.values():
+            for process in clients:
                 process.stdin.write("go\n")
                 process.stdin.flush()
-            answers = {program: told(process) for program, process in clients.items()}
-        for process in clients.values():
+            answers = [told(process) for process in clients]
+        for process in clients:
             assert process.wait(30) == 0
-    error = answers.pop("out_of_range")["error"]
-    assert (error["code"], error["cls"], error["line"]) == ("index_out_of_range", "IndexOutOfRange", failing_line())
-    for program in answers:
-        found = np.load(tmp_path / f"{program}.npz")
+    for program, file, answer in zip(programs, files, answers, strict=True):
+        if program in FAILING:
+            error = answer["error"]
+            assert (error["code"], error["cls"]) == ("index_out_of_range", "IndexOutOfRange")
+            assert error["line"] == failing_line(EVERY[program])
+            continue
+        assert "types" in answer, (program, answer)
+        found = np.load(file)
         assert sorted(found) == sorted(alone[program])
         for key, value in alone[program].items():
             close(found[key], np.asarray(value), f"{program}: {key}")
-    shared(before, lab, name)
+    shared(before, lab, name, len(programs) + 1, most)
+
+
+def failing_line(program: Callable[..., Any]) -> int:
+    lines, first = inspect.getsourcelines(program)
+    return first + next(index for index, line in enumerate(lines) if "# the failing line" in line)
 
 
 def close(found: Any, expected: Any, what: str) -> None:
@@ -61,13 +70,13 @@ def close(found: Any, expected: Any, what: str) -> None:
     assert np.abs(found - expected).max() <= 1e-5 * np.abs(expected).max(), what
 
 
-def shared(before: dict[str, float], lab: Served, name: str) -> None:
+def shared(before: dict[str, float], lab: Served, name: str, jobs: int, most: int) -> None:
     """Prove by the worker's own figures that forwards were shared, and that none had to be taken apart."""
 
     def grown(figure: str) -> float:
         key = f'{figure}{{model="{name}"}}'
         return figures(lab)[key] - before[key]
 
-    until(lambda: grown("interpose_batched_jobs") == len(PROGRAMS) + 1)
-    assert grown("interpose_batches") <= 5
+    until(lambda: grown("interpose_batched_jobs") == jobs)
+    assert grown("interpose_batches") <= most
     assert "run apart" not in lab.data_dir.with_name(f"{lab.data_dir.name}.log").read_text()

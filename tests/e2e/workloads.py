@@ -109,3 +109,62 @@ PROGRAMS: dict[str, Callable[..., Saved]] = {
     program.__name__: program
     for program in (look, zero, scale, patch, lens, attention, steer, several, weights, out_of_range)
 }
+
+
+def generation(model: Any, **options: Any) -> Saved:
+    saved: Saved = {}
+    with model.generate("The capital of Italy is", max_new_tokens=5, **options) as tracer:
+        for step in tracer.iter[:3]:
+            blocks(model)[1].output[0][:, -1] *= 1.2
+            saved[f"step {step}"] = model.output[:, -1].save()
+        saved["tokens"] = tracer.result.save()
+    return saved
+
+
+def every_step(model: Any, **options: Any) -> Saved:
+    with model.generate(["Rome", "The quick brown fox"], max_new_tokens=7, **options) as tracer:
+        with tracer.all():
+            blocks(model)[0].output[0][:] += 0.05
+        return {"tokens": tracer.result.save()}
+
+
+def gradient(model: Any, **options: Any) -> Saved:
+    with model.trace("Tom and James went to the park", **options):
+        hidden = blocks(model)[0].output[0]
+        late = blocks(model)[1].output[0]
+        loss = model.output[0, -1, 7]
+        with loss.backward():
+            return {"late": late.grad.save(), "early": hidden.grad.save(), "loss": loss.save()}
+
+
+def control(model: Any, **options: Any) -> Saved:
+    with model.trace("She said that he answered", **options) as tracer:
+        hidden = blocks(model)[1].output[0]
+        chosen = tracer.cond(hidden.sum() > 0, lambda: hidden * 2, lambda: hidden * 3)
+        looped = tracer.loop(5, lambda turn, value: value * 0.5 + turn, hidden[0, -1])
+        last = tracer.while_loop(
+            lambda value: value.norm() > 1, lambda turn, value: value * 0.7, hidden[0, 0], most=9
+        )
+        return {"chosen": chosen.save(), "looped": looped.save(), "last": last.save()}
+
+
+def session(model: Any, **options: Any) -> Saved:
+    with model.session(**options):
+        with model.trace("The capital of France is"):
+            hidden = blocks(model)[1].output[0][:, -1]
+        with model.trace("Once upon a time the capital of Poland is"):
+            blocks(model)[1].output[0][:, -1] = hidden
+            return {"logits": model.output.save(), "hidden": hidden.save()}
+
+
+def late_failure(model: Any, **options: Any) -> Saved:
+    """Fails in the middle of a generation."""
+    with model.generate("The capital of Italy is Rome", max_new_tokens=6, **options) as tracer, tracer.iter[2]:
+        row = blocks(model)[0].output[0].abs().sum().long() + 10_000
+        return {"row": model.output[0, -1][row].save()}  # the failing line
+
+
+MORE: dict[str, Callable[..., Saved]] = {
+    program.__name__: program for program in (generation, every_step, gradient, control, session, late_failure)
+}
+EVERY = PROGRAMS | MORE
