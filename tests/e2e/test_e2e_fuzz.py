@@ -6,6 +6,7 @@ import random
 import time
 import uuid
 from collections.abc import Callable, Iterator
+from copy import deepcopy
 from typing import Any
 
 import httpx
@@ -75,16 +76,16 @@ def bent(body: bytes, chance: random.Random) -> bytes:
         key = chance.choice(keys)
         match chance.randrange(6):
             case 0 | 1 | 2:
-                holder[key] = chance.choice(HOSTILE)
+                holder[key] = deepcopy(chance.choice(HOSTILE))
             case 3:
                 del holder[key]
             case 4 if isinstance(holder, list):
-                holder.append(holder[key])
+                holder.append(deepcopy(holder[key]))
             case 5:
                 other = chance.choice(holders)
                 if other:
                     values = list(other.values()) if isinstance(other, dict) else other
-                    holder[key] = chance.choice(values)
+                    holder[key] = deepcopy(chance.choice(values))
     try:
         return msgpack.packb(plain, unicode_errors="surrogatepass")  # type: ignore[no-any-return]
     except (ValueError, RecursionError, TypeError):
