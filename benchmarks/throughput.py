@@ -21,12 +21,11 @@ from client import TOKENS
 
 CORES = len(os.sched_getaffinity(0))
 CLIENTS = (1, 8, 32)
-BATCHES = (1, 4, 8, 16, 32, 64)
 
 
 def measure(effort: Effort) -> Iterator[Row]:
     folder = smol()
-    batch = best_batch(folder)
+    batch = best_batch(folder, effort.batches)
     with served(SMOL, folder) as server, clients(server, max(CLIENTS)) as crowd:
         plain = bare(folder, CORES)
         measures = [partial(jobs_per_s, crowd[:number], effort.round_s) for number in CLIENTS]
@@ -86,8 +85,10 @@ def forwards_per_s(plain: torch.nn.Module, rows: int, duration_s: float) -> floa
     return done / spent
 
 
-def best_batch(folder: Path) -> int:
+def best_batch(folder: Path, batches: Sequence[int]) -> int:
     """The number of rows at which a bare forward does most rows per second."""
+    if len(batches) == 1:
+        return batches[0]
     plain = bare(folder, CORES)
     forwards_per_s(plain, 1, 0.2)
-    return max(BATCHES, key=lambda rows: forwards_per_s(plain, rows, 0.5))
+    return max(batches, key=lambda rows: forwards_per_s(plain, rows, 0.5))

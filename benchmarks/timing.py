@@ -51,7 +51,8 @@ class Effort:
     starts: int
     rounds: int
     round_s: float
+    batches: tuple[int, ...]
 
 
-FULL = Effort(traces=300, transfers=15, locals=200, starts=3, rounds=6, round_s=4.0)
-QUICK = Effort(traces=60, transfers=4, locals=40, starts=1, rounds=1, round_s=3.0)
+FULL = Effort(traces=300, transfers=15, locals=200, starts=3, rounds=6, round_s=4.0, batches=(1, 8, 16, 32, 64))
+QUICK = Effort(traces=60, transfers=4, locals=40, starts=1, rounds=1, round_s=2.0, batches=(32,))
