@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .config import CONFIG
-from .errors import ConfigError, UnknownModel
+from .errors import ConfigError, ModelUnavailable, UnknownModel
 from .graph.manifest import Manifest
 from .graph.model import Graph
 from .tracing.execution import Handle, Options
@@ -104,7 +104,10 @@ class Home:
             from .transports.local import LocalModel
 
             if isinstance(self.source, (str, Path)):
-                self._local = LocalModel.load(self.source, **self._load)
+                try:
+                    self._local = LocalModel.load(self.source, **self._load)
+                except ModelUnavailable as error:
+                    raise ModelUnavailable(f"{error.message}; a model on a server needs remote=True") from error
             else:
                 self._local = LocalModel.wrap(self.source, self.name, self._given_tokenizer)
         return self._local

@@ -97,7 +97,8 @@ def _times(graph: Graph, scope: Sequence[int]) -> int:
     owner = graph.nodes[scope[0]]
     start, stop = owner.args
     steps = new_tokens(graph.runs[owner.run])
-    return max(min(steps, steps if stop is None else stop) - start, 0)
+    turns: int = min(steps, steps if stop is None else stop) - start
+    return max(turns, 0)
 
 
 def _most_alive(graph: Graph, known: Sequence[Known]) -> int:

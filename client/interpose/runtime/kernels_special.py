@@ -198,7 +198,7 @@ def pair_loss(function: Callable[..., Any]) -> Callable[..., Any]:
     """A loss of two tensors, broadcast first: torch warns where it does so itself."""
 
     def kernel(input: Tensor, target: Tensor, **more: Any) -> Any:
-        shape = torch.broadcast_shapes(input.shape, target.shape)
+        shape = torch.broadcast_shapes(input.shape, target.shape)  # type: ignore[no-untyped-call]
         return function(input.expand(shape), target.expand(shape), **more)
 
     return kernel
