@@ -136,7 +136,9 @@ class RunValues:
         leaf = walk(self.touched.layout, path)
         if not isinstance(leaf, Leaf):
             raise BadArgument("a nest has no gradient; take one of its tensors")
-        return self._slot(leaf, path).watch(), self._within(leaf, invoke)
+        slot = self._slot(leaf, path)
+        slot.written |= self.touched.in_place  # the model goes on with its own memory, which gradients must pass
+        return slot.watch(), self._within(leaf, invoke)
 
     def finish(self) -> None:
         """Hand the newest versions to the model."""

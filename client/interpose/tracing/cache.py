@@ -7,6 +7,7 @@ from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 from ..errors import UnknownPoint
+from . import standard
 
 if TYPE_CHECKING:
     from .tracer import Model
@@ -28,14 +29,17 @@ def collect(model: Model, patterns: Sequence[Any]) -> Cache:
         for name in names:
             path, _, point = name.rpartition(".")
             if name not in cache:
-                cache[name] = Module(model, path).points[point].save()
+                place = standard.find(model._tree(), "", name)
+                module, point = (Module(model, ""), name) if place is not None else (Module(model, path), point)
+                cache[name] = module.points[point].save()
     return cache
 
 
 def _matching(model: Model, pattern: str) -> Iterator[str]:
     wanted = pattern.split(".")
-    for path, info in model._tree().modules.items():
-        for point in info.points:
-            parts = [*filter(None, path.split(".")), point]
-            if len(parts) == len(wanted) and all(map(fnmatch.fnmatchcase, parts, wanted)):
-                yield ".".join(parts)
+    tree = model._tree()
+    own = (".".join(filter(None, (path, point))) for path, info in tree.modules.items() for point in info.points)
+    for name in (*own, *standard.every(tree)):
+        parts = name.split(".")
+        if len(parts) == len(wanted) and all(map(fnmatch.fnmatchcase, parts, wanted)):
+            yield name

@@ -10,6 +10,7 @@ from ..errors import BadArgument, UnknownModule, UnknownPoint
 from ..graph.manifest import Leaf, Manifest, ModuleInfo, leaves, walk
 from ..graph.model import Key, Point
 from ..graph.values import Ref
+from . import standard
 from .recorder import Recorder
 
 if TYPE_CHECKING:
@@ -22,7 +23,8 @@ class Module:
     """A module of the model: `model.transformer.h[5].attn`.
 
     `output`, `input` (the first argument) and `inputs` (all of them) are its hook points, beside those the model
-    family names. A child of one of these names comes first; the point stays reachable as `points["output"]`.
+    family names (a block's `resid_pre`, `q`, `pattern`, ...; see `graph.named`). A child of one of these names
+    comes first; the point stays reachable as `points["output"]`.
     """
 
     _owner: Model
@@ -58,6 +60,10 @@ class Module:
             return self._child(name)
         if name in COMMON or name in info.points:
             return self.points[name]
+        if standard.find(self._manifest, self._path, name) is not None:
+            return self.points[name]
+        if not self._path and (found := standard.attribute(self, name)) is not None:
+            return found
         if name in info.params:
             recorder = self._owner._recording()
             return recorder.value(recorder.node("param", (self._path, name)))
@@ -65,7 +71,8 @@ class Module:
         raise UnknownModule(f"{where} has no {name!r}{self._manifest.nearest(self._child_path(name))}")
 
     def __setattr__(self, name: str, value: Any) -> None:
-        if name in COMMON or name in self._info.points:
+        named = name in COMMON or name in self._info.points
+        if named or standard.find(self._manifest, self._path, name) is not None:
             self.points[name] = value
         else:
             raise UnknownPoint(f"only hook points can be assigned: output, input, inputs; {name!r} is none")
@@ -137,6 +144,9 @@ class Points:
 
     def __getitem__(self, name: str) -> Any:
         recorder = self._module._owner._recording()
+        place = self._standard(name)
+        if place is not None:
+            return standard.read(recorder, place)
         point, role = self._find(name)
         value = recorder.at(point)
         if role:
@@ -145,6 +155,10 @@ class Points:
 
     def __setitem__(self, name: str, value: Any) -> None:
         recorder = self._module._owner._recording()
+        place = self._standard(name)
+        if place is not None:
+            standard.replace(recorder, place, value)
+            return
         point, role = self._find(name)
         if role == "block" and isinstance(value, tuple) and len(value) == 1:
             value = value[0]
@@ -155,10 +169,16 @@ class Points:
             _replace_parts(recorder, point, layout, value)
 
     def __iter__(self) -> Iterator[str]:
-        return iter(self._module._info.points)
+        return iter([*self._module._info.points, *standard.names(self._module._manifest, self._module._path)])
 
     def __repr__(self) -> str:
         return f"<points of {self._module._path or 'the model'}: {', '.join(self)}>"
+
+    def _standard(self, name: str) -> standard.Place | None:
+        """The named point of that name, unless the module has a point of its own under it."""
+        if name in COMMON or name in self._module._info.points:
+            return None
+        return standard.find(self._module._manifest, self._module._path, name)
 
     def _find(self, name: str) -> tuple[Point, str]:
         """The point a name stands for here, and the role of what is read there."""

@@ -66,6 +66,8 @@ class PointBase:
     point: Point
     pinned: int | None = None
     """The last node before the whole was replaced: old names keep the old value."""
+    views: tuple[View, ...] = ()
+    """Of a named point: what leads from here to the value of that name."""
 
     def node(self) -> int:
         return self.recorder.read(self) if self.pinned is None else self.pinned
@@ -117,6 +119,7 @@ class Recorder:
         invoke, step, when: of the nodes that come next.
         backward: the backward node whose gradients `.grad` names.
         stopped: nothing later in the current run may be asked for.
+        standard: bases of named points that are computed, by run, invoke, step and name.
     """
 
     def __init__(
@@ -136,6 +139,7 @@ class Recorder:
         self._retained: list[Any] = []
         self._skipped: set[tuple[int, int, str]] = set()
         self._gradient_bases: dict[tuple[int, int], GradientBase] = {}
+        self.standard: dict[Any, Any] = {}
         self._make = make
         self._nodes: list[Node] = []
         self._specs: dict[str, TensorSpec] = {}
@@ -269,9 +273,9 @@ class Recorder:
         self._point_node("write", (chain, index, value), base)
         self._track(base).version += 1
 
-    def replace(self, point: Point, value: Any) -> None:
-        """Put another value at a point."""
-        if self._is_whole(value, point):
+    def replace(self, point: Point, value: Any, views: tuple[View, ...] = ()) -> None:
+        """Put another value at a point, or where views lead from it."""
+        if self._is_whole(value, point, views):
             return  # the second half of `module.output += y`, which has been written already
         point = replace(point, step=self.step)
         given = self.arg(value)
@@ -282,10 +286,11 @@ class Recorder:
         base = PointBase(self, len(self.runs) - 1, self.invoke, point)
         track = self._track(base)
         over = [old for old in track.bases if old.point == point and self.invoke in (None, old.invoke)]
+        over = [old for old in over if not views or old.views == views]
         for old in over:
             old.pinned = old.node()
         track.bases = [old for old in track.bases if old.pinned is None]
-        self.write(base, (), None, given)
+        self.write(base, views, None, given)
 
     def skip(self, module: str, call: int, value: Any) -> None:
         """Check that `value` is there when a module begins; its inner points can't be asked for from now on."""
@@ -295,9 +300,9 @@ class Recorder:
             raise WrongOrder(f"{module} is skipped with a value that comes only after it has begun")
         self._skipped.add((len(self.runs) - 1, self.step, module + "."))
 
-    def _is_whole(self, value: Any, point: Point) -> bool:
-        """Whether `value` is all of what lies at a point for the current invoke, in its newest version."""
-        if not is_deferred(value) or value._chain or not isinstance(value._root, PointBase):
+    def _is_whole(self, value: Any, point: Point, views: tuple[View, ...]) -> bool:
+        """Whether `value` is all of what lies there for the current invoke, in its newest version."""
+        if not is_deferred(value) or value._chain != views or not isinstance(value._root, PointBase):
             return False
         root = value._root
         here = root.recorder, root.point, root.invoke, root.run, root.pinned
@@ -409,6 +414,11 @@ class Recorder:
         """The gradient of a value in the current backward, deferred."""
         if self.backward is None:
             raise BadArgument("gradients exist once a loss runs backward: with loss.backward(): h.grad")
+        if getattr(value._root, "computed", False):
+            raise BadArgument(
+                "the model doesn't make this tensor itself, so no gradient comes to it; take that of a value it is "
+                "computed from"
+            )
         target = value._root.node()
         base = self._gradient_bases.setdefault((target, self.backward), GradientBase(self, target, self.backward))
         node = base.node()
