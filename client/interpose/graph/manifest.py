@@ -263,12 +263,15 @@ def decode_manifest(plain: Mapping[str, Any]) -> Manifest:
             )
             for entry in plain["modules"]
         }
-        return Manifest(
+        found = Manifest(
             **{name: plain[name] for name in _PLAIN},
             blocks=tuple(plain["blocks"]),
             modules=modules,
             named=decode_named(plain["named"]),
         )
+        if "" not in found.children or not set(found.blocks) <= set(modules):  # children: parents all exist
+            raise ValueError("blocks that are no modules")
+        return found
     except (KeyError, TypeError, ValueError, IndexError, AttributeError) as error:
         raise InvalidGraph(f"a malformed manifest: {error!r}") from error
 
