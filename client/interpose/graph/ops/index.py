@@ -29,6 +29,8 @@ def _part(values: tuple[Any, ...], items: tuple[Any, ...]) -> Result:
     """One of several tensors, or some of them."""
     (item,) = items if len(items) == 1 else (None,)
     if isinstance(item, slice) and not any(map(is_spec, (item.start, item.stop, item.step))):
+        if item.step == 0:
+            raise BadArgument("a slice's step is 0; it must be another integer")
         return values[item]
     if type(item) is not int:
         raise BadArgument("several tensors are indexed by one integer or slice: take a tensor first")
