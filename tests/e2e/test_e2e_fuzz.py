@@ -128,7 +128,7 @@ def test_mutations(
 ) -> None:
     body = recorded(open_model(), program)
     chance = random.Random(f"{program} {mutate.__name__}")
-    taken = [job for _ in range(150) if (job := send(http, mutate(body, chance)))]
+    taken = [job for _ in range(200) if (job := send(http, mutate(body, chance)))]
     if mutate is bent:
         assert len(taken) > 5
     for job in dict.fromkeys(taken):
