@@ -199,7 +199,9 @@ class Checker:
 
     def _when(self, node: Node, point: Point) -> Moment:
         moment = self.manifest.moment(point.module, point.name, point.call)
-        return node.run, point.step, LATE if moment is None else moment
+        bodies = (self.nodes[control] for control in self.scope[node.id])
+        step = next((body.args[0] for body in bodies if body.op == "steps"), point.step)
+        return node.run, step, LATE if moment is None else moment
 
     def _touch(self, node: Node) -> tuple[Point, Any]:
         """The node's point and layout; notes what touching it means for sharing a batch."""

@@ -240,7 +240,7 @@ class Recorder:
 
     def ref(self, value: Value) -> int:
         """The node of a deferred value in its newest version."""
-        if value._recorder is not self:
+        if value._recorder is not self or not self.open:
             raise foreign(value)
         newest = value._root.node()
         if value._at[0] != newest:
