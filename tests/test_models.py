@@ -30,7 +30,8 @@ def test_a_tiny_model_loads_and_every_part_of_it_matters(arch: str) -> None:
     assert not torch.allclose(out.logits[0, -1], out.logits[1, -1], atol=1e-3), "no token sees another"
     for before, after in zip(out.hidden_states, out.hidden_states[1:], strict=False):
         assert 0.05 < (after - before).norm() / before.norm() < 50, "a block adds too little or too much"
-    assert out.attentions[0].std(-1).mean() > 0.02, "attention is uniform"
+    if "attentions" in out:
+        assert out.attentions[0].std(-1).mean() > 0.02, "attention is uniform"
 
 
 @pytest.mark.parametrize("arch", ARCHITECTURES)

@@ -224,7 +224,11 @@ def _stream(found: Mapping[str, ModuleInfo], items: Sequence[str]) -> bool:
     return all(one[1] < other[0] for one, other in pairwise(spans))
 
 
-def _hidden(info: ModuleInfo, point: str) -> Leaf | None:
-    """The hidden states [batch, seq, hidden] that come first in a point, if they do."""
+def _hidden(info: ModuleInfo, point: str) -> tuple[int | str, ...] | None:
+    """Dimensions of the hidden states [batch, seq, hidden] that come first in a point, if they do.
+
+    Their dtype may change on the way: some models carry the stream in float32 beside half-precision weights.
+    """
     first = next(iter(leaves(info.points.get(point))), None)
-    return first if first is not None and first.dims[:2] == (BATCH, SEQ) and len(first.dims) == 3 else None
+    fits = first is not None and first.dims[:2] == (BATCH, SEQ) and len(first.dims) == 3
+    return first.dims if first is not None and fits else None

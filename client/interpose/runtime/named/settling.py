@@ -1,0 +1,270 @@
+"""The named points of a loaded model: found by its family's entry, tried on numbers, kept if they hold."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from ...errors import InterposeError
+from ...graph.manifest import Manifest, ModuleInfo
+from ...graph.named import BLOCK, MODEL, Named, encode_named
+from ..hooks import no_hooks
+from ..inputs import batch_inputs, sample_rows
+from .build import Block, build, factor, whole
+from .checks import Bench, Identity
+from .families import MAMBA, Family, find
+from .sheet import Name
+from .verify import Trial
+
+if TYPE_CHECKING:
+    from ..loading import Loaded
+
+LENGTH = 6
+"""Tokens of the run that proves the points."""
+
+_UNKNOWN = "no family known here is built like this model; its modules' own points are there"
+
+GENERIC = replace(
+    MAMBA, name="", types=(), attn_norm=(), final_norm="", says={"attention": _UNKNOWN, "mlp": _UNKNOWN}
+)
+"""For models of no known family: what enters and leaves the blocks is measured for every model."""
+
+
+@torch.no_grad()
+def settle(loaded: Loaded) -> Loaded:
+    """The model with those named points in its manifest that hold, and the reasons of the rest."""
+    manifest = loaded.manifest
+    if not manifest.blocks or not loaded.feeding.tokens:
+        reason = (
+            "it has no list of blocks that hand on hidden states" if loaded.feeding.tokens else loaded.feeding.note
+        )
+        return _kept(loaded, {}, {"": dict.fromkeys((*MODEL, *BLOCK), reason)}, {})
+    config = _config(loaded.model)
+    family = _family(loaded, config)
+    blocks = [
+        build(Block(path, family, config, manifest.modules, loaded.modules, manifest.attention))
+        for path in manifest.blocks
+    ]
+    named: dict[str, dict[str, Named]] = {"": {}, **{block.path: block.named for block in blocks}}
+    refused: dict[str, dict[str, str]] = {"": {}, **{block.path: block.refused for block in blocks}}
+    for name, found in whole(loaded.model, family, _base(manifest), manifest.modules):
+        if isinstance(found, Named):
+            named[""][name] = found
+        else:
+            refused[""][name] = found
+    trying = _kept(loaded, named, refused, {})
+    for (owner, name), reason in _failures(trying, blocks, family, config).items():
+        del named[owner][name]
+        refused[owner][name] = reason
+    return _kept(loaded, named, refused, _roles(loaded.model, named))
+
+
+def _config(model: nn.Module) -> Any:
+    config: Any = getattr(model, "config", None)
+    text = getattr(config, "get_text_config", None)
+    return text() if callable(text) else config
+
+
+def _family(loaded: Loaded, config: Any) -> Family:
+    first = loaded.manifest.blocks[0]
+    found = find(getattr(config, "model_type", ""), lambda name: f"{first}.{name}" in loaded.modules)
+    return found or GENERIC
+
+
+def _base(manifest: Manifest) -> str:
+    """Path of the module that holds the list of blocks."""
+    return manifest.blocks[0].rpartition(".")[0].rpartition(".")[0]
+
+
+def _kept(
+    loaded: Loaded,
+    named: Mapping[str, Mapping[str, Named]],
+    refused: Mapping[str, Mapping[str, str]],
+    roles: Mapping[str, str],
+) -> Loaded:
+    """The model with a manifest that offers these points; a reason that holds for every block is told once."""
+    manifest = loaded.manifest
+    shared = {
+        name: reason
+        for name, reason in refused.get(manifest.blocks[0] if manifest.blocks else "", {}).items()
+        if all(refused.get(path, {}).get(name) == reason for path in manifest.blocks)
+    }
+    told = {
+        owner: {name: reason for name, reason in reasons.items() if not owner or shared.get(name) != reason}
+        for owner, reasons in refused.items()
+    }
+    told[""] = {**told.get("", {}), **shared}
+    kept = replace(
+        manifest,
+        modules=_streams(manifest.modules, named),
+        named={owner: dict(points) for owner, points in named.items() if points},
+        refused={owner: reasons for owner, reasons in told.items() if reasons},
+        roles=dict(roles),
+    )
+    return replace(loaded, manifest=kept)
+
+
+def _streams(modules: Mapping[str, ModuleInfo], named: Mapping[str, Mapping[str, Named]]) -> dict[str, ModuleInfo]:
+    """The modules, with "stream" points where named points lie in them and nowhere else."""
+    wanted = {p.point.module for points in named.values() for p in points.values() if p.point.name == "stream"}
+    found = dict(modules)
+    for path in wanted:
+        info = modules[path]
+        found[path] = replace(
+            info,
+            points={**info.points, "stream": info.points["inputs"]},
+            events={**info.events, "stream": info.events["enter"]},
+        )
+    return found
+
+
+def _failures(loaded: Loaded, blocks: Sequence[Block], family: Family, config: Any) -> Mapping[Name, str]:
+    from ..engine import Engine  # it runs what is loaded, and this is part of loading
+
+    (row,) = sample_rows(loaded.model, [LENGTH])
+    manifest = loaded.manifest
+    rotations = _rotations(loaded, blocks, row)
+    identities = [identity for block in blocks for identity in Bench(block, rotations.get(block.path)).identities()]
+    identities += _ends(loaded, family, config, row)
+    points = {(owner, name): point for owner, points in manifest.named.items() for name, point in points.items()}
+    there = [
+        identity
+        for identity in identities
+        if identity.output in points and all(name in points for name in identity.inputs)
+    ]
+    kinds = _kinds(manifest)
+    dtype = getattr(torch, manifest.dtype, torch.float32)
+    trial = Trial(Engine(loaded), row, points, there, dtype, kinds)
+    try:
+        trial.run()
+    except InterposeError as error:
+        reason = f"it can't be tried: {error.message}"
+        return {**trial.failed, **dict.fromkeys(trial.points, reason)}
+    return trial.failed
+
+
+def _kinds(manifest: Manifest) -> list[list[str]]:
+    """Owners in groups whose points are alike but for their paths."""
+    found: dict[int, list[str]] = {}
+    for owner, index in encode_named(manifest.named)["owners"].items():
+        found.setdefault(index, []).append(owner)
+    return list(found.values())
+
+
+def _rotations(loaded: Loaded, blocks: Sequence[Block], row: Sequence[int]) -> dict[str, tuple[Tensor, Tensor]]:
+    """Block -> the cosines and sines its attention is given on a row, where it is given any."""
+    found: dict[str, tuple[Tensor, Tensor]] = {}
+    handles = []
+    for block in blocks:
+        if not block.has(block.family.attn):
+            continue
+
+        def watch(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], path: str = block.path) -> None:
+            given = kwargs.get("position_embeddings")
+            if isinstance(given, tuple) and len(given) == 2:
+                found[path] = given
+
+        handles.append(block.module(block.family.attn).register_forward_pre_hook(watch, with_kwargs=True))
+    try:
+        loaded.model(**loaded.feeding.kwargs(batch_inputs([[list(row)]], loaded.device)))
+    finally:
+        for handle in handles:
+            handle.remove()
+    return found
+
+
+# -- identities of the whole model -------------------------------------------------------------------------------
+
+
+def _ends(loaded: Loaded, family: Family, config: Any, row: Sequence[int]) -> Iterator[Identity]:
+    """How the blocks hang together, and what comes before the first and after the last."""
+    manifest, modules = loaded.manifest, loaded.modules
+    first, last = (manifest.blocks[0], "resid_pre"), (manifest.blocks[-1], "resid_post")
+    for before, after in zip(manifest.blocks, manifest.blocks[1:], strict=False):
+        says = "a block's resid_pre is the resid_post of the one before"
+        yield Identity(says, (after, "resid_pre"), ((before, "resid_post"),), lambda v: [v["resid_post"]])
+    points = manifest.named.get("", {})
+    if "embed" in points:
+        table = modules[points["embed"].point.module]
+        ids = torch.tensor([list(row)], device=loaded.device)
+        yield Identity("embed is a look-up of the tokens", ("", "embed"), (), lambda v: [_quiet(table, ids)])
+        parts = tuple(name for name in ("embed", "pos_embed") if name in points)
+        start = _Start(loaded, family, config)
+        yield Identity(
+            "the first resid_pre is made of " + " and ".join(parts),
+            first,
+            tuple(("", name) for name in parts),
+            start,
+        )
+    if "final_norm" in points:
+        norm = modules[points["final_norm"].point.module]
+        says = "final_norm is the norm of the last resid_post"
+        yield Identity(says, ("", "final_norm"), (last,), lambda v: [_quiet(norm, v["resid_post"])])
+    end = _End(loaded, family, config)
+    source = ("", "final_norm") if "final_norm" in points else last
+    yield Identity(f"logits are the unembedding of {source[1]}", ("", "logits"), (source,), end)
+
+
+class _Start:
+    """What the first block is given, from the embeddings."""
+
+    def __init__(self, loaded: Loaded, family: Family, config: Any) -> None:
+        self.loaded, self.family, self.config = loaded, family, config
+
+    def __call__(self, v: Mapping[str, Tensor]) -> Sequence[Tensor]:
+        total = v["embed"] * factor(self.config, self.family.embed_scale)
+        total = total + v["pos_embed"] if "pos_embed" in v else total
+        if not self.family.embed_norm:
+            width = getattr(self.config, "hidden_size", None)
+            scaled = [v["embed"] * torch.tensor(width**0.5, dtype=total.dtype)] if isinstance(width, int) else []
+            return [total, *scaled]
+        path = next(path for path in self.loaded.modules if path.endswith(self.family.embed_norm))
+        types = self.loaded.modules.get(f"{path.rpartition('.')[0]}.token_type_embeddings")
+        if isinstance(types, nn.Embedding):
+            total = total + types.weight[0]
+        return [_quiet(self.loaded.modules[path], total)]
+
+
+class _End:
+    """The logits, from what the head is given."""
+
+    def __init__(self, loaded: Loaded, family: Family, config: Any) -> None:
+        self.loaded, self.family, self.config = loaded, family, config
+
+    def __call__(self, v: Mapping[str, Tensor]) -> Sequence[Tensor]:
+        if "final_norm" not in v:
+            return [_quiet(head, v["resid_post"]) for head in self._heads()]
+        head = self.loaded.model.get_output_embeddings()  # type: ignore[operator]
+        weight = getattr(head, "weight", v["final_norm"])
+        logits = _quiet(head, v["final_norm"].to(weight.dtype))
+        scale, cap = (
+            factor(self.config, self.family.logits_scale),
+            getattr(self.config, self.family.logits_cap, None),
+        )
+        made = [logits / scale, logits * scale]
+        return [torch.tanh(way / cap) * cap for way in made] if isinstance(cap, (int, float)) else made
+
+    def _heads(self) -> list[nn.Module]:
+        blocks = self.loaded.manifest.blocks[0]
+        children = self.loaded.model.named_children()
+        return [child for name, child in children if not blocks.startswith(f"{name}.")]
+
+
+def _quiet(module: nn.Module, value: Tensor) -> Tensor:
+    with no_hooks():
+        return module(value)  # type: ignore[no-any-return]
+
+
+def _roles(model: nn.Module, named: Mapping[str, Mapping[str, Named]]) -> dict[str, str]:
+    """The modules that embed, normalise last and unembed, where these are verified."""
+    names = {module: path for path, module in model.named_modules()}
+    points = named.get("", {})
+    found = {role: points[role].point.module for role in ("embed", "final_norm") if role in points}
+    head = getattr(model, "get_output_embeddings", lambda: None)()
+    if "logits" in points and head in names:
+        found["unembed"] = names[head]
+    return found
