@@ -9,8 +9,10 @@ from typing import TYPE_CHECKING, Any
 
 from .config import CONFIG
 from .errors import ConfigError, ModelUnavailable, UnknownModel
+from .graph.limits import Limits
 from .graph.manifest import Manifest
 from .graph.model import Graph
+from .graph.validate import validate
 from .tracing.execution import Handle, Options
 from .tracing.notes import note
 from .tracing.recorder import MakeValue
@@ -131,7 +133,9 @@ class Home:
         from .client import run_remote, submit_remote
         from .wire.addressed import addressed
 
-        assert self._remote is not None
+        manifest = self._remote
+        assert manifest is not None
+        validate(graph, manifest, Limits.stated(manifest.limits), batching=options.batching)
         host, key = self._server
         graph, tensors = addressed(graph, tensors)
         send = run_remote if options.blocking else submit_remote
@@ -139,7 +143,7 @@ class Home:
             graph,
             self.name,
             tensors,
-            revision=self._remote.revision,
+            revision=manifest.revision,
             batching=options.batching,
             timeout=options.timeout,
             host=host,

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields, replace
+from typing import Any
 
 from ..errors import LimitExceeded
 
@@ -44,6 +46,13 @@ class Limits:
                 # What was asked for may be beyond any number that msgpack can carry.
                 details={"limit": name, "asked": min(asked, 2**63 - 1), "allowed": allowed},
             )
+
+    @classmethod
+    def stated(cls, limits: Mapping[str, Any]) -> Limits:
+        """The limits a manifest states; what it leaves out, or this version doesn't know, has no bound here."""
+        known = {field.name for field in fields(cls)}
+        told = {name: value for name, value in limits.items() if name in known and type(value) in (int, float)}
+        return replace(UNLIMITED, **told)
 
     def as_dict(self) -> dict[str, int | float]:
         return asdict(self)
