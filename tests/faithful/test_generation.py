@@ -331,6 +331,28 @@ def test_architectures(arch: str) -> None:
     assert torch.equal(untouched, stock.generate(torch.tensor([ids]), max_new_tokens=9, do_sample=False))
 
 
+@pytest.mark.parametrize("arch", ["gemma3", "mistral"])
+def test_a_window_that_slides(arch: str) -> None:
+    model, _ = pair(arch)
+    stock = AutoModelForCausalLM.from_pretrained(tiny(arch), attn_implementation="eager").eval()
+    rows = [[5 + 17 * place % 300 for place in range(length)] for length in (4, 10, 14)]
+    with model.generate(max_new_tokens=6, eos_token_id=-1) as tracer:
+        saved = []
+        for row in rows:
+            with tracer.invoke(row):
+                steps = [[layer.self_attn.pattern for layer in model.model.layers] for _ in tracer.iter[:]]
+                assert [each[0].shape[-1] for each in steps[1:]] == [min(len(row) + n, 12) for n in range(1, 6)]
+                saved.append([[pattern.save() for pattern in each] for each in steps])
+    for row, steps in zip(rows, saved, strict=True):
+        expected = stock.generate(
+            torch.tensor([row]), max_new_tokens=6, do_sample=False, eos_token_id=-1, output_attentions=True,
+            return_dict_in_generate=True,
+        )  # fmt: skip
+        for found, wanted in zip(steps, expected.attentions, strict=True):
+            for one, other in zip(found, wanted, strict=True):
+                close(one, other, 2e-5)
+
+
 def test_a_state_space_model() -> None:
     model, stock = pair("mamba")
     ids = [5 + 17 * place % 300 for place in range(9)]

@@ -178,8 +178,11 @@ class Checker:
         rows = whole.rows if node.invoke is None else len(whole.invokes[node.invoke].rows)
         if any(self.nodes[control].op == "steps" for control in self.scope[node.id]):
             return Sizes(rows, None, None)
-        step = node.point.step if node.point else 0
-        return Sizes(rows, of.longest if not step else 1, of.longest + step)
+        if node.point is None or not node.point.step:
+            return Sizes(rows, of.longest, of.longest)
+        keys = of.longest + node.point.step
+        window = self.manifest.window(node.point.module)
+        return Sizes(rows, 1, keys if window is None else min(keys, window))
 
     def _layout(self, point: Point) -> Any:
         info = self.manifest.module(point.module)

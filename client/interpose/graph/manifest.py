@@ -103,6 +103,8 @@ class Manifest:
     named: standard names of points, verified on numbers: owner (a block's path, "" for the model) -> name -> point.
     refused: owner -> standard name -> why there is no such point; what holds for every block stands under "".
     roles: "embed", "final_norm", "unembed" -> path of the module, where there is one.
+    windows: block -> how many positions its attention looks back on in a generation's later steps, where its cache
+        lets go of older ones.
     """
 
     model: str
@@ -124,6 +126,7 @@ class Manifest:
     named: Offers = field(default_factory=dict)
     refused: Refusals = field(default_factory=dict)
     roles: Mapping[str, str] = field(default_factory=dict)
+    windows: Mapping[str, int] = field(default_factory=dict)
 
     def module(self, path: str) -> ModuleInfo:
         """The module at a path. Raises UnknownModule with the nearest names."""
@@ -161,6 +164,11 @@ class Manifest:
         info = self.modules.get(module)
         moments = info.events.get(EVENT.get(name, name), ()) if info else ()
         return moments[call] if call < len(moments) else None
+
+    def window(self, module: str) -> int | None:
+        """The window of the block that a module is or lies in; None if it has none."""
+        inside = (size for block, size in self.windows.items() if f"{module}.".startswith(f"{block}."))
+        return next(inside, None)
 
 
 def walk(layout: Layout, path: tuple[int | str, ...]) -> Layout:
@@ -244,7 +252,7 @@ def encode_manifest(manifest: Manifest) -> dict[str, Any]:
 _PLAIN = (
     *("model", "revision", "architecture", "dtype", "vocab", "positions", "attention", "row_independent"),
     *("row_note", "tokenizer", "tokenizer_config", "config", "versions", "limits"),
-    *("refused", "roles"),
+    *("refused", "roles", "windows"),
 )
 
 

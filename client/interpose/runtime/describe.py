@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from importlib.metadata import version
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import DynamicCache, PretrainedConfig
 
 from .independence import rope_settings
 from .inputs import Feeding
@@ -39,6 +40,18 @@ def figures(model: nn.Module) -> dict[str, Any]:
     found = {name: getattr(config, attribute, None) for name, attribute in _FIGURES.items()}
     known = {name: value for name, value in found.items() if isinstance(value, (int, str))}
     return {**known, "parameters": sum(param.numel() for param in model.parameters())}
+
+
+def windows(model: nn.Module, blocks: Sequence[str]) -> dict[str, int]:
+    """Block -> how far back its cache reaches, for those whose cache lets go of older positions."""
+    config = getattr(model, "config", None)
+    if not isinstance(config, PretrainedConfig):
+        return {}
+    layers = DynamicCache(config=config).layers
+    if len(layers) != len(blocks):
+        return {}
+    found = {block: getattr(layer, "sliding_window", None) for block, layer in zip(blocks, layers, strict=True)}
+    return {block: size for block, size in found.items() if isinstance(size, int)}
 
 
 def longest_row(model: nn.Module, feeding: Feeding) -> int | None:

@@ -134,6 +134,7 @@ def wrap(model: nn.Module, name: str, tokenizer: Any = None) -> Loaded:
         tokenizer_config=file_config,
         config=describe.figures(model),
         versions=describe.versions(),
+        windows=describe.windows(model, measured.blocks),
     )
     names = {module: path for path, module in modules.items()}
     return named.settle(Loaded(model, manifest, file, names, modules, device, feeding, measured.rewritten))

@@ -66,7 +66,11 @@ class View:
         """The cut with batch and positions apart, sharing memory with `tensor`."""
         dims = list(self.leaf.dims)
         of = self.of
-        sizes = {BATCH: of.rows, SEQ: of.length, KEY: of.keys, BATCH_SEQ: of.rows * of.length}
+        keys = of.keys
+        if of.length == 1 and KEY in dims and len(dims) == tensor.dim():
+            keys = min(keys, tensor.shape[dims.index(KEY)])  # a cache with a window lets go of the oldest
+        gone = of.keys - keys
+        sizes = {BATCH: of.rows, SEQ: of.length, KEY: keys, BATCH_SEQ: of.rows * of.length}
         if len(dims) != tensor.dim() or any(
             size != sizes.get(str(dim), size) for dim, size in zip(dims, tensor.shape, strict=True)
         ):
@@ -85,7 +89,8 @@ class View:
             elif dim == SEQ:
                 tensor = tensor.narrow(place, span.start, span.length)
             elif dim == KEY:
-                tensor = tensor.narrow(place, span.key, span.keys)
+                first = max(span.key - gone, 0)
+                tensor = tensor.narrow(place, first, span.key + span.keys - gone - first)
         return tensor
 
     def close(self, opened: torch.Tensor) -> torch.Tensor:
