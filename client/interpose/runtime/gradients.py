@@ -27,6 +27,7 @@ class Gradients:
     def __init__(self, job: Interpreter) -> None:
         self._job = job
         self._backward: int | None = None
+        self._left = len(job.plan.backwards)
         self._reached: set[int] = set()
 
     def watch(self, target: int, tensor: torch.Tensor, view: View) -> None:
@@ -65,8 +66,10 @@ class Gradients:
         if not isinstance(loss, torch.Tensor) or not loss.requires_grad:
             raise NotReached("the loss depends on no value whose gradient was asked for")
         self._backward = node.id
+        self._left -= 1
         try:
-            loss.sum().backward(retain_graph=node.id != self._job.plan.backwards[-1])  # type: ignore[no-untyped-call]
+            # By what is left to run: a loss of an early layer runs first, whatever its line.
+            loss.sum().backward(retain_graph=self._left > 0)  # type: ignore[no-untyped-call]
         finally:
             self._backward = None
         for by in self._job.plan.gradients.values():

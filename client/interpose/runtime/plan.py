@@ -199,7 +199,8 @@ def _levels(graph: Graph) -> tuple[tuple[int, ...], ...]:
     comes_from: list[int] = []
     wanted = [0] * len(graph.runs)
     for node in graph.nodes:
-        source = 0
+        # What decides over a node counts like what it takes.
+        source = 0 if node.when is None else comes_from[node.when]
         for ref in refs((*node.args, *node.kwargs.values())):
             source |= comes_from[ref]
         if node.op in MOMENTS:

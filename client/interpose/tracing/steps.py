@@ -27,7 +27,8 @@ class Steps:
     """Some steps of the generation. Step 0 is the prompt's forward, each later one that of a new token.
 
     `for step in t.iter[:3]:` runs the loop's body for each step, with `step` an ordinary int. `with t.iter[1:]:`
-    records its body once, for all those steps; what is saved there becomes a list with one value a step.
+    records its body once, for all those steps; what is saved there becomes a list with one value a step, however few
+    they are. `with t.iter[2]:` is that step alone, and what is saved there that step's value.
     """
 
     def __init__(self, recorder: Recorder, selection: Selection) -> None:
@@ -63,7 +64,7 @@ class Steps:
         numbers = self._numbers()
         if not numbers:
             raise BadArgument("there is no such step")
-        if len(numbers) == 1:
+        if isinstance(self._selection, int):
             recorder.step = numbers[0]
         elif numbers == list(range(numbers[0], numbers[-1] + 1)):
             to_the_end = isinstance(self._selection, slice) and self._selection.stop is None
