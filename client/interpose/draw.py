@@ -6,7 +6,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from itertools import pairwise
 
-from .graph.manifest import Layout, Leaf, Manifest, ModuleInfo
+from .graph.manifest import EVENT, Layout, Leaf, Manifest, ModuleInfo
+from .graph.named_dims import leaf
 
 
 @dataclass(frozen=True)
@@ -97,8 +98,10 @@ def _points(manifest: Manifest, info: ModuleInfo) -> dict[str, list[str]]:
     """Shape -> named points of that shape."""
     found: dict[str, list[str]] = {}
     for name, layout in info.points.items():
-        if name not in ("output", "inputs"):
+        if name not in EVENT:
             found.setdefault(_layout(layout, manifest), []).append(name)
+    for name, named in manifest.named.get(info.path, {}).items():
+        found.setdefault(_layout(leaf(manifest, named), manifest), []).append(name)
     return found
 
 
@@ -146,6 +149,7 @@ def _alike(manifest: Manifest, first: str, second: str) -> bool:
         (one.cls, one.params, one.points) == (other.cls, other.params, other.points)
         and len(one.events.get("exit", ())) == len(other.events.get("exit", ()))
         and (one.stands_for is None) == (other.stands_for is None)
+        and list(manifest.named.get(first, ())) == list(manifest.named.get(second, ()))
         and ones == others
         and all(_alike(manifest, f"{first}.{name}", f"{second}.{name}") for name in ones)
     )

@@ -11,7 +11,7 @@ from transformers.pytorch_utils import Conv1D
 
 from ...graph.manifest import BATCH_SEQ, Leaf, ModuleInfo, leaves
 from ...graph.model import Key, Point
-from ...graph.named import ROWS, Effect, Named, Step, View
+from ...graph.named import BLOCK, ROWS, Effect, Named, Step, View
 from ...graph.values import DType, Ref
 from .families import Family
 
@@ -153,6 +153,7 @@ def build(block: Block) -> Block:
                 block.named[name] = flat(block, make(block, name))
             except Refused as error:
                 block.refused[name] = str(error)
+    block.named = {name: block.named[name] for name in BLOCK if name in block.named}
     return block
 
 
