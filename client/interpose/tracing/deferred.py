@@ -10,7 +10,7 @@ from ..graph import ops
 from ..graph.values import DTYPES, DType, TensorSpec
 from .gradients import Backward
 from .notes import note
-from .recorder import Base, Recorder, View
+from .recorder import Base, Recorder, View, why
 
 
 class Deferred:
@@ -87,7 +87,8 @@ class Deferred:
         spec = self._recorder.spec(self._at[1])
         shown = f"{spec.dtype}{list(spec.shape)}" if isinstance(spec, TensorSpec) else "of unknown shape"
         point = getattr(self._root, "point", "value")
-        return f"<deferred {shown} {point}{''.join(f'.{step[0]}' for step in self._chain)}>"
+        lost = "" if self._recorder.open else f"; {why(self).message}"
+        return f"<deferred {shown} {point}{''.join(f'.{step[0]}' for step in self._chain)}{lost}>"
 
     def __format__(self, spec: str) -> str:
         return repr(self) if not spec else self._no_number()

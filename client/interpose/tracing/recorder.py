@@ -28,7 +28,7 @@ from .edits import Edit, attached, placed
 from .gradients import GradientBase
 from .keeping import StepValues
 from .nests import Nest, Several
-from .outside import dtype_of, is_deferred, snapshot, spec_of, version_of
+from .outside import counts_writes, dtype_of, is_deferred, snapshot, spec_of, version_of
 from .source import caller
 
 CONVERSIONS = frozenset({"to", "type", "type_as", *NAMED})
@@ -135,7 +135,7 @@ class Recorder:
         self.saved: list[tuple[int, Any]] = []
         self.gradients: list[tuple[int, Any]] = []
         self.open = True
-        self._edits = edits
+        self.edits = edits
         self._retained: list[Any] = []
         self._skipped: set[tuple[int, int, str]] = set()
         self._gradient_bases: dict[tuple[int, int], GradientBase] = {}
@@ -241,7 +241,7 @@ class Recorder:
     def ref(self, value: Value) -> int:
         """The node of a deferred value in its newest version."""
         if value._recorder is not self or not self.open:
-            raise foreign(value)
+            raise why(value)
         newest = value._root.node()
         if value._at[0] != newest:
             node = newest
@@ -360,14 +360,14 @@ class Recorder:
         """
         ref = self.ref(value)
         kept: Any = value
-        if self._in_steps():
+        if self.in_steps():
             kept = StepValues()
         elif any(value is other for _, other in self.saved):
             kept = self.again(value)
         self.saved.append((self.node("save", (Ref(ref),)), kept))
         return kept
 
-    def _in_steps(self) -> bool:
+    def in_steps(self) -> bool:
         """Whether what comes next runs once a step."""
         control = self.when
         while control is not None and self._nodes[control].op != "steps":
@@ -383,10 +383,10 @@ class Recorder:
         for tensor, version, _ in self._attached.values():
             if version_of(tensor) != version:
                 raise BadArgument("a tensor from outside was changed in the block after it was used; use a clone")
-        specs, tensors = attached(self._edits)
+        specs, tensors = attached(self.edits)
         specs |= self._specs
         tensors |= self._tensors
-        before = placed(self._edits, self.runs, self._nodes)
+        before = placed(self.edits, self.runs, self._nodes)
         nodes, renumbered = trimmed(before)
         moved = len(before) - len(self._nodes)
         self.saved = [(renumbered[node + moved], value) for node, value in self.saved]
@@ -467,17 +467,22 @@ class Recorder:
         return known[2]
 
     def _as_attached(self, tensor: Any) -> bool:
-        """Whether an array is still what it was when it was attached; tensors count their writes instead."""
-        if hasattr(tensor, "_version"):
+        """Whether an array is still what it was when it was attached; most tensors count their writes instead."""
+        if counts_writes(tensor):
             return True
-        key = self._nodes[self._attached[id(tensor)][2]].args[0]
-        return bool(np.asarray(tensor).tobytes() == self._tensors[key].tobytes())
+        kept = self._tensors[self._nodes[self._attached[id(tensor)][2]].args[0]]
+        if hasattr(tensor, "detach"):
+            return bool(tensor.equal(kept))
+        return bool(np.asarray(tensor).tobytes() == kept.tobytes())
 
 
-def foreign(value: Any) -> InterposeError:
-    """Why a deferred value of another block can't be used here."""
+def why(value: Any) -> InterposeError:
+    """Why a deferred value can't be used here."""
+    recorder = value._recorder
     if value._absent:
         return NotReached(value._absent)
-    if value._recorder.open:
+    if recorder.open:
         return DeferredError("this value belongs to another open block; use one trace with several invokes")
+    if any(value is kept for _, kept in recorder.saved):
+        return DeferredError("this value is still to come: its job hasn't ended; wait with t.job.result()")
     return NotSaved("this value was not saved: add .save() in the block it comes from")
