@@ -44,7 +44,7 @@ class Home:
         self._given_tokenizer = tokenizer
         self._local: LocalModel | None = None
         self._remote: Manifest | None = None
-        self._tokenizers: dict[bool, Any] = {}
+        self._tokenizers: dict[str | None, Any] = {}
 
     @property
     def name(self) -> str:
@@ -78,14 +78,16 @@ class Home:
         """Raises ConfigError for a model without one."""
         if self._given_tokenizer is not None:
             return self._given_tokenizer
-        if remote not in self._tokenizers:
+        manifest = self.manifest(remote)
+        # By what it says, not where: a server may come back with another model under the same name.
+        if manifest.tokenizer not in self._tokenizers:
             from .tokens import Tokenizer
 
             data = self._tokenizer_bytes(remote)
             if data is None:
                 raise ConfigError(f"{self.name} has no tokenizer; give token ids instead of text")
-            self._tokenizers[remote] = Tokenizer(data, self.manifest(remote).tokenizer_config)
-        return self._tokenizers[remote]
+            self._tokenizers[manifest.tokenizer] = Tokenizer(data, manifest.tokenizer_config)
+        return self._tokenizers[manifest.tokenizer]
 
     def _tokenizer_bytes(self, remote: bool) -> bytes | None:
         if not remote:

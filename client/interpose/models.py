@@ -173,6 +173,8 @@ class LanguageModel(Module):
         if session is not None:
             if not self._is(session.model):
                 raise DeferredError("a session's traces are all of its own model")
+            if self._edits is not session.edits:
+                raise DeferredError("a session's edits are those of the model it is opened on: open it on this one")
             tokenize = partial(self._tokenize, session.remote)
             return Tracer(self, session.recorder, prompt, tokenize, generation=generation)
         owner = self._execution(options)

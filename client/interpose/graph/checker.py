@@ -214,6 +214,8 @@ class Checker:
         layout = self._layout(point)
         if point.step and self.run(node.run).kind != "generate":
             raise BadArgument("a trace has one forward; steps exist in generate")
+        if point.step and any(self.nodes[control].op == "steps" for control in self.scope[node.id]):
+            raise BadArgument("a body of steps is for all of them; its points name no step of their own")
         if point.name not in EVENT:
             self.attention = True
         found = leaves(layout)

@@ -37,6 +37,7 @@ class EngineJob:
         attachments: digest -> tensor, for every digest the graph names.
         report: what validation found, if it was validated against this very manifest; else it is done again.
         saved: ids of saves that already left, in an attempt that had to be cut short.
+        seeds: (run, row) -> what a generation without a seed drew from: the next attempt must draw the same.
     """
 
     graph: Graph
@@ -46,6 +47,7 @@ class EngineJob:
     exclusive: bool = False
     report: Report | None = None
     saved: set[int] = field(default_factory=set)
+    seeds: dict[tuple[int, int], int] = field(default_factory=dict)
 
 
 class Engine:
@@ -95,6 +97,7 @@ class Engine:
                 job.limits,
                 self._world,
                 job.saved,
+                job.seeds,
                 exclusive=job.exclusive or report.footprint.exclusive,
             )
         except InterposeError as error:

@@ -6,7 +6,8 @@ own processors and its own random generator, so what it gets doesn't depend on i
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import secrets
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
@@ -192,10 +193,10 @@ class Generation:
         config, _ = self._model._prepare_generation_config(None, **own | {"max_new_tokens": most})
         self._model._prepare_special_tokens(config, True, device=self._device)
         pad = config._pad_token_tensor
-        made = [self._row(row, index, config, options) for index, row in enumerate(rows)]
+        made = [self._row(row, _seed(job, run, index), config, options) for index, row in enumerate(rows)]
         return Growing(job, run, first, max(map(len, rows)), most, made, FILL if pad is None else int(pad))
 
-    def _row(self, row: Sequence[int], index: int, config: Any, options: Any) -> Row:
+    def _row(self, row: Sequence[int], seed: int, config: Any, options: Mapping[str, Any]) -> Row:
         ids = torch.tensor([list(row)], device=self._device)
         processors = self._model._get_logits_processor(
             config, input_ids_seq_length=len(row), encoder_input_ids=ids, device=str(self._device)
@@ -205,9 +206,7 @@ class Generation:
         generator = None
         if config.do_sample:
             generator = torch.Generator(self._device)
-            seed = options.get("seed")
-            # Rows of one run draw from different streams; the first is the one `manual_seed` would give.
-            generator.seed() if seed is None else generator.manual_seed(seed + index)
+            generator.manual_seed(seed)
         return Row(
             ids,
             processors,
@@ -224,3 +223,11 @@ class Generation:
         if data is None:
             raise BadArgument("stop_strings need a tokenizer, and this model has none")
         return Tokenizer.from_str(data.decode())
+
+
+def _seed(job: Interpreter, run: int, row: int) -> int:
+    """What a row draws from. Rows of one run have different streams; the first's is the one of the run's seed."""
+    given = job.plan.graph.runs[run].options.get("seed")
+    if given is not None:
+        return int(given) + row
+    return job.seeds.setdefault((run, row), secrets.randbits(63))

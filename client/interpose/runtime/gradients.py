@@ -7,7 +7,7 @@ cut to the rows that asked.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -29,6 +29,7 @@ class Gradients:
         self._backward: int | None = None
         self._left = len(job.plan.backwards)
         self._reached: set[int] = set()
+        self._leaves: list[torch.Tensor] = []
 
     def watch(self, target: int, tensor: torch.Tensor, view: View) -> None:
         """Serve gradient reads and writes of a part of `tensor`."""
@@ -43,7 +44,7 @@ class Gradients:
             view.paste(fresh, new)
             return fresh
 
-        tensor.register_hook(arrived)  # type: ignore[no-untyped-call]
+        self._hook(tensor, arrived)
 
     def watch_value(self, target: int, value: Any) -> torch.Tensor:
         """The same for a value the graph itself computed; returns it, ready for gradients."""
@@ -58,8 +59,13 @@ class Gradients:
             new = self._serve(target, gradient)
             return None if new is gradient else new
 
-        watched.register_hook(arrived)  # type: ignore[no-untyped-call]
+        self._hook(watched, arrived)
         return watched
+
+    def _hook(self, tensor: torch.Tensor, arrived: Callable[[torch.Tensor], torch.Tensor | None]) -> None:
+        tensor.register_hook(arrived)  # type: ignore[no-untyped-call]
+        if tensor.is_leaf:
+            self._leaves.append(tensor)
 
     def run(self, node: Node, loss: torch.Tensor) -> None:
         """Run a backward. Raises NotReached for a gradient that was asked for and didn't come."""
@@ -72,6 +78,9 @@ class Gradients:
             loss.sum().backward(retain_graph=self._left > 0)  # type: ignore[no-untyped-call]
         finally:
             self._backward = None
+            # What was handed out may be this very memory, and the next backward would add to it in place.
+            for leaf in self._leaves:
+                leaf.grad = None
         for by in self._job.plan.gradients.values():
             for access in by.get(node.id, ()):
                 if access.id not in self._reached:

@@ -73,6 +73,7 @@ class Interpreter:
         limits: Limits,
         world: World,
         saved: set[int],
+        seeds: dict[tuple[int, int], int],
         *,
         exclusive: bool = False,
     ) -> None:
@@ -84,6 +85,7 @@ class Interpreter:
         self.limits = limits
         self.world = world
         self.saved = saved
+        self.seeds = seeds
         self.exclusive = exclusive
         self.error: InterposeError | None = None
         self.result_bytes = 0
@@ -231,11 +233,17 @@ class Interpreter:
             self._check_wanted()
             node = self.nodes[heapq.heappop(self._ready)]
             try:
-                value = SKIPPED if self.skips(node) else self._run(node)
+                value = self._pass(node) if self.skips(node) else self._run(node)
             except Exception as error:
                 raise located(error, node) from error
             self.release(node)
             self._give(node.id, value)
+
+    def _pass(self, node: Node) -> _Skipped:
+        """What a node of a branch that wasn't taken comes to: a save once a step keeps the step's place."""
+        if node.op == "save" and self.plan.template_of(node.id) is not None:
+            self._lists.setdefault(node.id, []).append(None)
+        return SKIPPED
 
     def _run(self, node: Node) -> Any:
         handler = HANDLERS.get(node.op)

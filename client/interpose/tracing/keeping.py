@@ -24,7 +24,10 @@ def save(value: T) -> T:
 
 
 class StepValues(list[Any]):
-    """What is saved in a body of steps: after the block a list of values, one for each step that was reached."""
+    """What is saved in a body of steps: after the block a list of values, one for each step that was reached.
+
+    None stands for a step at which the condition around the save wasn't met.
+    """
 
     _absent = ""
 

@@ -33,9 +33,16 @@ def spec_of(tensor: Any) -> TensorSpec:
 
 
 def snapshot(tensor: Any) -> Any:
-    """The tensor as it is now, free of its autograd history; arrays, which don't count their writes, are copied."""
-    return tensor.detach() if hasattr(tensor, "detach") else np.array(tensor)
+    """The tensor as it is now, free of its autograd history; what doesn't count its writes is copied."""
+    if not hasattr(tensor, "detach"):
+        return np.array(tensor)
+    return tensor.detach() if counts_writes(tensor) else tensor.clone()
+
+
+def counts_writes(tensor: Any) -> bool:
+    """Whether `version_of` tells of every write: not of arrays, nor of tensors made in inference mode."""
+    return hasattr(tensor, "detach") and not tensor.is_inference()
 
 
 def version_of(tensor: Any) -> int:
-    return getattr(tensor, "_version", 0)
+    return int(tensor._version) if counts_writes(tensor) else 0

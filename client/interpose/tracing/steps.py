@@ -27,8 +27,8 @@ class Steps:
     """Some steps of the generation. Step 0 is the prompt's forward, each later one that of a new token.
 
     `for step in t.iter[:3]:` runs the loop's body for each step, with `step` an ordinary int. `with t.iter[1:]:`
-    records its body once, for all those steps; what is saved there becomes a list with one value a step, however few
-    they are. `with t.iter[2]:` is that step alone, and what is saved there that step's value.
+    records its body once, for all those steps; what is saved there becomes a list with one value a step, however
+    few they are. `with t.iter[2]:` is that step alone, and what is saved there that step's value.
     """
 
     def __init__(self, recorder: Recorder, selection: Selection) -> None:
@@ -49,7 +49,12 @@ class Steps:
             raise BadArgument(f"step {numbers} is outside the {most} new tokens asked for")
         return found
 
+    def _check_apart(self) -> None:
+        if self._recorder.in_steps():
+            raise BadArgument("steps can't be chosen in a body of steps, which is recorded once for all of them")
+
     def __iter__(self) -> Iterator[int]:
+        self._check_apart()
         before = self._recorder.step
         try:
             for step in self._numbers():
@@ -60,6 +65,7 @@ class Steps:
 
     def __enter__(self) -> Steps:
         recorder = self._recorder
+        self._check_apart()
         self._token = recorder.step, recorder.when
         numbers = self._numbers()
         if not numbers:
@@ -69,6 +75,7 @@ class Steps:
         elif numbers == list(range(numbers[0], numbers[-1] + 1)):
             to_the_end = isinstance(self._selection, slice) and self._selection.stop is None
             recorder.when = recorder.node("steps", (numbers[0], None if to_the_end else numbers[-1] + 1))
+            recorder.step = 0
         else:
             raise BadArgument("these steps don't follow one another; write for step in t.iter[...]:")
         return self

@@ -194,6 +194,7 @@ class Session:
     def __init__(self, owner: Execution, model: Model) -> None:
         self.model = model
         self.recorder = owner.recorder
+        self.edits = owner.recorder.edits
         self.remote = owner.options.remote
         self._owner = owner
         self._token: Token[Session | None] | None = None
