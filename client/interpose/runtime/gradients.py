@@ -81,9 +81,9 @@ class Gradients:
             # What was handed out may be this very memory, and the next backward would add to it in place.
             for leaf in self._leaves:
                 leaf.grad = None
-        for by in self._job.plan.gradients.values():
+        for target, by in self._job.plan.gradients.items():
             for access in by.get(node.id, ()):
-                if access.id not in self._reached:
+                if access.id not in self._reached or not self._job.plan.flows(node, target):
                     raise NotReached("no gradient flows from the loss to this value").at(
                         access.id, access.op, access.source
                     )
@@ -97,7 +97,9 @@ class Gradients:
         for node in accesses:
             self._reached.add(node.id)
             if node.op == "grad":
-                self._job.provide(node.id, gradient)
+                # What doesn't change this backward waits for its end: another backward, for one.
+                with torch.enable_grad():
+                    self._job.provide(node.id, gradient, self._job.plan.upstream)
             elif self._job.waits(node):
                 error = WrongOrder("a gradient is replaced by something that comes only further upstream")
                 raise error.at(node.id, node.op, node.source)

@@ -129,10 +129,10 @@ class Interpreter:
                 if node.run == run and self.plan.template_of(node.id) is not None and self.error is None:
                     self._emit(node, self._lists.pop(node.id, []))
 
-    def provide(self, node: int, value: Any) -> None:
-        """A value exists: run everything that waited for it alone."""
+    def provide(self, node: int, value: Any, only: frozenset[int] | None = None) -> None:
+        """A value exists: run everything that waited for it alone; with `only`, what isn't in it stays ready."""
         self._give(node, value)
-        self._drain()
+        self._drain(only)
 
     def fire(self, nodes: Iterable[Node], touched: Touched, span: Span, invokes: Sequence[Span]) -> None:
         """Serve this job's reads and writes at one moment, in the user's order."""
@@ -227,17 +227,23 @@ class Interpreter:
         if self.sink.cancelled():
             raise JobCancelled("cancelled while running")
 
-    def _drain(self) -> None:
+    def _drain(self, only: frozenset[int] | None = None) -> None:
+        later = []
         while self._ready:
             # A graph may compute for hours without coming to another hook point.
             self._check_wanted()
             node = self.nodes[heapq.heappop(self._ready)]
+            if only is not None and node.id not in only:
+                later.append(node.id)
+                continue
             try:
                 value = self._pass(node) if self.skips(node) else self._run(node)
             except Exception as error:
                 raise located(error, node) from error
             self.release(node)
             self._give(node.id, value)
+        for ready in later:
+            heapq.heappush(self._ready, ready)
 
     def _pass(self, node: Node) -> _Skipped:
         """What a node of a branch that wasn't taken comes to: a save once a step keeps the step's place."""

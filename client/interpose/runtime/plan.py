@@ -129,6 +129,47 @@ class Plan:
         return tuple(node.id for node in self.nodes("backward"))
 
     @cached_property
+    def upstream(self) -> frozenset[int]:
+        """What replaced gradients are computed from: it runs while the backward does."""
+        found: set[int] = set()
+        for node in reversed(self.graph.nodes):
+            if node.op == "set_grad" or node.id in found:
+                found |= self.needs[node.id]
+        return frozenset(found)
+
+    def flows(self, backward: Node, target: int) -> bool:
+        """Whether a backward can come to a read's own prompt: if not, zeros would be all that arrives."""
+        node = self.graph.nodes[target]
+        if node.op != "read":
+            return True
+        prompts = self._prompts[backward.id]
+        return any(run == node.run and invoke in (None, node.invoke) for run, invoke in prompts) or (
+            node.invoke is None and any(run == node.run for run, _ in prompts)
+        )
+
+    @cached_property
+    def _prompts(self) -> Mapping[int, set[tuple[int, int | None]]]:
+        """Backward -> (run, invoke) of every prompt its loss is computed from, by way of writes too."""
+        found: dict[int, set[tuple[int, int | None]]] = {}
+        for backward in self.backwards:
+            prompts: set[tuple[int, int | None]] = set()
+            seen, todo = set(), [backward]
+            while todo:
+                node = self.graph.nodes[todo.pop()]
+                seen.add(node.id)
+                if node.op == "read" and (node.run, node.invoke) not in prompts:
+                    prompts.add((node.run, node.invoke))
+                    todo += [
+                        write.id
+                        for write in self.nodes("write")
+                        if write.run == node.run
+                        and (None in (write.invoke, node.invoke) or write.invoke == node.invoke)
+                    ]
+                todo += [ref for ref in self.needs[node.id] if ref not in seen]
+            found[backward] = prompts
+        return found
+
+    @cached_property
     def last_step(self) -> Mapping[int, int | None]:
         """Run -> the last step anybody asks for; None if that is the end of the generation."""
         found: dict[int, int | None] = dict.fromkeys(range(len(self.graph.runs)), -1)

@@ -8,6 +8,7 @@ value) and the views that lead from there; its node is looked up when it is used
 from __future__ import annotations
 
 import operator
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Protocol, TypeAlias
@@ -52,8 +53,13 @@ class Base(Protocol):
 class Track:
     """The versions of one hook point in one run: how many writes so far, and who looks at it."""
 
-    version: int = 0
+    writes: Counter[int | None] = field(default_factory=Counter)
+    """By the invoke that wrote."""
     bases: list[PointBase] = field(default_factory=list)
+
+    def version(self, invoke: int | None) -> int:
+        """How many writes an invoke sees."""
+        return self.writes.total() if invoke is None else self.writes[None] + self.writes[invoke]
 
 
 @dataclass
@@ -264,14 +270,14 @@ class Recorder:
         return self._make(self, base, (), node)
 
     def read(self, base: PointBase) -> int:
-        key = base.run, base.invoke, base.point, self._track(base).version, self.when
+        key = base.run, base.invoke, base.point, self._track(base).version(base.invoke), self.when
         if key not in self._reads:
             self._reads[key] = self._point_node("read", (), base)
         return self._reads[key]
 
     def write(self, base: PointBase, chain: tuple[View, ...], index: Any, value: Any) -> None:
         self._point_node("write", (chain, index, value), base)
-        self._track(base).version += 1
+        self._track(base).writes[base.invoke] += 1
 
     def replace(self, point: Point, value: Any, views: tuple[View, ...] = ()) -> None:
         """Put another value at a point, or where views lead from it."""
