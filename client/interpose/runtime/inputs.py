@@ -175,7 +175,8 @@ def vocabulary(model: nn.Module) -> int | None:
 def sample_rows(model: nn.Module, lengths: Sequence[int]) -> list[list[int]]:
     """Rows of ordinary token ids to try a model on: fixed, scattered, no special token of its config among them."""
     config = getattr(model, "config", None)
-    special = {value for name, value in vars(config).items() if name.endswith("token_id")} if config else set()
+    named = [value for name, value in vars(config).items() if name.endswith("token_id")] if config else []
+    special = {token for value in named for token in (value if isinstance(value, (list, tuple)) else (value,))}
     ordinary = [token for token in range(min(vocabulary(model) or 64, 4096)) if token not in special]
     return [
         [ordinary[(31 * row + 17 * place * (row + 1) + 7) % len(ordinary)] for place in range(length)]

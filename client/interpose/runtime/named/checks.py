@@ -139,9 +139,16 @@ class Bench:
                 wide = isinstance(weight, Tensor) and weight.shape[0] != value.shape[-1]
                 value = self.call(norm, value.flatten(2)).view_as(value) if wide else self.call(norm, value)
         value = value.transpose(1, 2)
-        if self.rotation is not None:
-            return [rotate(value, *self.rotation), rotate_pairs(value, *self.rotation)]
-        return [value, value * self.scale]
+        if self.rotation is None or self.sloped:
+            return [value, value * self.scale]
+        cos, sin = self.rotation
+        halves = (half[..., : half.shape[-1] // 2].repeat_interleave(2, -1) for half in (cos, sin))
+        return [rotate(value, cos, sin), rotate_pairs(value, *halves), rotate_pairs(value, cos, sin)]
+
+    @property
+    def sloped(self) -> bool:
+        """Whether positions come in by ALiBi's slopes."""
+        return self.block.family.alibi or bool(getattr(self.block.config, "alibi", False))
 
     @property
     def scale(self) -> float:
@@ -174,9 +181,11 @@ class Bench:
         length = products.shape[-1]
         later = torch.ones(length, length, dtype=torch.bool, device=q.device).triu(1)
         biases = [torch.zeros(1, device=q.device)]
-        if self.block.family.alibi or getattr(self.block.config, "alibi", False):
-            slope = slopes(q.shape[1]).to(q.device)[:, None, None] * torch.arange(length, device=q.device)
-            biases = [slope, slope * self.scale]
+        if self.sloped:
+            each, places = slopes(q.shape[1]).to(q.device)[:, None, None], torch.arange(length, device=q.device)
+            # Falcon makes its slopes in bfloat16, whatever the weights are, and scales them with the products.
+            rough = (each.bfloat16() * places).float()
+            biases = [each * places, each * places * self.scale, rough, rough * self.scale]
         found = [(products + bias).masked_fill(later, float("-inf")).softmax(-1) @ value for bias in biases]
         return [value.transpose(1, 2) for value in found]
 
@@ -301,9 +310,8 @@ def rotate_pairs(value: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Rotary positions over the first dimensions, neighbours paired."""
     width = cos.shape[-1]
     part, rest = value[..., :width], value[..., width:]
-    cos, sin = (half[:, None, :, : width // 2].repeat_interleave(2, -1) for half in (cos, sin))
     other = torch.stack((-part[..., 1::2], part[..., ::2]), -1).flatten(-2)
-    return torch.cat((part * cos + other * sin, rest), -1)
+    return torch.cat((part * cos[:, None] + other * sin[:, None], rest), -1)
 
 
 def slopes(heads: int) -> Tensor:

@@ -146,6 +146,16 @@ PHI = replace(
     final_norm="final_layernorm",
 )
 
+COHERE = replace(
+    LLAMA,
+    name="cohere",
+    types=("cohere", "cohere2"),
+    mid="",
+    mlp_norm=("input_layernorm",),
+    parallel=always,
+    logits_scale="logit_scale",
+)
+
 NEOX = Family(
     "neox",
     ("gpt_neox",),
@@ -269,7 +279,7 @@ MAMBA = Family(
     says={"attention": _MIXER, "mlp": _MIXER},
 )
 
-FAMILIES = (LLAMA, GEMMA2, OLMO2, PHI3, GPT2, PHI, NEOX, FALCON, BLOOM, MPT, OPT, BERT, MAMBA)
+FAMILIES = (LLAMA, GEMMA2, OLMO2, PHI3, GPT2, PHI, COHERE, NEOX, FALCON, BLOOM, MPT, OPT, BERT, MAMBA)
 
 
 def find(kind: str, has: Callable[[str], bool]) -> Family | None:

@@ -14,7 +14,7 @@ from ...graph.manifest import Manifest, ModuleInfo
 from ...graph.named import BLOCK, MODEL, Named, encode_named
 from ..hooks import no_hooks
 from ..inputs import batch_inputs, sample_rows
-from .build import Block, build, factor, whole
+from .build import Block, build, factor, figure, whole
 from .checks import Bench, Identity
 from .families import MAMBA, Family, find
 from .sheet import Name
@@ -32,6 +32,9 @@ GENERIC = replace(
     MAMBA, name="", types=(), attn_norm=(), final_norm="", says={"attention": _UNKNOWN, "mlp": _UNKNOWN}
 )
 """For models of no known family: what enters and leaves the blocks is measured for every model."""
+
+_NORMS = ("norm", "ln_f", "final_layernorm", "final_layer_norm", "norm_f")
+"""What norms after the last block are called, to be tried where no entry says."""
 
 
 @torch.no_grad()
@@ -72,7 +75,11 @@ def _config(model: nn.Module) -> Any:
 def _family(loaded: Loaded, config: Any) -> Family:
     first = loaded.manifest.blocks[0]
     found = find(getattr(config, "model_type", ""), lambda name: f"{first}.{name}" in loaded.modules)
-    return found or GENERIC
+    if found is not None:
+        return found
+    base = _base(loaded.manifest)
+    norms = (name for name in _NORMS if (f"{base}.{name}" if base else name) in loaded.modules)
+    return replace(GENERIC, final_norm=next(norms, ""))
 
 
 def _base(manifest: Manifest) -> str:
@@ -138,7 +145,8 @@ def _failures(loaded: Loaded, blocks: Sequence[Block], family: Family, config: A
     ]
     kinds = _kinds(manifest)
     dtype = getattr(torch, manifest.dtype, torch.float32)
-    trial = Trial(Engine(loaded), row, points, there, dtype, kinds)
+    experts = figure(config, "num_local_experts", "num_experts", "n_routed_experts") or 2
+    trial = Trial(Engine(loaded), row, points, there, dtype, kinds, experts)
     try:
         trial.run()
     except InterposeError as error:
@@ -192,6 +200,7 @@ def _ends(loaded: Loaded, family: Family, config: Any, row: Sequence[int]) -> It
         table = modules[points["embed"].point.module]
         ids = torch.tensor([list(row)], device=loaded.device)
         yield Identity("embed is a look-up of the tokens", ("", "embed"), (), lambda v: [_quiet(table, ids)])
+    if "embed" in points and family.name:
         parts = tuple(name for name in ("embed", "pos_embed") if name in points)
         start = _Start(loaded, family, config)
         yield Identity(

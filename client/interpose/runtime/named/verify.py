@@ -21,6 +21,8 @@ CHUNK = 8
 ANCHORS = frozenset({"resid_pre", "resid_post", "logits", "embed"})
 """What modules take and return, whatever an identity says: these aren't doubted when one fails."""
 
+_WEIGHTS = frozenset({"scores", "expert_weights"})
+
 _TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 5e-2}
 _MOVED = {torch.float64: 1e-12, torch.float32: 1e-6, torch.float16: 1e-3, torch.bfloat16: 4e-3}
 
@@ -35,6 +37,7 @@ class Trial:
         identities: what must hold between them.
         dtype: of the model's weights, which decides how exactly.
         kinds: blocks in groups of one structure, whose writes are alike.
+        experts: how many a router chooses from.
         failed: why points left.
     """
 
@@ -44,6 +47,7 @@ class Trial:
     identities: Sequence[Identity]
     dtype: torch.dtype
     kinds: Sequence[Sequence[str]]
+    experts: int = 2
     failed: dict[Name, str] = field(default_factory=dict)
 
     def run(self) -> None:
@@ -150,19 +154,24 @@ class Trial:
         """The op that makes another value to write."""
         if name[1] == "router_logits":
             return "mul", Ref(old), -1.5  # another order, and other distances
+        if name[1] == "expert_ids":
+            return "sub", self.experts - 1, Ref(old)
         # What is normalised later doesn't feel a factor, and what is masked must stay where it is.
-        return ("mul", Ref(old), 2.0) if name[1] == "scores" else ("flip", Ref(old), (-1,))
+        return ("mul", Ref(old), 2.0) if name[1] in _WEIGHTS else ("flip", Ref(old), (-1,))
 
     def _ineffective(self, name: Name, values: Mapping[Name, Tensor], clean: Mapping[Name, Tensor]) -> str:
-        moved = [at for at in values if at != name and self._moved(at[1], values[at], clean[at])]
+        moved = {at for at in values if at != name and self._moved(at[1], values[at], clean[at])}
+        tried = set()
         for identity in self._from(name):
             if not all(at in values for at in (identity.output, *identity.inputs)):
                 continue
             reason = self._fails(identity, values)
             if reason:
                 return f"after a write, {reason}"
-            if identity.output not in moved:
-                return f"a write doesn't move {identity.output[1]}"
+            tried.add(identity.output)
+        # One of several may stay, as a single expert's normalised weight does.
+        if tried and not tried & moved:
+            return f"a write doesn't move {' or '.join(sorted(at for _, at in tried))}"
         if name != self._end and self._end not in moved:
             return "a write doesn't move the model's output"
         return ""
