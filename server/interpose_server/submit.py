@@ -61,6 +61,7 @@ async def submit(
             footprint=footprint,
             timeout_s=min(job.timeout_s or limits.wall_s, limits.wall_s),
             key=key.id,
+            revision=job.revision or "",
         )
     )
     parts.metrics.jobs.labels(job.model).inc()

@@ -7,6 +7,7 @@ import threading
 import time
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -126,6 +127,19 @@ async def test_waiting_jobs_share_a_batch_and_fail_apart(settings: Settings) -> 
         async with working(gateway, engine):
             ends = [(await ended(gateway, job))[-1].body["status"] for job in jobs]
     assert ends == ["completed", "failed", "completed"] and [len(batch) for batch in engine.batches] == [3]
+
+
+async def test_a_job_does_not_run_on_other_weights_than_it_was_recorded_against(settings: Settings) -> None:
+    engine = Obedient(save_ones)
+    engine.manifest = replace(engine.manifest, revision="r2")
+    async with run_gateway(settings) as gateway:
+        bound, free = submission(revision="r1"), submission()
+        for job in (bound, free):
+            assert (await gateway.post(job)).status_code == 202
+        async with working(gateway, engine):
+            assert error_of(await ended(gateway, bound)) == "unknown_model"
+            assert (await ended(gateway, free))[-1].body["status"] == "completed"
+    assert [len(batch) for batch in engine.batches] == [1]
 
 
 async def test_attachments_reach_the_engine(settings: Settings) -> None:

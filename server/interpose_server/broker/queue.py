@@ -36,6 +36,7 @@ class NewJob:
         digest: SHA-256 of the request's body; the same id with another digest is a conflict.
         payload, blob: the graph's msgpack, or the name of the blob that holds it.
         key: id of the API key it came with.
+        revision: the model's that it must run on; "" for any.
     """
 
     user: str
@@ -48,6 +49,7 @@ class NewJob:
     timeout_s: float
     priority: int = 0
     key: str = ""
+    revision: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,6 +92,7 @@ class Claim:
     footprint: Footprint
     timeout_s: float
     alone: bool
+    revision: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -148,7 +151,7 @@ class Queue:
             "submit", keys.ref(job.user, job.id), job.user, job.id, job.model, job.digest, job.priority,
             job.payload, job.blob, msgpack.packb(job.footprint.to_plain()), job.timeout_s,
             settings.queued_per_user, settings.queued_total, settings.running_per_user,
-            int(settings.queue_ttl_s * 1000), job.key,
+            int(settings.queue_ttl_s * 1000), job.key, job.revision,
         )  # fmt: skip
         match answer.decode():
             case "conflict":
@@ -304,6 +307,7 @@ def _claim(row: Mapping[bytes, bytes]) -> Claim:
         footprint=_footprint(row[b"footprint"]),
         timeout_s=float(row[b"timeout_s"]),
         alone=b"alone" in row,
+        revision=row.get(b"revision", b"").decode(),
     )
 
 

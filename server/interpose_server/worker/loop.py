@@ -12,7 +12,7 @@ from typing import Any, Protocol
 
 import msgpack
 import torch
-from interpose.errors import InternalError, InterposeError, InvalidPayload, MissingAttachment
+from interpose.errors import InternalError, InterposeError, InvalidPayload, MissingAttachment, UnknownModel
 from interpose.graph.codec import decode_graph
 from interpose.graph.manifest import Manifest
 from interpose.graph.model import Graph
@@ -145,6 +145,13 @@ class Worker:
 
     async def _prepare(self, sink: JobSink) -> EngineJob:
         claim = sink.claim
+        served = self._runner.manifest.revision
+        if claim.revision not in ("", served):
+            # It was checked when it was submitted; since then the worker came back with other weights.
+            raise UnknownModel(
+                f"{self._model} is now served at revision {served[:12]}, and this job was recorded against "
+                f"{claim.revision[:12]}; run it again"
+            )
         graph = await asyncio.to_thread(self._graph, claim) if claim.blob else self._graph(claim)
         tensors = await asyncio.to_thread(self._attachments, claim, graph) if graph.attachments else {}
         exclusive = claim.footprint.exclusive or claim.alone
