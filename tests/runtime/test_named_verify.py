@@ -58,7 +58,7 @@ def test_a_mistaken_entry_is_not_offered(mistake: str, monkeypatch: pytest.Monke
 def test_a_model_of_no_known_family_keeps_its_ends(monkeypatch: pytest.MonkeyPatch) -> None:
     found = settled(monkeypatch, "llama", None)
     assert set(found.named[found.blocks[0]]) == {"resid_pre", "resid_post"}
-    assert set(found.named[""]) == {"embed", "logits"}
+    assert set(found.named[""]) == {"embed", "final_norm", "logits"}
     assert "no family known here" in found.refused[""]["q"]
 
 
