@@ -32,7 +32,7 @@ def engine(arch: str) -> Engine:
 
 
 class Kept:
-    """A sink that keeps copies, so that nobody can change them later."""
+    """A sink that keeps what it is given, as a worker's does until it is sent: nobody may change it later."""
 
     def __init__(self, patience: int = 10**6, events: list[str] | None = None) -> None:
         self.values: dict[int, Any] = {}
@@ -41,7 +41,7 @@ class Kept:
 
     def save(self, node: int, value: Any) -> None:
         assert node not in self.values, "saved twice"
-        self.values[node] = [tensor.clone() for _, tensor in tensors(value)]
+        self.values[node] = [tensor for _, tensor in tensors(value)]
         self.events.append(f"save {node}")
 
     def log(self, node: int, text: str) -> None:
@@ -204,6 +204,22 @@ def failing(block: int) -> Graph:
         save(6, 4),
     )
     return graph(*nodes, rows=[(7, 8, 9, 10, 11, 12)])
+
+
+def test_what_is_saved_before_a_write_stays_when_a_neighbour_wrote_first() -> None:
+    block = BLOCK.format(1)
+
+    def written(number: int, value: float) -> Node:
+        return Node(number, "write", ((), (...,), value), point=Point(block, "output"), invoke=0)
+
+    neighbour = graph(read(0, block), written(1, 0.5), read(2, BLOCK.format(2)), save(3, 2))
+    job = graph(read(0, block), save(1, 0), written(2, 7.0), read(3, block), save(4, 3))
+    alone, together = Kept(), Kept()
+    assert engine("gpt2").run([EngineJob(job, {}, alone)]) == [None]
+    assert engine("gpt2").run([EngineJob(neighbour, {}, Kept()), EngineJob(job, {}, together)]) == [None, None]
+    assert not (alone.values[1][0] == 7).any()
+    for node in (1, 4):
+        torch.testing.assert_close(together.values[node][0], alone.values[node][0])
 
 
 @pytest.mark.parametrize("place", [0, 1, 2])

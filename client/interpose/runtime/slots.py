@@ -157,7 +157,9 @@ class RunValues:
         if slot is None:
             view = View(leaf, self.span, self.touched.whole)
             current = view.cut(self.touched.tensor(path))
-            slot = self.slots[path] = Slot(leaf, view, current.clone() if self.touched.in_place else current)
+            # What this run reads is handed out, and `finish` may write where it lies.
+            shared = self.touched.in_place or path in self.touched.owned
+            slot = self.slots[path] = Slot(leaf, view, current.clone() if shared else current, private=shared)
         return slot
 
     def _within(self, leaf: Leaf, invoke: Span) -> View:
