@@ -10,7 +10,15 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, TypeAlias
 
-from ..errors import BadArgument, InterposeError, InvalidGraph, ShapeMismatch, UnknownPoint, WrongOrder
+from ..errors import (
+    BadArgument,
+    InterposeError,
+    InvalidGraph,
+    LimitExceeded,
+    ShapeMismatch,
+    UnknownPoint,
+    WrongOrder,
+)
 from . import ops
 from .manifest import BATCH, BATCH_SEQ, EVENT, KEY, SEQ, Leaf, Manifest, leaves, walk
 from .model import Node, Point, Run
@@ -65,6 +73,8 @@ LOOP_REFUSES = frozenset({"read", "write", "save", "tell", "grad", "set_grad", "
 """What a loop's body can't hold: the model passes each point once, not once a turn."""
 
 MAX_NESTING = 8
+MAX_PARTS = 1 << 18
+"""Tensors that all ops of a graph which give several may give together: each is described one by one."""
 _FLOATING = frozenset(name for name in DTYPES if name.startswith(("float", "bfloat")))
 
 
@@ -91,6 +101,8 @@ class Checker:
         exclusive: something was asked for that no batch can be shared with.
         gradients: a backward was asked for.
         symbolic: there are no prompts yet, so numbers of rows and positions aren't known.
+        parts: tensors given by ops that give several, so far.
+        ended: loops whose end was seen.
     """
 
     manifest: Manifest
@@ -103,6 +115,8 @@ class Checker:
     exclusive: bool = False
     gradients: bool = False
     symbolic: bool = False
+    parts: int = 0
+    ended: set[int] = field(default_factory=set)
 
     def add(self, node: Node) -> Known:
         """Check one node. Raises a GraphError that names it."""
@@ -113,6 +127,10 @@ class Checker:
             self._enter(node)
             handler = HANDLERS.get(node.op)
             known = handler(self, node) if handler else self._pure(node)
+            if isinstance(known.spec, tuple):
+                self.parts += len(known.spec)
+                if self.parts > MAX_PARTS:
+                    raise LimitExceeded(f"the graph's operations give more than {MAX_PARTS:,} tensors")
             self.known.append(self._decided(node, known))
         except InterposeError as error:
             del self.nodes[count:], self.scope[count:]
@@ -228,7 +246,8 @@ class Checker:
     def read(self, node: Node) -> Known:
         arity(node, 0)
         point, layout = self._touch(node)
-        return Known(_spec_of(layout, self._sizes(node)), self._when(node, point))
+        spec = _spec_of(layout, self._sizes(node))
+        return Known(spec, self._when(node, point), bytes=sum(map(nbytes, flat(spec))))
 
     def write(self, node: Node) -> Known:
         arity(node, 3)
@@ -295,7 +314,9 @@ class Checker:
     def save(self, node: Node) -> Known:
         arity(node, 1)
         spec = self.specs(node.args[0])
-        return Known(spec, self.moment(node.args), bytes=sum(map(nbytes, flat(spec))))
+        return Known(
+            spec, self.moment(node.args), bytes=sum(nbytes(item) or plain_bytes(item) for item in flat(spec))
+        )
 
     def tell(self, node: Node) -> Known:
         if not node.args or len(node.args) > 16:
@@ -402,6 +423,11 @@ def flat(spec: Spec) -> list[Spec]:
     if isinstance(spec, dict):
         return [leaf for item in spec.values() for leaf in flat(item)]
     return [spec]
+
+
+def plain_bytes(value: object) -> int:
+    """What a value that is no tensor takes in a save, roughly."""
+    return len(value) if isinstance(value, str) else 8 if isinstance(value, (bool, int, float)) else 0
 
 
 def nbytes(spec: Spec) -> int:

@@ -25,6 +25,8 @@ from .values import Ref, TensorSpec
 MAX_TURNS = 100_000
 MAX_CARRIES = 64
 MAX_LOOPS = 256
+TURN_FLOPS = 100_000
+"""What a node of a loop's body costs each turn, even where it only looks: time of the interpreter's."""
 _FLAG = TensorSpec((), "bool")
 
 
@@ -118,6 +120,8 @@ def end_loop(checker: Checker, node: Node) -> Known:
     start, outs, keep, each = node.args
     if not isinstance(start, Ref) or checker.nodes[start.id].op != "loop":
         raise InvalidGraph("end_loop ends a loop")
+    if start.id in checker.ended:
+        raise InvalidGraph("a loop has one end")
     count, init = checker.nodes[start.id].args
     if not isinstance(outs, tuple) or not isinstance(each, tuple) or len(outs) != len(init):
         raise BadArgument("a loop's body gives as many values as it carries")
@@ -132,12 +136,13 @@ def end_loop(checker: Checker, node: Node) -> Known:
     stacked = tuple(_stacked(checker.tensor(value), count) for value in each)
     body = [checker.known[other.id] for other in checker.nodes if start.id in checker.scope[other.id]]
     spec = (*(checker.tensor(value) for value in outs), *stacked)
+    checker.ended.add(start.id)
     return Known(
         spec,
         checker.moment(node.args),
         bytes=sum(map(nbytes, spec)),
         peak=sum(known.bytes + known.peak for known in body),
-        flops=(count - 1) * sum(known.flops for known in body),
+        flops=(count - 1) * sum(known.flops for known in body) + count * len(body) * TURN_FLOPS,
     )
 
 

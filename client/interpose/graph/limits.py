@@ -41,8 +41,10 @@ class Limits:
         """Raises LimitExceeded, with both figures, if `asked` is over the limit of that name."""
         allowed = getattr(self, name)
         if asked > allowed:
+            # Python refuses to write out numbers of thousands of digits, and products of sizes get there.
+            figure = f"{asked:,}" if asked < 10**30 else "more than 10^30"
             raise LimitExceeded(
-                f"{name}: {asked:,} asked for, {allowed:,} allowed",
+                f"{name}: {figure} asked for, {allowed:,} allowed",
                 # What was asked for may be beyond any number that msgpack can carry.
                 details={"limit": name, "asked": min(asked, 2**63 - 1), "allowed": allowed},
             )

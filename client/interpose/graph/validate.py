@@ -6,14 +6,23 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from ..errors import BadArgument, IndexOutOfRange, LimitExceeded
-from . import control  # noqa: F401 - its ops take part in the check
+from . import (
+    control,  # noqa: F401 - its ops take part in the check
+    ops,
+)
 from .checker import HANDLERS, Checker, Known
 from .footprint import Footprint
 from .generation import check_options, new_tokens
 from .limits import Limits
 from .manifest import Manifest
-from .model import Graph, Run
+from .model import Graph, Node, Run
 from .values import refs
+
+HEAVY_FLOPS = 10**12
+"""A graph that computes more than this by itself shares no batch: its mates would wait, and be charged, for it."""
+
+ALIASES = frozenset({"choose", "carry", "end_loop", "call"})
+"""Ops beside views whose result may be the very memory of an argument."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,15 +44,19 @@ def validate(graph: Graph, manifest: Manifest, limits: Limits, *, batching: str 
     for run in graph.runs:
         check_run(run, manifest)
         limits.check("new_tokens", new_tokens(run))
+    # The model's cache holds new tokens just as it holds the prompt's.
+    limits.check("tokens", sum(run.rows * (run.longest + new_tokens(run)) for run in graph.runs))
     for spec in graph.attachments.values():
         limits.check("attachment_bytes", spec.nbytes)
+    attached = sum(spec.nbytes for spec in graph.attachments.values())
     checker = Checker(manifest, graph.runs, graph.attachments)
     for node in graph.nodes:
         checker.add(node)
     known = tuple(checker.known)
     times = [_times(graph, checker.scope[node.id]) for node in graph.nodes]
     result = sum(known[node.id].bytes * times[node.id] for node in graph.saves)
-    memory = _most_alive(graph, known)
+    # Attachments are all there from the start, used or not.
+    memory = max(_most_alive(graph, known), attached)
     flops = sum(item.flops * count for item, count in zip(known, times, strict=True))
     limits.check("result_bytes", result)
     limits.check("memory_bytes", memory)
@@ -57,7 +70,10 @@ def validate(graph: Graph, manifest: Manifest, limits: Limits, *, batching: str 
             rows=max((run.rows for run in graph.runs), default=0),
             longest=max((run.longest + new_tokens(run) for run in graph.runs), default=0),
             attention=checker.attention,
-            exclusive=checker.exclusive or batching == "exclusive" or not manifest.row_independent,
+            exclusive=checker.exclusive
+            or batching == "exclusive"
+            or not manifest.row_independent
+            or flops > HEAVY_FLOPS,
             result_bytes=result,
             memory_bytes=memory,
             flops=flops,
@@ -108,6 +124,7 @@ def _most_alive(graph: Graph, known: Sequence[Known]) -> int:
     for position, node in enumerate(order):
         for ref in refs((*node.args, *node.kwargs.values())):
             last[ref] = position
+    _outlive(order, last)
     dies: dict[int, int] = {}
     for ref, position in last.items():
         dies[position] = dies.get(position, 0) + known[ref].bytes
@@ -119,6 +136,15 @@ def _most_alive(graph: Graph, known: Sequence[Known]) -> int:
         if node.id not in last and node.op != "save":
             alive -= known[node.id].bytes
     return most
+
+
+def _outlive(order: Sequence[Node], last: dict[int, int]) -> None:
+    """A view keeps the whole memory it looks into: what it was made from lives as long as it does."""
+    for node in reversed(order):
+        op = ops.OPS.get(node.op)
+        if node.id in last and (node.op in ALIASES or (op is not None and op.view)):
+            for ref in refs((*node.args, *node.kwargs.values())):
+                last[ref] = max(last[ref], last[node.id])
 
 
 __all__ = ["HANDLERS", "Checker", "Known", "Report", "check_run", "validate"]

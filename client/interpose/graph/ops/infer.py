@@ -6,7 +6,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from ..values import Ref, TensorSpec
+from ...errors import ShapeMismatch
+from ..values import INT_MAX, Ref, TensorSpec
 from .binding import bind
 from .declare import Bound, Op, Result
 from .kinds import UNKNOWN, Unknown
@@ -14,6 +15,10 @@ from .table import lookup
 
 _SLACK = 1 << 12
 """Bytes an allocator may round one tensor up by, and small temporaries."""
+
+
+MAX_DIMS = 64
+"""Most dimensions of a tensor, as in torch's own kernels."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,7 +54,16 @@ def infer(name: str, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Result:
     bound = bind(op, args, kwargs)
     if not op.partial and any(map(_has_unknown, bound.values())):
         return UNKNOWN
-    return op.rule(bound)
+    return _ruled(op, bound)
+
+
+def _ruled(op: Op, bound: Bound) -> Result:
+    """What the op's rule says, if a machine could count it."""
+    result = op.rule(bound)
+    for spec in (result,) if isinstance(result, TensorSpec) else result if isinstance(result, tuple) else ():
+        if len(spec.shape) > MAX_DIMS or max(spec.shape, default=0) > INT_MAX:
+            raise ShapeMismatch(f"{op.name} would give a tensor of {len(spec.shape)} dimensions, or beyond 64 bits")
+    return result
 
 
 def _has_unknown(value: Any) -> bool:
@@ -73,10 +87,10 @@ def measure(name: str, args: Sequence[Any], kwargs: Mapping[str, Any]) -> tuple[
     op = lookup(name)
     bound = bind(op, args, kwargs)
     unknown = any(map(_has_unknown, bound.values()))
-    result = op.rule(bound) if op.partial or not unknown else UNKNOWN
+    result = _ruled(op, bound) if op.partial or not unknown else UNKNOWN
     if unknown:
         known = {name: _known_slices(value) for name, value in bound.items()}
-        return result, None if any(map(_has_unknown, known.values())) else _cost(op, known, op.rule(known))
+        return result, None if any(map(_has_unknown, known.values())) else _cost(op, known, _ruled(op, known))
     return result, _cost(op, bound, result)
 
 

@@ -187,12 +187,17 @@ def _meshgrid(bound: Bound) -> tuple[TensorSpec, ...]:
 
 
 family.declare("t meshgrid(*tensors: tensors, indexing: 'ij'|'xy'? = None) -> *", _meshgrid)
-family.declare(
-    "t broadcast_tensors(*tensors: tensors) -> *",
-    lambda bound: tuple(
-        TensorSpec(broadcast(*(one.shape for one in bound["tensors"])), spec.dtype) for spec in bound["tensors"]
-    ),
-)
+
+
+def _broadcast_tensors(bound: Bound) -> tuple[TensorSpec, ...]:
+    tensors = bound["tensors"]
+    if len(tensors) > MAX_PIECES:
+        raise BadArgument("broadcast_tensors: too many tensors")
+    shape = broadcast(*(one.shape for one in tensors))
+    return tuple(TensorSpec(shape, spec.dtype) for spec in tensors)
+
+
+family.declare("t broadcast_tensors(*tensors: tensors) -> *", _broadcast_tensors)
 
 
 def _cartesian_prod(bound: Bound) -> TensorSpec:

@@ -115,11 +115,19 @@ def _float(value: Any, is_tensor: IsTensor) -> Any:
     return value if isinstance(value, (int, float)) and not isinstance(value, bool) else MISS
 
 
+MAX_INTS = 1 << 13
+"""Most integers of one argument: sizes of dimensions, or of pieces."""
+
+
 def _ints(value: Any, is_tensor: IsTensor) -> Any:
     """A tuple of ints; a bare int is a tuple of one."""
     if type(value) is int:
         return (value,)
-    if isinstance(value, (list, tuple)) and all(isinstance(item, int) and item is not True for item in value):
+    if (
+        isinstance(value, (list, tuple))
+        and len(value) <= MAX_INTS
+        and all(isinstance(item, int) and item is not True for item in value)
+    ):
         return tuple(value)
     return MISS
 
