@@ -118,6 +118,9 @@ class Worker:
                 ready.append((sink, await self._prepare(sink)))
             except InterposeError as error:
                 sink.end(error, 0)
+            except OSError as error:
+                log.error("a job can't be read: %s", error)
+                sink.end(InternalError("the server couldn't read the job"), 0)
         if not ready:
             return
         await asyncio.get_running_loop().run_in_executor(self._thread, self._run, ready)
