@@ -18,7 +18,7 @@ from ...graph.model import Point
 from ...graph.named import View, perform, sized
 from .. import kernels
 from ..hooks import no_hooks
-from .build import Block, Heads, factor
+from .block import Block, Heads, factor
 from .sheet import Name
 
 Values: TypeAlias = Mapping[str, Tensor]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -12,10 +12,11 @@ from torch import Tensor, nn
 from ...errors import InterposeError
 from ...graph.manifest import Manifest, ModuleInfo
 from ...graph.named import BLOCK, MODEL, Named, encode_named
-from ..hooks import no_hooks
 from ..inputs import batch_inputs, sample_rows
-from .build import Block, build, factor, figure, whole
-from .checks import Bench, Identity
+from .block import Block, figure
+from .build import build
+from .checks import Bench
+from .ends import ends, whole
 from .families import MAMBA, Family, find
 from .sheet import Name
 from .verify import Trial
@@ -136,7 +137,7 @@ def _failures(loaded: Loaded, blocks: Sequence[Block], family: Family, config: A
     manifest = loaded.manifest
     rotations = _rotations(loaded, blocks, row)
     identities = [identity for block in blocks for identity in Bench(block, rotations.get(block.path)).identities()]
-    identities += _ends(loaded, family, config, row)
+    identities += ends(loaded, family, config, row)
     points = {(owner, name): point for owner, points in manifest.named.items() for name, point in points.items()}
     there = [
         identity
@@ -183,89 +184,6 @@ def _rotations(loaded: Loaded, blocks: Sequence[Block], row: Sequence[int]) -> d
         for handle in handles:
             handle.remove()
     return found
-
-
-# -- identities of the whole model -------------------------------------------------------------------------------
-
-
-def _ends(loaded: Loaded, family: Family, config: Any, row: Sequence[int]) -> Iterator[Identity]:
-    """How the blocks hang together, and what comes before the first and after the last."""
-    manifest, modules = loaded.manifest, loaded.modules
-    first, last = (manifest.blocks[0], "resid_pre"), (manifest.blocks[-1], "resid_post")
-    for before, after in zip(manifest.blocks, manifest.blocks[1:], strict=False):
-        says = "a block's resid_pre is the resid_post of the one before"
-        yield Identity(says, (after, "resid_pre"), ((before, "resid_post"),), lambda v: [v["resid_post"]])
-    points = manifest.named.get("", {})
-    if "embed" in points:
-        table = modules[points["embed"].point.module]
-        ids = torch.tensor([list(row)], device=loaded.device)
-        yield Identity("embed is a look-up of the tokens", ("", "embed"), (), lambda v: [_quiet(table, ids)])
-    if "embed" in points and family.name:
-        parts = tuple(name for name in ("embed", "pos_embed") if name in points)
-        start = _Start(loaded, family, config)
-        yield Identity(
-            "the first resid_pre is made of " + " and ".join(parts),
-            first,
-            tuple(("", name) for name in parts),
-            start,
-        )
-    if "final_norm" in points:
-        norm = modules[points["final_norm"].point.module]
-        says = "final_norm is the norm of the last resid_post"
-        yield Identity(says, ("", "final_norm"), (last,), lambda v: [_quiet(norm, v["resid_post"])])
-    end = _End(loaded, family, config)
-    source = ("", "final_norm") if "final_norm" in points else last
-    yield Identity(f"logits are the unembedding of {source[1]}", ("", "logits"), (source,), end)
-
-
-class _Start:
-    """What the first block is given, from the embeddings."""
-
-    def __init__(self, loaded: Loaded, family: Family, config: Any) -> None:
-        self.loaded, self.family, self.config = loaded, family, config
-
-    def __call__(self, v: Mapping[str, Tensor]) -> Sequence[Tensor]:
-        total = v["embed"] * factor(self.config, self.family.embed_scale)
-        total = total + v["pos_embed"] if "pos_embed" in v else total
-        if not self.family.embed_norm:
-            width = getattr(self.config, "hidden_size", None)
-            scaled = [v["embed"] * torch.tensor(width**0.5, dtype=total.dtype)] if isinstance(width, int) else []
-            return [total, *scaled]
-        path = next(path for path in self.loaded.modules if path.endswith(self.family.embed_norm))
-        types = self.loaded.modules.get(f"{path.rpartition('.')[0]}.token_type_embeddings")
-        if isinstance(types, nn.Embedding):
-            total = total + types.weight[0]
-        return [_quiet(self.loaded.modules[path], total)]
-
-
-class _End:
-    """The logits, from what the head is given."""
-
-    def __init__(self, loaded: Loaded, family: Family, config: Any) -> None:
-        self.loaded, self.family, self.config = loaded, family, config
-
-    def __call__(self, v: Mapping[str, Tensor]) -> Sequence[Tensor]:
-        if "final_norm" not in v:
-            return [_quiet(head, v["resid_post"]) for head in self._heads()]
-        head = self.loaded.model.get_output_embeddings()  # type: ignore[operator]
-        weight = getattr(head, "weight", v["final_norm"])
-        logits = _quiet(head, v["final_norm"].to(weight.dtype))
-        scale, cap = (
-            factor(self.config, self.family.logits_scale),
-            getattr(self.config, self.family.logits_cap, None),
-        )
-        made = [logits / scale, logits * scale]
-        return [torch.tanh(way / cap) * cap for way in made] if isinstance(cap, (int, float)) else made
-
-    def _heads(self) -> list[nn.Module]:
-        blocks = self.loaded.manifest.blocks[0]
-        children = self.loaded.model.named_children()
-        return [child for name, child in children if not blocks.startswith(f"{name}.")]
-
-
-def _quiet(module: nn.Module, value: Tensor) -> Tensor:
-    with no_hooks():
-        return module(value)  # type: ignore[no-any-return]
 
 
 def _roles(model: nn.Module, named: Mapping[str, Mapping[str, Named]]) -> dict[str, str]:

@@ -1,0 +1,152 @@
+"""The named points of the whole model, and how the blocks hang together."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from ...graph.manifest import Leaf, ModuleInfo
+from ...graph.model import Point
+from ...graph.named import Named
+from ..hooks import no_hooks
+from .block import factor
+from .checks import Identity
+from .families import Family
+
+if TYPE_CHECKING:
+    from ..loading import Loaded
+
+
+def whole(
+    model: nn.Module, family: Family, base: str, infos: Mapping[str, ModuleInfo]
+) -> Iterator[tuple[str, Named | str]]:
+    """The model's own points, or why there is none: (name, Named or reason).
+
+    Args:
+        base: path of the module that holds the list of blocks.
+    """
+    names = {module: path for path, module in model.named_modules()}
+
+    def found(module: Any) -> str | None:
+        return names.get(module) if isinstance(module, nn.Module) else None
+
+    def of(path: str | None, reason: str) -> Named | str:
+        fits = path is not None and path in infos and isinstance(infos[path].points.get("output"), Leaf)
+        return Named(Point(str(path), "output")) if fits else reason
+
+    def below(name: str) -> str | None:
+        return (f"{base}.{name}" if base else name) if name else None
+
+    yield "embed", of(embedding(model, found), "its embedding makes no single tensor")
+    positions = "it has no table of positions: they come in by rotation or slopes inside attention"
+    yield "pos_embed", of(_position(family, base), positions if not family.pos_embed else "its table isn't called")
+    yield (
+        "final_norm",
+        of(below(family.final_norm), family.says.get("final_norm", "it has no norm after its last block")),
+    )
+    layout = infos[""].points.get("output")
+    if isinstance(layout, dict) and isinstance(layout.get("logits"), Leaf):
+        yield "logits", Named(Point("", "output", ("logits",)))
+    else:
+        yield "logits", "this model has no head that makes logits"
+
+
+def embedding(model: nn.Module, found: Callable[[Any], str | None]) -> str | None:
+    try:
+        return found(model.get_input_embeddings())  # type: ignore[operator]
+    except (AttributeError, NotImplementedError):
+        return None
+
+
+def _position(family: Family, base: str) -> str | None:
+    if not family.pos_embed:
+        return None
+    # An encoder keeps its embeddings beside the module that holds its blocks.
+    root = base.rpartition(".")[0] if family.pos_embed.startswith("embeddings.") else base
+    return f"{root}.{family.pos_embed}" if root else family.pos_embed
+
+
+# -- identities of the whole model -------------------------------------------------------------------------------
+
+
+def ends(loaded: Loaded, family: Family, config: Any, row: Sequence[int]) -> Iterator[Identity]:
+    """How the blocks hang together, and what comes before the first and after the last."""
+    manifest, modules = loaded.manifest, loaded.modules
+    first, last = (manifest.blocks[0], "resid_pre"), (manifest.blocks[-1], "resid_post")
+    for before, after in zip(manifest.blocks, manifest.blocks[1:], strict=False):
+        says = "a block's resid_pre is the resid_post of the one before"
+        yield Identity(says, (after, "resid_pre"), ((before, "resid_post"),), lambda v: [v["resid_post"]])
+    points = manifest.named.get("", {})
+    if "embed" in points:
+        table = modules[points["embed"].point.module]
+        ids = torch.tensor([list(row)], device=loaded.device)
+        yield Identity("embed is a look-up of the tokens", ("", "embed"), (), lambda v: [_quiet(table, ids)])
+    if "embed" in points and family.name:
+        parts = tuple(name for name in ("embed", "pos_embed") if name in points)
+        start = _Start(loaded, family, config)
+        yield Identity(
+            "the first resid_pre is made of " + " and ".join(parts),
+            first,
+            tuple(("", name) for name in parts),
+            start,
+        )
+    if "final_norm" in points:
+        norm = modules[points["final_norm"].point.module]
+        says = "final_norm is the norm of the last resid_post"
+        yield Identity(says, ("", "final_norm"), (last,), lambda v: [_quiet(norm, v["resid_post"])])
+    end = _End(loaded, family, config)
+    source = ("", "final_norm") if "final_norm" in points else last
+    yield Identity(f"logits are the unembedding of {source[1]}", ("", "logits"), (source,), end)
+
+
+class _Start:
+    """What the first block is given, from the embeddings."""
+
+    def __init__(self, loaded: Loaded, family: Family, config: Any) -> None:
+        self.loaded, self.family, self.config = loaded, family, config
+
+    def __call__(self, v: Mapping[str, Tensor]) -> Sequence[Tensor]:
+        total = v["embed"] * factor(self.config, self.family.embed_scale)
+        total = total + v["pos_embed"] if "pos_embed" in v else total
+        if not self.family.embed_norm:
+            width = getattr(self.config, "hidden_size", None)
+            scaled = [v["embed"] * torch.tensor(width**0.5, dtype=total.dtype)] if isinstance(width, int) else []
+            return [total, *scaled]
+        path = next(path for path in self.loaded.modules if path.endswith(self.family.embed_norm))
+        types = self.loaded.modules.get(f"{path.rpartition('.')[0]}.token_type_embeddings")
+        if isinstance(types, nn.Embedding):
+            total = total + types.weight[0]
+        return [_quiet(self.loaded.modules[path], total)]
+
+
+class _End:
+    """The logits, from what the head is given."""
+
+    def __init__(self, loaded: Loaded, family: Family, config: Any) -> None:
+        self.loaded, self.family, self.config = loaded, family, config
+
+    def __call__(self, v: Mapping[str, Tensor]) -> Sequence[Tensor]:
+        if "final_norm" not in v:
+            return [_quiet(head, v["resid_post"]) for head in self._heads()]
+        head = self.loaded.model.get_output_embeddings()  # type: ignore[operator]
+        weight = getattr(head, "weight", v["final_norm"])
+        logits = _quiet(head, v["final_norm"].to(weight.dtype))
+        scale, cap = (
+            factor(self.config, self.family.logits_scale),
+            getattr(self.config, self.family.logits_cap, None),
+        )
+        made = [logits / scale, logits * scale]
+        return [torch.tanh(way / cap) * cap for way in made] if isinstance(cap, (int, float)) else made
+
+    def _heads(self) -> list[nn.Module]:
+        blocks = self.loaded.manifest.blocks[0]
+        children = self.loaded.model.named_children()
+        return [child for name, child in children if not blocks.startswith(f"{name}.")]
+
+
+def _quiet(module: nn.Module, value: Tensor) -> Tensor:
+    with no_hooks():
+        return module(value)  # type: ignore[no-any-return]
