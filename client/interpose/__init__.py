@@ -1,8 +1,9 @@
 """Interpose: read and change the inside of a neural network that runs somewhere else."""
 
+from .client import Job, jobs
 from .config import CONFIG
 from .errors import InterposeError
 from .models import LanguageModel
 from .tracing.keeping import save
 
-__all__ = ["CONFIG", "InterposeError", "LanguageModel", "save"]
+__all__ = ["CONFIG", "InterposeError", "Job", "LanguageModel", "jobs", "save"]
