@@ -6,9 +6,12 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
-from interpose.errors import InvalidGraph
+from interpose.errors import InvalidGraph, UnknownPoint
+from interpose.graph.limits import UNLIMITED
 from interpose.graph.manifest import Manifest, decode_manifest, encode_manifest
+from interpose.graph.model import Graph, Invoke, Node, Point, Run
 from interpose.graph.named import decode_named, encode_named
+from interpose.graph.validate import validate
 from interpose.runtime.loading import load
 from interpose.runtime.named import families, settle
 from interpose.runtime.named.families import BLOOM, GEMMA2, GPT2, LLAMA, NEOX, OLMO2, PHI, Family
@@ -112,3 +115,14 @@ def test_trying_leaves_the_model_as_it_was() -> None:
     again = settle(loaded)
     assert again.manifest == loaded.manifest
     assert not any(module._forward_hooks or module._forward_pre_hooks for module in loaded.modules.values())
+
+
+@pytest.mark.parametrize(
+    "module", ["model.layers.0.mlp", "model.layers.0.self_attn", "model.rotary_emb", "lm_head"]
+)
+def test_memory_the_model_shares_is_written_only_where_that_was_proved(module: str) -> None:
+    manifest = load(tiny("llama")).manifest
+    assert "stream" in manifest.modules["model.layers.0.post_attention_layernorm"].points
+    write = Node(0, "write", ((), ..., 0.0), point=Point(module, "stream", (0, 0)), invoke=0)
+    with pytest.raises(UnknownPoint):
+        validate(Graph((Run("trace", (Invoke(((5, 6),)),)),), (write,)), manifest, UNLIMITED)
