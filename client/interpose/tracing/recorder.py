@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import operator
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Protocol, TypeAlias
 
@@ -74,6 +74,8 @@ class PointBase:
     """The last node before the whole was replaced: old names keep the old value."""
     views: tuple[View, ...] = ()
     """Of a named point: what leads from here to the value of that name."""
+    when: int | None = None
+    """The control node in whose body it was named."""
 
     def node(self) -> int:
         return self.recorder.read(self) if self.pinned is None else self.pinned
@@ -126,6 +128,8 @@ class Recorder:
         backward: the backward node whose gradients `.grad` names.
         stopped: nothing later in the current run may be asked for.
         standard: bases of named points that are computed, by run, invoke, step and name.
+        parameters: names of values that may change when the graph runs again -> keys of their attachments.
+        names: save nodes -> the names they were given.
     """
 
     def __init__(
@@ -146,6 +150,8 @@ class Recorder:
         self._skipped: set[tuple[int, int, str]] = set()
         self._gradient_bases: dict[tuple[int, int], GradientBase] = {}
         self.standard: dict[Any, Any] = {}
+        self.parameters: dict[str, str] = {}
+        self.names: dict[int, str] = {}
         self._make = make
         self._nodes: list[Node] = []
         self._specs: dict[str, TensorSpec] = {}
@@ -253,6 +259,8 @@ class Recorder:
             node = newest
             for name, *args in value._chain:
                 node = self.node(name, (Ref(node), *args))
+            if self._nodes[newest].when != self.when:
+                return node  # recorded in a body, where names from outside it are not to be changed
             value._at = newest, node
         return value._at[1]
 
@@ -264,16 +272,27 @@ class Recorder:
         if not isinstance(layout, Leaf):
             return Nest(self, point, layout)
         point = replace(point, step=self.step)
-        base = PointBase(self, len(self.runs) - 1, self.invoke, point)
+        base = PointBase(self, len(self.runs) - 1, self.invoke, point, when=self.when)
         node = base.node()
         self._track(base).bases.append(base)
         return self._make(self, base, (), node)
 
     def read(self, base: PointBase) -> int:
-        key = base.run, base.invoke, base.point, self._track(base).version(base.invoke), self.when
-        if key not in self._reads:
-            self._reads[key] = self._point_node("read", (), base)
-        return self._reads[key]
+        # A name from outside a body of steps stays the value it was there, whatever step the body runs at.
+        when = self.when if self._steps(self.when) == self._steps(base.when) else base.when
+        about = base.run, base.invoke, base.point, self._track(base).version(base.invoke)
+        for scope in self._scopes(when):
+            if (*about, scope) in self._reads:
+                return self._reads[*about, scope]
+        self._reads[*about, when] = self._point_node("read", (), base, when=when)
+        return self._reads[*about, when]
+
+    def _scopes(self, control: int | None) -> Iterator[int | None]:
+        """The bodies around a place in the graph whose reads are its own too, innermost first."""
+        yield control
+        while control is not None and self._nodes[control].op != "steps":
+            control = self._nodes[control].when
+            yield control
 
     def write(self, base: PointBase, chain: tuple[View, ...], index: Any, value: Any) -> None:
         self._point_node("write", (chain, index, value), base)
@@ -289,7 +308,7 @@ class Recorder:
             raise BadArgument(
                 f"{point} is replaced by a tensor, not by {type(value).__name__}; to fill it write [:] = ..."
             )
-        base = PointBase(self, len(self.runs) - 1, self.invoke, point)
+        base = PointBase(self, len(self.runs) - 1, self.invoke, point, when=self.when)
         track = self._track(base)
         over = [old for old in track.bases if old.point == point and self.invoke in (None, old.invoke)]
         over = [old for old in over if not views or old.views == views]
@@ -314,13 +333,13 @@ class Recorder:
         here = root.recorder, root.point, root.invoke, root.run, root.pinned
         return here == (self, replace(point, step=self.step), self.invoke, len(self.runs) - 1, None)
 
-    def _point_node(self, op: str, args: Sequence[Any], base: PointBase) -> int:
+    def _point_node(self, op: str, args: Sequence[Any], base: PointBase, **rest: Any) -> int:
         if base.run == len(self.runs) - 1 and self.stopped:
             raise WrongOrder(f"{base.point}: the forward was stopped before this line")
         for run, step, inside in self._skipped:
             if (run, step) == (base.run, base.point.step) and base.point.module.startswith(inside):
                 raise WrongOrder(f"{base.point} lies in a module that this trace skips")
-        return self.node(op, args, point=base.point, invoke=base.invoke, run=base.run)
+        return self.node(op, args, point=base.point, invoke=base.invoke, run=base.run, **rest)
 
     def _track(self, base: PointBase) -> Track:
         return self._tracks.setdefault((base.run, base.point.place), Track())
@@ -375,10 +394,12 @@ class Recorder:
 
     def in_steps(self) -> bool:
         """Whether what comes next runs once a step."""
-        control = self.when
-        while control is not None and self._nodes[control].op != "steps":
-            control = self._nodes[control].when
-        return control is not None
+        return self._steps(self.when) is not None
+
+    def _steps(self, control: int | None) -> int | None:
+        """The body of steps that a control node is or lies in."""
+        *_, outermost = self._scopes(control)
+        return outermost
 
     def finish(self) -> tuple[Graph, dict[str, Any]]:
         """The graph without nodes nobody needs, and its attachments by provisional key.
@@ -386,6 +407,13 @@ class Recorder:
         Raises BadArgument if a tensor from outside was changed after the line that used it.
         """
         self.open = False
+        graph, tensors, ids = self.so_far()
+        self.saved = [(ids[node], value) for node, value in self.saved]
+        self.gradients = [(ids[node], value) for node, value in self.gradients]
+        return graph, tensors
+
+    def so_far(self) -> tuple[Graph, dict[str, Any], dict[int, int]]:
+        """What `finish` gives, of all that is recorded by now, and the place in it of each node recorded."""
         for tensor, version, _ in self._attached.values():
             if version_of(tensor) != version:
                 raise BadArgument("a tensor from outside was changed in the block after it was used; use a clone")
@@ -395,11 +423,10 @@ class Recorder:
         before = placed(self.edits, self.runs, self._nodes)
         nodes, renumbered = trimmed(before)
         moved = len(before) - len(self._nodes)
-        self.saved = [(renumbered[node + moved], value) for node, value in self.saved]
-        self.gradients = [(renumbered[node + moved], value) for node, value in self.gradients]
+        ids = {old - moved: new for old, new in renumbered.items() if old >= moved}
         used = {node.args[0] for node in nodes if node.op == "attachment"}
         graph = Graph(tuple(self.runs), nodes, {key: specs[key] for key in used})
-        return graph, {key: tensors[key] for key in used}
+        return graph, {key: tensors[key] for key in used}, ids
 
     # -- gradients ---------------------------------------------------------------------------------------------
 
@@ -461,6 +488,14 @@ class Recorder:
         raise BadArgument(
             f"a {type(value).__name__} can't go into a graph; tensors, arrays, numbers and slices can"
         )
+
+    def parameter(self, name: str, tensor: Any) -> Any:
+        """The deferred value of a tensor of its own, which a later run of the graph may replace."""
+        if name in self.parameters:
+            raise BadArgument(f"there is a parameter {name!r} already; use the value it gave")
+        node = self._attach(tensor)
+        self.parameters[name] = self._nodes[node].args[0]
+        return self.value(node)
 
     def _attach(self, tensor: Any) -> int:
         known = self._attached.get(id(tensor))
