@@ -53,8 +53,13 @@ class Editor:
         if self.recorder.saved:
             raise BadArgument("an edit saves nothing: save in the traces of the edited model")
         graph, tensors = self.recorder.finish()
-        edit = Edit(graph.nodes, graph.attachments, tensors)
+        edit = Edit(graph.nodes, graph.attachments, {key: _kept(tensor) for key, tensor in tensors.items()})
         self.model.__dict__["_edits"] = (*self.model._edits, edit)
+
+
+def _kept(tensor: Any) -> Any:
+    """A copy that its owner can't change any more, as the edit outlives its block."""
+    return tensor.clone() if hasattr(tensor, "clone") else tensor.copy()
 
 
 def placed(edits: Sequence[Edit], runs: Sequence[Run], nodes: Sequence[Node]) -> list[Node]:

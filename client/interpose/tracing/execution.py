@@ -56,12 +56,14 @@ class Execution:
         """Run the graph, unless nobody asked for anything. Errors name the user's line."""
         graph, tensors = self.recorder.finish()
         if self.execute is None or not graph.nodes:
+            self._lose("nothing was run: a scan tells shapes, a trace gives values")
             return
         try:
             done = self.execute(graph, tensors, self.options)
         except InterposeError as error:
             if error.node is not None and error.node < len(graph.nodes):
                 error.source = graph.nodes[error.node].source
+            self._lose("this value never came: running its block failed")
             raise error from None
         if isinstance(done, Mapping):
             self.fill(done)
@@ -71,6 +73,12 @@ class Execution:
     def abandon(self) -> None:
         """The block failed: nothing runs."""
         self.recorder.open = False
+        self._lose("this value never came: its block ended in an error, so nothing was run")
+
+    def _lose(self, reason: str) -> None:
+        saved, self.recorder.saved = self.recorder.saved, []
+        for _, value in saved:
+            value._absent = reason
 
     @property
     def job(self) -> TraceJob:
