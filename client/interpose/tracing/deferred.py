@@ -273,21 +273,6 @@ def _augmented(name: str) -> Callable[..., Any]:
     return method
 
 
-_OPERATORS = {
-    "add": "add",
-    "sub": "sub",
-    "mul": "mul",
-    "truediv": "div",
-    "floordiv": "floor_divide",
-    "mod": "remainder",
-    "pow": "pow",
-    "matmul": "matmul",
-    "and": "bitwise_and",
-    "or": "bitwise_or",
-    "xor": "bitwise_xor",
-    "lshift": "bitwise_left_shift",
-    "rshift": "bitwise_right_shift",
-}
 _COMPARISONS = ("eq", "ne", "lt", "le", "gt", "ge")
 _UNARY = {"neg": "neg", "pos": "positive", "abs": "abs", "invert": "bitwise_not"}
 
@@ -296,7 +281,7 @@ def _equip() -> None:
     for name, op in ops.OPS.items():
         if op.method and not hasattr(Deferred, name):
             setattr(Deferred, name, _method(name))
-    for python, name in _OPERATORS.items():
+    for python, name in ops.OPERATORS.items():
         setattr(Deferred, f"__{python}__", _method(name))
         setattr(Deferred, f"__r{python}__", _reflected(name))
         if python != "matmul":  # tensors have no @= in place: Python makes it x = x @ y

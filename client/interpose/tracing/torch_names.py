@@ -10,24 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..graph.ops import SPELLINGS
+from ..graph.ops import OPERATORS, SPELLINGS
 
-_OPERATORS: Mapping[str, str] = {
-    "add": "add",
-    "sub": "sub",
-    "mul": "mul",
-    "truediv": "div",
-    "div": "div",
-    "floordiv": "floor_divide",
-    "mod": "remainder",
-    "pow": "pow",
-    "matmul": "matmul",
-    "and": "bitwise_and",
-    "or": "bitwise_or",
-    "xor": "bitwise_xor",
-    "lshift": "bitwise_left_shift",
-    "rshift": "bitwise_right_shift",
-}
 _UNARY: Mapping[str, str] = {
     "__neg__": "neg",
     "__pos__": "positive",
@@ -68,7 +52,7 @@ def _entries() -> Iterator[tuple[Callable[..., Any], tuple[str, bool]]]:
         if not callable(found):
             found = found.__get__
         yield found, (op, False)
-    for python, op in _OPERATORS.items():
+    for python, op in (*OPERATORS.items(), ("div", "div")):
         for prefix, swapped in (("", False), ("r", True)):
             found = getattr(Tensor, f"__{prefix}{python}__", None)
             # torch gives an operator that commutes as the method itself: its arguments are in order already.

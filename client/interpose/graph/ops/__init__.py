@@ -5,12 +5,13 @@ from .declare import MANY, Op, Param, Signature
 from .infer import Cost, cost, infer, measure
 from .kinds import UNKNOWN
 from .kinds import is_spec as is_tensor
-from .spellings import INPLACE, SPELLINGS
+from .spellings import INPLACE, OPERATORS, SPELLINGS
 from .table import OPS, lookup, nearest, outputs_of
 
 __all__ = [
     "INPLACE",
     "MANY",
+    "OPERATORS",
     "OPS",
     "SPELLINGS",
     "UNKNOWN",

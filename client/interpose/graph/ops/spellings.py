@@ -78,3 +78,22 @@ INPLACE: Mapping[str, str] = MappingProxyType(
 
 The result has the operation's dtype; writing it keeps the tensor's own, as `x[...] = result` does.
 """
+
+OPERATORS: Mapping[str, str] = MappingProxyType(
+    {
+        "add": "add",
+        "sub": "sub",
+        "mul": "mul",
+        "truediv": "div",
+        "floordiv": "floor_divide",
+        "mod": "remainder",
+        "pow": "pow",
+        "matmul": "matmul",
+        "and": "bitwise_and",
+        "or": "bitwise_or",
+        "xor": "bitwise_xor",
+        "lshift": "bitwise_left_shift",
+        "rshift": "bitwise_right_shift",
+    }
+)
+"""Python's operators of two operands, by the middle of their methods' names -> operation."""
