@@ -4,6 +4,7 @@ from .client import Job, jobs
 from .config import CONFIG
 from .errors import InterposeError
 from .models import LanguageModel
+from .program import Program
 from .tracing.keeping import save
 
-__all__ = ["CONFIG", "InterposeError", "Job", "LanguageModel", "jobs", "save"]
+__all__ = ["CONFIG", "InterposeError", "Job", "LanguageModel", "Program", "jobs", "save"]

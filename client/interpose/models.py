@@ -187,6 +187,11 @@ class LanguageModel(Module):
         ids: list[int] = self._home.tokenizer(remote).encode(text)
         return ids
 
+    def _program(self, recorder: Recorder) -> Any:
+        from .program import Program
+
+        return Program.of(recorder)
+
     def _is(self, other: Any) -> bool:
         """Whether `other` is this model, edited or not."""
         return getattr(other, "_home", None) is self._home

@@ -14,6 +14,7 @@ from . import flow
 from .cache import Cache, collect
 from .execution import Execution, TraceJob
 from .keeping import SavedList
+from .parameters import named, parameter
 from .prompts import Tokenize, to_invoke
 from .recorder import Recorder
 from .steps import Iter, Steps
@@ -27,6 +28,9 @@ class Model(Protocol):
 
     def _recording(self) -> Recorder:
         """The open block's recorder. Raises DeferredError outside one."""
+
+    def _program(self, recorder: Recorder) -> Any:
+        """What was recorded, as a program."""
 
 
 ACTIVE: ContextVar[Tracer | None] = ContextVar("interpose_tracer", default=None)
@@ -146,6 +150,14 @@ class Tracer:
         """Print values while the block runs: texts, numbers, deferred values."""
         self.recorder.node("tell", [self.recorder.arg(value) for value in values])
 
+    def name(self, name: str, value: Any) -> Any:
+        """Save a value under a name, by which a program (`t.graph`) gives it back; returns what `save` does."""
+        return named(self.recorder, name, value)
+
+    def param(self, name: str, default: Any) -> Any:
+        """A number or tensor that may be another when the block's program is run again: `program.run(name=...)`."""
+        return parameter(self.recorder, name, default)
+
     def list(self, *values: Any) -> SavedList:
         """A list whose members are saved: `kept = t.list()`, then `kept.append(value)`."""
         return SavedList(values)
@@ -156,6 +168,11 @@ class Tracer:
         Patterns are of the form `module.point`, with `*` for any one part; a module stands for its output.
         """
         return collect(self.model, patterns)
+
+    @property
+    def graph(self) -> Any:
+        """What the block recorded (so far), as a `Program` to print, save, load and run again."""
+        return self.model._program(self.recorder)
 
     @property
     def job(self) -> TraceJob:
@@ -216,6 +233,7 @@ class Session:
             self._owner.run()
 
     list = Tracer.list
+    graph = Tracer.graph
 
     @property
     def job(self) -> TraceJob:
