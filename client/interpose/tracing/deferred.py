@@ -182,13 +182,14 @@ class Deferred:
     def __bool__(self) -> bool:
         raise ControlFlow(
             "Python can't branch on a value that exists only when the block runs; choose between values with "
-            "torch.where(condition, a, b), or save it and branch after the block"
+            "torch.where(condition, a, b), between bodies with t.cond(condition, then, otherwise), repeat with "
+            "t.while_loop(proceed, body, *init, most=n), or save it and branch after the block"
         )
 
     def _no_number(self, *args: Any) -> NoReturn:
         raise ControlFlow(
             "this value exists only when the block runs, so Python can't have it as a number; compute with it as "
-            "it is, or save it and take it after the block"
+            "it is, repeat by it with t.while_loop(...), or save it and take it after the block"
         )
 
     __int__ = __float__ = __index__ = __complex__ = item = tolist = numpy = _no_number

@@ -1,0 +1,505 @@
+"""Wrong programs, and exactly what each is told: class, wire code, line, and the advice it gets."""
+
+from __future__ import annotations
+
+import linecache
+import traceback
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from interpose import LanguageModel, errors
+from models import tiny
+
+ROW = [5, 9, 33, 7]
+Program = Callable[[Any], Any]
+TABLE: list[tuple[Program, type[errors.InterposeError], str]] = []
+
+
+@pytest.fixture(scope="module")
+def model() -> Any:
+    return LanguageModel(str(tiny("gpt2")))
+
+
+def told(kind: type[errors.InterposeError], phrase: str) -> Callable[[Program], Program]:
+    """Enter a program into the table: the line marked `# here` raises `kind`, whose message holds `phrase`."""
+
+    def enter(program: Program) -> Program:
+        TABLE.append((program, kind, phrase))
+        return program
+
+    return enter
+
+
+def line_of(error: errors.InterposeError) -> str:
+    """The user's line an error names; for one raised while recording, where Python raised it."""
+    if error.source is not None:
+        return linecache.getline(error.source.file, error.source.line)
+    frames = [frame for frame in traceback.extract_tb(error.__traceback__) if frame.filename == __file__]
+    return linecache.getline(__file__, frames[-1].lineno or 0)
+
+
+# -- names -------------------------------------------------------------------------------------------------------
+
+
+@told(errors.UnknownModule, "did you mean transformer.h.0.attn")
+def a_module_misspelt(model: Any) -> None:
+    with model.trace(ROW):
+        model.transformer.h[0].atn.output.save()  # here
+
+
+@told(errors.UnknownModule, "3 modules")
+def a_layer_too_many(model: Any) -> None:
+    with model.trace(ROW):
+        model.transformer.h[12].output[0].save()  # here
+
+
+@told(errors.UnknownModule, "transformer")
+def another_familys_name(model: Any) -> None:
+    with model.trace(ROW):
+        model.model.layers[0].output[0].save()  # here
+
+
+@told(errors.UnknownPoint, "output, input, inputs")
+def assigning_what_is_no_point(model: Any) -> None:
+    with model.trace(ROW):
+        model.transformer.h[0].mlp.value = torch.zeros(1)  # here
+
+
+@told(errors.UnknownPoint, "no hook point matches")
+def a_cache_that_matches_nothing(model: Any) -> None:
+    with model.trace(ROW) as tracer:
+        tracer.cache("blocks.*.nothing")  # here
+
+
+@told(errors.UnknownPoint, "called 1 times")
+def a_second_call(model: Any) -> None:
+    with model.trace(ROW):
+        _ = model.transformer.h[0].calls[1].output  # here
+
+
+@told(errors.UnknownPoint, "past_key_values")
+def a_field_that_holds_no_tensor(model: Any) -> None:
+    with model.trace(ROW):
+        _ = model.output.past_key_values  # here
+
+
+@told(errors.UnknownOp, "nonsense")
+def an_operation_that_does_not_exist(model: Any) -> None:
+    with model.trace(ROW):
+        model.output.nonsense()  # here
+
+
+@told(errors.UnknownOp, "did you mean linalg_")
+def a_torch_function_outside_the_table(model: Any) -> None:
+    with model.trace(ROW):
+        torch.linalg.lu_factor(model.output[0, :4, :4])  # here
+
+
+# -- shapes and indices ------------------------------------------------------------------------------------------
+
+
+@told(errors.ShapeMismatch, "[2, 4, 64]")
+def replaced_by_another_shape(model: Any) -> None:
+    with model.trace(ROW):
+        model.transformer.h[0].output = torch.zeros(2, 4, 64)  # here
+
+
+@told(errors.ShapeMismatch, "64")
+def shapes_that_do_not_multiply(model: Any) -> None:
+    with model.trace(ROW):
+        hidden = model.transformer.h[0].output[0]
+        _ = hidden @ hidden  # here
+
+
+@told(errors.ShapeMismatch, "")
+def a_write_that_does_not_fit(model: Any) -> None:
+    with model.trace(ROW):
+        model.transformer.h[0].output[0][:, -1] = torch.zeros(7)  # here
+
+
+@told(errors.ShapeMismatch, "last dimension of 4")
+def a_module_called_on_another_width(model: Any) -> None:
+    with model.trace(ROW):
+        model.lm_head(model.transformer.h[0].output[0][..., :4])  # here
+
+
+@told(errors.IndexOutOfRange, "4")
+def a_position_too_many(model: Any) -> None:
+    with model.trace(ROW):
+        _ = model.transformer.h[0].output[0][:, 4]  # here
+
+
+@told(errors.IndexOutOfRange, "embedding")
+def a_row_that_is_not_there(model: Any) -> None:
+    with model.trace(ROW):
+        ids = model.output.argmax(-1) + 400
+        torch.nn.functional.embedding(ids, model.transformer.wte.weight).save()  # here
+
+
+@told(errors.IndexOutOfRange, "vocabulary of 400")
+def a_token_that_does_not_exist(model: Any) -> None:
+    with model.trace([5, 400]):  # here
+        model.output.save()
+
+
+@told(errors.LimitExceeded, "128 positions")
+def a_prompt_that_is_too_long(model: Any) -> None:
+    with model.trace([5] * 129):  # here
+        model.output.save()
+
+
+@told(errors.LimitExceeded, "new tokens")
+def a_generation_that_is_too_long(model: Any) -> None:
+    with model.generate(ROW, max_new_tokens=125) as tracer:  # here
+        tracer.result.save()
+
+
+@told(errors.ShapeUnknown, "values")
+def a_shape_that_depends_on_values(model: Any) -> None:
+    with model.trace(ROW):
+        _ = model.output[model.output > 0].shape  # here
+
+
+# -- blocks' outputs ---------------------------------------------------------------------------------------------
+
+
+@told(errors.BadArgument, "output[0][1]")
+def the_second_part_of_a_block(model: Any) -> None:
+    with model.trace(ROW):
+        _ = model.transformer.h[0].output[1]  # here
+
+
+@told(errors.BadArgument, "output[0]")
+def unpacking_a_block(model: Any) -> None:
+    with model.trace(ROW):
+        _hidden, *_rest = model.transformer.h[0].output  # here
+
+
+# -- what Python can't have --------------------------------------------------------------------------------------
+
+
+@told(errors.ControlFlow, "t.cond")
+def branching(model: Any) -> None:
+    with model.trace(ROW):
+        if model.output.max() > 0:  # here
+            pass
+
+
+@told(errors.ControlFlow, "t.while_loop")
+def looping(model: Any) -> None:
+    with model.trace(ROW):
+        value = model.transformer.h[0].output[0].norm()
+        while value > 1:  # here
+            value = value / 2
+
+
+@told(errors.ControlFlow, "after the block")
+def taking_a_number(model: Any) -> None:
+    with model.trace(ROW):
+        float(model.output[0, -1, 0])  # here
+
+
+@told(errors.ControlFlow, "after the block")
+def an_item(model: Any) -> None:
+    with model.trace(ROW):
+        model.output.argmax().item()  # here
+
+
+@told(errors.ControlFlow, "== item")
+def searching(model: Any) -> None:
+    with model.trace(ROW):
+        _ = 3 in model.output  # here
+
+
+@told(errors.ControlFlow, "NumPy")
+def numpy(model: Any) -> None:
+    with model.trace(ROW):
+        import numpy as np
+
+        np.asarray(model.output)  # here
+
+
+# -- when --------------------------------------------------------------------------------------------------------
+
+
+@told(errors.WrongOrder, "later in the forward")
+def an_early_layer_from_a_late_one(model: Any) -> None:
+    with model.trace(ROW):
+        model.transformer.h[0].output[0][:] = model.transformer.h[2].output[0]  # here
+
+
+@told(errors.WrongOrder, "later in the forward")
+def an_early_layer_from_a_late_one_at_every_step(model: Any) -> None:
+    with model.generate(ROW, max_new_tokens=3) as tracer, tracer.iter[1:]:
+        model.transformer.h[0].output[0][:] = model.transformer.h[2].output[0]  # here
+
+
+@told(errors.WrongOrder, "later in the forward")
+def an_early_step_from_a_late_one(model: Any) -> None:
+    with model.generate(ROW, max_new_tokens=5) as tracer:
+        for _ in tracer.iter[[3]]:
+            late = model.transformer.h[0].output[0][:, -1]
+        for _ in tracer.iter[[1]]:
+            model.transformer.h[2].output[0][:, -1] = late  # here
+
+
+@told(errors.WrongOrder, "condition is known only after")
+def a_condition_known_too_late(model: Any) -> None:
+    with model.trace(ROW) as tracer:
+
+        def change() -> None:
+            model.transformer.h[0].output[0][:] = 0  # here
+
+        tracer.cond(model.output.max() > 0, change)
+
+
+@told(errors.WrongOrder, "stopped")
+def after_stop(model: Any) -> None:
+    with model.trace(ROW) as tracer:
+        tracer.stop()
+        model.output.save()  # here
+
+
+@told(errors.WrongOrder, "skips")
+def inside_a_skipped_module(model: Any) -> None:
+    with model.trace(ROW):
+        model.transformer.h[1].skip(model.transformer.h[0].output[0])
+        model.transformer.h[1].attn.output[0].save()  # here
+
+
+# -- bodies ------------------------------------------------------------------------------------------------------
+
+
+@told(errors.BadArgument, "let it return it")
+def a_value_that_leaves_a_branch(model: Any) -> None:
+    with model.trace(ROW) as tracer:
+        kept: list[Any] = []
+        hidden = model.transformer.h[0].output[0]
+        tracer.cond(hidden.sum() > 0, lambda: kept.append(hidden * 2))
+        kept[0].save()  # here
+
+
+@told(errors.BadArgument, "let it return it")
+def a_value_that_leaves_a_loop(model: Any) -> None:
+    with model.trace(ROW) as tracer:
+        kept: list[Any] = []
+
+        def body(turn: Any, x: Any) -> Any:
+            kept.append(x * 2)
+            return x
+
+        tracer.loop(3, body, model.output)
+        kept[0].save()  # here
+
+
+@told(errors.BadArgument, "before it")
+def reading_a_point_in_a_loop(model: Any) -> None:
+    with model.trace(ROW) as tracer:
+
+        def body(turn: Any, x: Any) -> Any:
+            return x + model.transformer.h[0].output[0]  # here
+
+        tracer.loop(3, body, model.transformer.wpe.output)
+
+
+@told(errors.BadArgument, "before it")
+def saving_in_a_loop(model: Any) -> None:
+    with model.trace(ROW) as tracer:
+
+        def body(turn: Any, x: Any) -> Any:
+            return x.save()  # here
+
+        tracer.loop(3, body, model.output)
+
+
+@told(errors.BadArgument, "t.while_loop")
+def a_loop_of_unknown_length(model: Any) -> None:
+    with model.trace(ROW) as tracer:
+        tracer.loop(model.output.argmax(), lambda turn, x: x, model.output)  # here
+
+
+@told(errors.BadArgument, "100,000 turns")
+def a_loop_that_is_too_long(model: Any) -> None:
+    with model.trace(ROW) as tracer:
+        tracer.loop(10**6, lambda turn, x: x, model.output)  # here
+
+
+@told(errors.ShapeMismatch, "must be alike")
+def a_loop_that_changes_shape(model: Any) -> None:
+    with model.trace(ROW) as tracer:
+        tracer.loop(3, lambda turn, x: x[:, :2], model.output)  # here
+
+
+@told(errors.BadArgument, "carries 1 values")
+def a_loop_that_loses_a_value(model: Any) -> None:
+    with model.trace(ROW) as tracer:
+        tracer.loop(3, lambda turn, x: None, model.output)  # here
+
+
+@told(errors.BadArgument, "number of values: 1 and 0")
+def two_ways_that_differ(model: Any) -> None:
+    with model.trace(ROW) as tracer:
+        tracer.cond(model.output.max() > 0, lambda: model.output * 2)  # here
+
+
+@told(errors.BadArgument, ".any() or .all()")
+def a_condition_of_many_values(model: Any) -> None:
+    with model.trace(ROW) as tracer:
+        tracer.cond(model.output > 0, lambda: None)  # here
+
+
+# -- generation --------------------------------------------------------------------------------------------------
+
+
+@told(errors.BadArgument, "did you mean max_new_tokens")
+def an_option_misspelt(model: Any) -> None:
+    with model.generate(ROW, max_new_token=3):  # here
+        pass
+
+
+@told(errors.BadArgument, "a number above 0")
+def a_temperature_of_zero(model: Any) -> None:
+    with model.generate(ROW, temperature=0):  # here
+        pass
+
+
+@told(errors.BadArgument, "steps exist in generate")
+def steps_in_a_trace(model: Any) -> None:
+    with model.trace(ROW) as tracer:
+        _ = tracer.iter[:2]  # here
+
+
+@told(errors.BadArgument, "outside the 3 new tokens")
+def a_step_that_will_not_come(model: Any) -> None:
+    with model.generate(ROW, max_new_tokens=3) as tracer, tracer.iter[5]:  # here
+        pass
+
+
+@told(errors.BadArgument, "for step in t.iter")
+def a_body_for_scattered_steps(model: Any) -> None:
+    with model.generate(ROW, max_new_tokens=5) as tracer, tracer.iter[[0, 3]]:  # here
+        pass
+
+
+@told(errors.BadArgument, "only a generation")
+def tokens_of_a_trace(model: Any) -> None:
+    with model.trace(ROW) as tracer:
+        tracer.result.save()  # here
+
+
+# -- gradients ---------------------------------------------------------------------------------------------------
+
+
+@told(errors.BadArgument, "one floating-point number")
+def backward_from_many(model: Any) -> None:
+    with model.trace(ROW):
+        model.output.backward()  # here
+
+
+@told(errors.BadArgument, "with loss.backward()")
+def a_gradient_without_a_loss(model: Any) -> None:
+    with model.trace(ROW):
+        model.transformer.h[0].output[0].grad.save()  # here
+
+
+@told(errors.BadArgument, "loss comes before")
+def a_gradient_behind_the_loss(model: Any) -> None:
+    with model.trace(ROW):
+        late = model.transformer.h[2].output[0]
+        with model.transformer.h[0].output[0].sum().backward():
+            late.grad.save()  # here
+
+
+@told(errors.NotReached, "no gradient flows")
+def a_gradient_of_another_prompt(model: Any) -> None:
+    with model.trace() as tracer:
+        with tracer.invoke(ROW):
+            hidden = model.transformer.h[0].output[0]
+        with tracer.invoke(ROW), model.output.sum().backward():
+            hidden.grad.save()  # here
+
+
+@told(errors.BadArgument, "a generation has none")
+def a_gradient_in_a_generation(model: Any) -> None:
+    with model.generate(ROW, max_new_tokens=2):
+        model.output.sum().backward()  # here
+
+
+# -- blocks ------------------------------------------------------------------------------------------------------
+
+
+@told(errors.NotSaved, ".save()")
+def an_unsaved_value(model: Any) -> None:
+    with model.trace(ROW):
+        hidden = model.transformer.h[0].output[0]
+        model.output.save()
+    _ = hidden + 1  # here
+
+
+@told(errors.DeferredError, "model.trace")
+def outside_a_block(model: Any) -> None:
+    _ = model.transformer.h[0].output  # here
+
+
+@told(errors.DeferredError, "t.invoke")
+def a_block_in_a_block(model: Any) -> None:
+    with model.trace(ROW), model.trace(ROW):  # here
+        pass
+
+
+@told(errors.BadArgument, "without one")
+def an_invoke_beside_a_prompt(model: Any) -> None:
+    with model.trace(ROW) as tracer:
+        tracer.invoke(ROW)  # here
+
+
+@told(errors.BadArgument, "don't nest")
+def an_invoke_in_an_invoke(model: Any) -> None:
+    with model.trace() as tracer, tracer.invoke(ROW), tracer.invoke(ROW):  # here
+        pass
+
+
+@told(errors.BadArgument, "")
+def an_empty_prompt(model: Any) -> None:
+    with model.trace([]):  # here
+        model.output.save()
+
+
+@told(errors.BadArgument, "dict can't go into a graph")
+def an_object_as_an_argument(model: Any) -> None:
+    with model.trace(ROW):
+        _ = model.output + {}  # here
+
+
+@told(errors.BadArgument, "[:] =")
+def a_point_replaced_by_a_number(model: Any) -> None:
+    with model.trace(ROW):
+        model.transformer.h[0].output = 0  # here
+
+
+@told(errors.BadArgument, "real tensor")
+def writing_into_a_real_tensor(model: Any) -> None:
+    kept = torch.zeros(64)
+    with model.trace(ROW):
+        kept[:] = model.transformer.h[0].output[0][0, -1]  # here
+
+
+@told(errors.ConfigError, "remote=True")
+def a_local_job_to_wait_for(model: Any) -> None:
+    with model.trace(ROW, blocking=False):  # here
+        model.output.save()
+
+
+@pytest.mark.parametrize(("program", "kind", "phrase"), TABLE, ids=[program.__name__ for program, *_ in TABLE])
+def test_table(model: Any, program: Program, kind: type[errors.InterposeError], phrase: str) -> None:
+    with pytest.raises(errors.InterposeError) as caught:
+        program(model)
+    error = caught.value
+    assert (type(error), error.code) == (kind, kind.code)
+    assert phrase in error.message
+    assert "# here" in line_of(error)
+    with model.trace(ROW):  # what went wrong leaves the model as it was
+        logits = model.output.save()
+    assert logits.shape == (1, 4, 400)
