@@ -350,7 +350,7 @@ class Checker:
         info = self.manifest.module(node.args[0])
         given = self.tensor(node.args[1])
         spec = called_spec(info.points, given)
-        flops = _module_flops(self.manifest, info.path, given)
+        flops = module_flops(self.manifest, info.path, given)
         return Known(spec, self.moment(node.args), bytes=nbytes(spec), peak=4 * nbytes(spec), flops=flops)
 
     def attention_mask(self, node: Node) -> Known:
@@ -393,9 +393,9 @@ def called_spec(points: Mapping[str, Any], given: Spec) -> Spec:
     return TensorSpec((*given.shape[:-1], output.dims[-1]), output.dtype)
 
 
-def _module_flops(manifest: Manifest, path: str, given: Spec) -> int:
-    inside = [info for name, info in manifest.modules.items() if name == path or name.startswith(path + ".")]
-    weights = sum(_numel(param.shape) for info in inside for param in info.params.values())
+def module_flops(manifest: Manifest, path: str, given: Spec) -> int:
+    """Floating-point operations of a module called on a value: each weight once for each row."""
+    weights = manifest.weights(path)
     rows = _numel(given.shape[:-1]) if isinstance(given, TensorSpec) else 1
     return 2 * weights * rows
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import difflib
 import hashlib
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -158,6 +159,17 @@ class Manifest:
                 parent, _, name = path.rpartition(".")
                 found[parent].append(name)
         return {path: tuple(names) for path, names in found.items()}
+
+    @cached_property
+    def _weights(self) -> dict[str, int]:
+        return {}
+
+    def weights(self, path: str) -> int:
+        """How many parameters a module has, with all within it."""
+        if path not in self._weights:
+            inside = (info for name, info in self.modules.items() if not path or f"{name}.".startswith(f"{path}."))
+            self._weights[path] = sum(math.prod(param.shape) for info in inside for param in info.params.values())
+        return self._weights[path]
 
     def moment(self, module: str, name: str, call: int) -> int | None:
         """When a point exists within a forward; None if the measured forward never came there."""

@@ -56,7 +56,7 @@ class Engine:
     def __init__(self, loaded: Loaded) -> None:
         self.loaded = loaded
         self.manifest = loaded.manifest
-        self._world = World(loaded.modules, torch.device(loaded.device))
+        self._world = World(loaded.modules, torch.device(loaded.device), loaded.manifest)
         self._buffers = Buffers(loaded.model)
 
     def run(self, jobs: Sequence[EngineJob]) -> list[InterposeError | None]:

@@ -16,7 +16,7 @@ import torch
 from tokenizers import Tokenizer
 from torch import Tensor
 
-from ..errors import BadArgument, JobCancelled
+from ..errors import BadArgument, JobCancelled, OpFailed
 from ..graph.generation import new_tokens
 from .forward import Forward, Placed, place, starts
 from .inputs import FILL, positions
@@ -48,7 +48,11 @@ class Row:
         """The next token for logits [1, vocabulary]; the row has it from now on."""
         scores = self.processors(self.ids, logits.to(torch.float32, copy=True))
         if self.sample:
-            chosen = torch.multinomial(torch.softmax(scores, -1), 1, generator=self.generator)
+            chances = torch.softmax(scores, -1)
+            # On a GPU the kernel that draws would end the process.
+            if not bool(torch.isfinite(chances).all()):
+                raise OpFailed("nothing can be drawn: the logits hold nan, or nothing but -inf")
+            chosen = torch.multinomial(chances, 1, generator=self.generator)
         else:
             chosen = scores.argmax(-1, keepdim=True)
         self.ids = torch.cat([self.ids, chosen], dim=1)
@@ -176,8 +180,9 @@ class Generation:
         for part in self._parts:
             if part.over:
                 continue
-            for index, row in enumerate(part.rows, part.first):
-                chosen[index] = part.pad if row.ended else row.choose(logits[index : index + 1])
+            with part.job.guard():
+                for index, row in enumerate(part.rows, part.first):
+                    chosen[index] = part.pad if row.ended else row.choose(logits[index : index + 1])
             part.steps = step + 1
             ended = part.job.error is not None or all(row.ended for row in part.rows)
             if ended or part.steps >= part.most or (part.last is not None and step >= part.last):
@@ -190,10 +195,13 @@ class Generation:
         options = job.plan.graph.runs[run].options
         own = {name: value for name, value in options.items() if name not in _OURS and value is not None}
         most = new_tokens(job.plan.graph.runs[run])
-        config, _ = self._model._prepare_generation_config(None, **own | {"max_new_tokens": most})
-        self._model._prepare_special_tokens(config, True, device=self._device)
+        try:
+            config, _ = self._model._prepare_generation_config(None, **own | {"max_new_tokens": most})
+            self._model._prepare_special_tokens(config, True, device=self._device)
+            made = [self._row(row, _seed(job, run, index), config, options) for index, row in enumerate(rows)]
+        except (ValueError, TypeError) as error:
+            raise BadArgument(f"generate: {str(error).splitlines()[0][:200]}") from error
         pad = config._pad_token_tensor
-        made = [self._row(row, _seed(job, run, index), config, options) for index, row in enumerate(rows)]
         return Growing(job, run, first, max(map(len, rows)), most, made, FILL if pad is None else int(pad))
 
     def _row(self, row: Sequence[int], seed: int, config: Any, options: Mapping[str, Any]) -> Row:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import heapq
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from typing import Any, Protocol
 
 import torch
@@ -21,12 +22,15 @@ from ..errors import (
 )
 from ..graph import ops
 from ..graph.checker import HANDLERS as CHECKED
-from ..graph.checker import Known
+from ..graph.checker import Known, nbytes
 from ..graph.limits import Limits
+from ..graph.manifest import Manifest
 from ..graph.model import Node
 from ..graph.values import TensorSpec, substitute
 from . import kernels, nests
+from .calls import called, check_call
 from .gradients import Gradients
+from .held import Held, compact
 from .hooks import no_hooks
 from .plan import ACCESSES, GIVEN, MOMENTS, Plan
 from .rows import Span
@@ -52,6 +56,7 @@ class World:
 
     modules: Mapping[str, nn.Module]
     device: torch.device
+    manifest: Manifest
 
 
 class _Skipped:
@@ -59,6 +64,9 @@ class _Skipped:
 
 
 SKIPPED = _Skipped()
+
+MOST_TOLD = 16
+"""Items of one nest that a log line shows."""
 
 
 class Interpreter:
@@ -90,6 +98,7 @@ class Interpreter:
         self.error: InterposeError | None = None
         self.result_bytes = 0
         self.flops = 0
+        self.held = Held(limits)
         self.gradients = Gradients(self)
         self._values: dict[int, Any] = {}
         self._waits = list(map(len, plan.needs))
@@ -112,7 +121,7 @@ class Interpreter:
             body = self.plan.templates[control]
             inside = {node.id for node in body}
             for node in body:
-                self._values.pop(node.id, None)
+                self._let_go(node.id)
                 needed = self.plan.needs[node.id]
                 self._waits[node.id] = sum(ref in inside or ref not in self._values for ref in needed)
                 self._uses[node.id] = len(self.plan.users[node.id])
@@ -167,7 +176,16 @@ class Interpreter:
         for ref in self.plan.needs[node.id]:
             self._uses[ref] -= 1
             if not self._uses[ref] and ref not in self._kept:
-                self._values.pop(ref, None)
+                self._let_go(ref)
+
+    def _let_go(self, node: int) -> None:
+        value = self._values.pop(node, None)
+        if value is not None and self._unknown(node):
+            self.held.drop(value)
+
+    def _unknown(self, node: int) -> bool:
+        """Whether no shape told the size of a node's value, so that it is counted while it lives."""
+        return self.known[node].spec is ops.UNKNOWN
 
     # -- the model's moments -----------------------------------------------------------------------------------
 
@@ -217,6 +235,8 @@ class Interpreter:
         users = self.plan.users[node]
         if users:
             self._values[node] = value
+            if self._unknown(node):
+                self.held.add(value)
         for user in users:
             self._waits[user] -= 1
             if not self._waits[user] and self._startable(self.nodes[user]):
@@ -268,7 +288,7 @@ class Interpreter:
         """The result of a node of the op table."""
         args = tuple([substitute(arg, look) for arg in node.args])
         kwargs = {name: substitute(arg, look) for name, arg in node.kwargs.items()}
-        if self.known[node.id].spec is ops.UNKNOWN:
+        if self._unknown(node.id):
             self._bound(node, args, kwargs)
         return kernels.execute(node.op, args, kwargs, device=self.world.device)
 
@@ -276,12 +296,16 @@ class Interpreter:
         """Check an op whose size no shape told in advance, now that its inputs are here."""
         cost = ops.cost(node.op, described(args), {name: described(arg) for name, arg in kwargs.items()})
         if cost is not None:
-            self.flops += cost.flops
-            self.limits.check("memory_bytes", cost.peak_bytes)
-            self.limits.check("flops", self.flops)
+            self._afford(cost.peak_bytes, cost.flops)
+
+    def _afford(self, peak_bytes: int, flops: int) -> None:
+        """Raises LimitExceeded if there is no room for so much more beside what is held."""
+        self.flops += flops
+        self.limits.check("memory_bytes", self.held.bytes + peak_bytes)
+        self.limits.check("flops", self.flops)
 
     def save(self, node: Node, args: tuple[Any, ...]) -> None:
-        value = nests.transform(args[0], torch.Tensor.detach)
+        value = nests.transform(args[0], lambda tensor: compact(tensor.detach()))
         self.result_bytes += sum(tensor.nbytes for _, tensor in nests.tensors(value))
         self.limits.check("result_bytes", self.result_bytes)
         if self.plan.template_of(node.id) is None:
@@ -306,6 +330,10 @@ class Interpreter:
 
     def call(self, node: Node, args: tuple[Any, ...]) -> torch.Tensor:
         path, value = args
+        check_call(self.world.manifest, self.world.modules[path], path, value, self.limits)
+        if self._unknown(node.id) and isinstance(value, torch.Tensor):
+            spec, flops = called(self.world.manifest, path, described(value))
+            self._afford(5 * nbytes(spec), flops)
         with no_hooks():
             output = self.world.modules[path](value)
         if not isinstance(output, torch.Tensor):
@@ -314,6 +342,8 @@ class Interpreter:
 
     def update(self, node: Node, args: tuple[Any, ...]) -> torch.Tensor:
         base, chain, index, value = args
+        if self._unknown(node.id):
+            self._afford(base.nbytes, 0)
         fresh: torch.Tensor = base.clone()
         assign(fresh, chain, index, value)
         return fresh
@@ -348,8 +378,20 @@ class Interpreter:
                 break
             carried = [seen(ref.id) for ref in outs]
             for values, ref in zip(gathered, each, strict=True):
-                values.append(seen(ref.id))
+                values.append(compact(seen(ref.id)))
+                if self._unknown(ref.id):
+                    self.held.add(values[-1])
+            self._drop_turn(inside)
+        for values, ref in zip(gathered, each, strict=True):
+            if self._unknown(ref.id):
+                self._afford(sum(value.nbytes for value in values), 0)
+                self.held.drop(values)
         return (*carried, *map(torch.stack, gathered))
+
+    def _drop_turn(self, inside: Mapping[int, Any]) -> None:
+        for node, value in inside.items():
+            if self._unknown(node):
+                self.held.drop(value)
 
     def _turn(self, loop: int, carried: Sequence[Any], turn: int, look: Callable[[int], Any]) -> dict[int, Any]:
         """The values of one turn of a loop's body."""
@@ -373,6 +415,8 @@ class Interpreter:
                     inside[node.id] = HANDLERS[node.op](self, node, args)
                 else:
                     inside[node.id] = self.compute(node, seen)
+                if self._unknown(node.id):
+                    self.held.add(inside[node.id])
             except Exception as error:
                 raise located(error, node) from error
         return inside
@@ -455,4 +499,9 @@ def described(value: Any) -> Any:
 def _told(value: Any) -> str:
     if isinstance(value, torch.Tensor):
         return repr(value.detach().cpu()) if value.numel() <= 64 else f"tensor{list(value.shape)}"
+    if isinstance(value, Mapping):
+        return f"{{{', '.join(f'{key}: {_told(value[key])}' for key in islice(value, MOST_TOLD))}}}"
+    if isinstance(value, (tuple, list)):
+        more = ", ..." if len(value) > MOST_TOLD else ""
+        return f"({', '.join(map(_told, value[:MOST_TOLD]))}{more})"
     return str(value)
