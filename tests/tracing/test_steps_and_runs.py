@@ -103,3 +103,34 @@ def test_an_edited_model_does_not_lose_its_edits_in_another_ones_session(model: 
     with edited.session(), edited.trace([1, 2]):
         hidden = edited.layers[0].output[0].save()
     assert not hidden.any()
+
+
+def test_a_body_for_all_steps_is_seen_by_reads_of_one_step_after_it(model: Any) -> None:
+    with model.generate([1, 2, 3], max_new_tokens=4, eos_token_id=-1) as tracer:
+        with tracer.iter[2]:
+            before = model.layers[0].output[0].save()
+        with tracer.all():
+            model.layers[0].output[0][:] = 0
+        with tracer.iter[2]:
+            after = model.layers[0].output[0].save()
+    assert before.any() and not after.any()
+
+
+@pytest.mark.parametrize("point", [True, False])
+def test_a_body_that_repeats_does_not_change_what_is_outside_it(model: Any, point: bool) -> None:
+    with (
+        pytest.raises(BadArgument, match="runs many times"),
+        model.generate([1, 2, 3], max_new_tokens=4) as tracer,
+    ):
+        hidden = model.layers[0].output[0]
+        outside = hidden if point else hidden * 0
+        with tracer.all():
+            outside += 1
+
+
+def test_a_body_that_reads_nothing_of_its_steps_runs_at_each_all_the_same(model: Any) -> None:
+    with model.generate([1, 2, 3], max_new_tokens=4, eos_token_id=-1) as tracer:
+        total = model.layers[0].output[0].sum()
+        with tracer.all():
+            doubled = (total * 2).save()
+    assert len(doubled) == 4

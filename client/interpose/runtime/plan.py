@@ -173,7 +173,7 @@ class Plan:
     def last_step(self) -> Mapping[int, int | None]:
         """Run -> the last step anybody asks for; None if that is the end of the generation."""
         found: dict[int, int | None] = dict.fromkeys(range(len(self.graph.runs)), -1)
-        for node in self.nodes(*ACCESSES, "tokens"):
+        for node in self.nodes(*ACCESSES, "tokens", "save", "tell"):
             template = self.template_of(node.id)
             stop = self.graph.nodes[template].args[1] if template is not None else None
             if node.op == "tokens" or (template is not None and stop is None):
@@ -191,7 +191,7 @@ class Plan:
 
     def idle(self, run: int) -> bool:
         """Whether a run serves nobody."""
-        return not any(node.run == run for node in self.nodes(*ACCESSES, *GIVEN))
+        return not any(node.run == run for node in self.nodes(*ACCESSES, *GIVEN, "steps"))
 
     def attention(self, run: int) -> bool:
         """Whether a run looks inside attention."""

@@ -97,6 +97,7 @@ class ValueBase:
         return self.current
 
     def write(self, chain: tuple[View, ...], index: Any, value: Any) -> None:
+        self.recorder.check_repeats(self.recorder.made_in(self.current))
         args = (Ref(self.current), chain, index, value)
         self.current = self.recorder.node("update", args)
 
@@ -295,8 +296,35 @@ class Recorder:
             yield control
 
     def write(self, base: PointBase, chain: tuple[View, ...], index: Any, value: Any) -> None:
+        self.check_repeats(base.when)
         self._point_node("write", (chain, index, value), base)
         self._track(base).writes[base.invoke] += 1
+        if self.in_steps():
+            for (run, place), track in self._tracks.items():
+                if run == base.run and place[:3] == base.point.place[:3] and track is not self._track(base):
+                    track.writes[base.invoke] += 1
+
+    def made_in(self, node: int) -> int | None:
+        """The control node in whose body a node lies."""
+        return self._nodes[node].when
+
+    def check_repeats(self, made: int | None) -> None:
+        """Raises BadArgument if a body that runs many times is to change what was made outside it, under `made`.
+
+        Each time it would begin with the same value: nothing would add up.
+        """
+        around = set(self._controls(made))
+        for control in self._controls(self.when):
+            if control not in around and self._nodes[control].op in ("steps", "loop"):
+                raise BadArgument(
+                    "what was made outside a body that runs many times can't be changed in place in it; read the "
+                    "point there, or for values that add up use t.loop(n, body, start)"
+                )
+
+    def _controls(self, control: int | None) -> Iterator[int]:
+        while control is not None:
+            yield control
+            control = self._nodes[control].when
 
     def replace(self, point: Point, value: Any, views: tuple[View, ...] = ()) -> None:
         """Put another value at a point, or where views lead from it."""
@@ -391,6 +419,11 @@ class Recorder:
             kept = self.again(value)
         self.saved.append((self.node("save", (Ref(ref),)), kept))
         return kept
+
+    def keep_tokens(self) -> None:
+        """Save a generation's token ids for nobody: it runs to its end, even if all that is wanted is to watch it."""
+        ids = self.node("tokens", invoke=None, when=None)
+        self.node("save", (Ref(ids),), invoke=None, when=None)
 
     def in_steps(self) -> bool:
         """Whether what comes next runs once a step."""
