@@ -164,6 +164,22 @@ def test_several_backwards(place: Any, stock: Callable[..., Any]) -> None:
     assert not torch.allclose(found[0], found[1])
 
 
+def test_retained_gradients_add_up(place: Any, stock: Callable[..., Any]) -> None:
+    model, twin = place.open(GPT2), stock(GPT2)
+    with model.trace(PROMPT, **place.options):
+        hidden = model.transformer.h[1].output[0].save()
+        unsaved = model.transformer.h[1].output[0][:, -1]
+        hidden.retain_grad()
+        model.output[0, -1, 3].backward()
+        unsaved.retain_grad()
+        (model.output[0, -1, 77] * 2).backward()
+    tape = Tape(twin.model, twin.inputs(PROMPT), {"transformer.h.1": same})
+    one, two = (tape.gradients(tape.logits[0, -1, token], "transformer.h.1")[0] for token in (3, 77))
+    assert not torch.allclose(one + two * 2, two * 2, rtol=0.1)
+    close(hidden.grad, one + two * 2, RELATIVE)
+    close(unsaved.grad, two[:, -1] * 2, RELATIVE)
+
+
 def test_of_a_computed_value(place: Any, stock: Callable[..., Any]) -> None:
     model, twin = place.open(GPT2), stock(GPT2)
     with model.trace(PROMPT, **place.options):

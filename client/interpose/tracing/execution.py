@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import AsyncIterator, Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol
 
@@ -13,12 +13,18 @@ from .recorder import Recorder
 
 @dataclass(frozen=True)
 class Options:
-    """How a block is run. `timeout`: seconds, None for the configured one."""
+    """How a block is run.
+
+    Attributes:
+        timeout: seconds, None for the configured one.
+        on_tokens: told of each new token of a generation, as a `NewText`.
+    """
 
     remote: bool = False
     blocking: bool = True
     timeout: float | None = None
     batching: Literal["auto", "exclusive"] = "auto"
+    on_tokens: Callable[[Any], None] | None = None
 
 
 class Handle(Protocol):
@@ -33,6 +39,8 @@ class Handle(Protocol):
     def result(self, timeout: float | None = None) -> Mapping[int, Any]: ...
 
     def cancel(self) -> Any: ...
+
+    def __aiter__(self) -> AsyncIterator[Any]: ...
 
 
 class Execute(Protocol):
@@ -95,9 +103,11 @@ class Execution:
                 value._become(values[node])
             else:
                 value._absent = "this value never came: its step or branch wasn't reached"
+        totals: dict[int, Any] = {}  # of several backwards, as torch adds them up
         for node, value in recorder.gradients:
             if node in values:
-                value._keep_gradient(values[node])
+                totals[id(value)] = values[node] + totals.get(id(value), 0)
+                value._keep_gradient(totals[id(value)])
         recorder.gradients = []
 
 
@@ -112,6 +122,11 @@ class TraceJob:
         values = self._job.result(timeout)
         self._execution.fill(values)
         return values
+
+    def __aiter__(self) -> AsyncIterator[Any]:
+        """Everything that happens to it, from the beginning on; of a generation with `stream`, each new token."""
+        events: AsyncIterator[Any] = self._job.__aiter__()
+        return events
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._job, name)
