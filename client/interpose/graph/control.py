@@ -61,7 +61,7 @@ def choose(checker: Checker, node: Node) -> Known:
     then, other, one, two = node.args
     for control in (then, other):
         if not isinstance(control, Ref) or checker.nodes[control.id].op != "branch":
-            raise InvalidGraph("select chooses between the bodies of two branches")
+            raise InvalidGraph("choose takes the bodies of two branches")
     spec = _either(checker.specs(one), checker.specs(two))
     return Known(spec, checker.moment(node.args), bytes=sum(map(nbytes, flat(spec))))
 
