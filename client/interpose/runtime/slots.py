@@ -137,7 +137,8 @@ class RunValues:
         if not isinstance(leaf, Leaf):
             raise BadArgument("a nest has no gradient; take one of its tensors")
         slot = self._slot(leaf, path)
-        slot.written |= self.touched.in_place  # the model goes on with its own memory, which gradients must pass
+        # Else the model would go on with memory of its own, past which no gradient comes.
+        slot.written |= self.touched.in_place or self.touched.rewritten
         return slot.watch(), self._within(leaf, invoke)
 
     def finish(self) -> None:
