@@ -9,8 +9,6 @@ from interpose.wire.tensors import Buffer, shape_text
 from . import blob_keys
 from .blobs import Blobs
 
-LONGEST_HEAD = 1024
-
 
 def head(spec: TensorSpec) -> bytes:
     return f"{spec.dtype} {shape_text(spec)}\n".encode()

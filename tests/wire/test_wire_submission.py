@@ -9,9 +9,8 @@ from hypothesis import strategies as st
 from interpose.errors import InterposeError, InvalidGraph, InvalidPayload, LimitExceeded, VersionMismatch
 from interpose.graph.limits import Limits
 from interpose.graph.model import Graph, Invoke, Node, Point, Run
-from interpose.graph.values import Ref, TensorSpec
+from interpose.graph.values import Ref
 from interpose.wire.protocol import JSON
-from interpose.wire.result import Saved, decode_result, encode_result
 from interpose.wire.submission import Submission, decode_submission, encode_submission, encode_submission_json
 from interpose.wire.tensors import encode_tensor
 
@@ -132,13 +131,3 @@ def test_every_mutation_is_a_job_or_a_coded_error(where, byte, cut):
         decode_submission(body)
     except InterposeError as error:
         assert error.code in ("invalid_payload", "invalid_graph", "version_mismatch", "limit_exceeded")
-
-
-def test_results_survive():
-    saved = Saved(3, [{"tensor": 0}, 1], (TensorSpec((2,), "int16"),), (b"\1\0\2\0",))
-    found = decode_result(encode_result([saved]))
-    assert found == {3: saved}
-    value = found[3].value("numpy")
-    assert value[0].tolist() == [1, 2]
-    with pytest.raises(InvalidPayload):
-        decode_result(encode_result([Saved(3, None, (TensorSpec((3,), "int16"),), (b"\1\0\2\0",))]))

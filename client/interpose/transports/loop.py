@@ -108,8 +108,3 @@ _holder = _Holder()
 def background() -> Background:
     """This process's background loop, started if need be."""
     return _holder.get()
-
-
-def shut_down() -> None:
-    """Close every connection and end the thread. The next use starts afresh."""
-    _holder.close()

@@ -12,7 +12,6 @@ _FLOATS = ("float16", "bfloat16", "float32", "float64")
 _COMPLEX = ("complex64", "complex128")
 INTEGERS = frozenset((*_SIGNED, "uint8"))
 FLOAT8 = frozenset(("float8_e4m3fn", "float8_e5m2"))
-FLOATING = frozenset((*_FLOATS, *FLOAT8))
 
 
 def category(dtype: str) -> int:
