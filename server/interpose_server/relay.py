@@ -22,6 +22,9 @@ from .results import open_save
 
 _HEAD = struct.Struct(">B16sIQ")
 
+SAVES = 4
+"""Saves under way at once on one websocket."""
+
 AWAKE_S = 10.0
 """Without a wake-up, look again after so long: one may have been lost with the broker's connection."""
 
@@ -35,6 +38,8 @@ class Line:
     def __init__(self, websocket: WebSocket) -> None:
         self._websocket = websocket
         self._turn = asyncio.Lock()
+        self.saving = asyncio.Semaphore(SAVES)
+        """Held while a save is sent: a client that doesn't read mustn't hold a file and a buffer for each job."""
 
     async def send(self, message: Hello | Event | Position | Refused) -> None:
         await self.send_frame(encode(message))
@@ -126,12 +131,13 @@ class Relay:
         save = Save(self._job, event.seq, event.attempt, body["node"], body["tree"], tensors)
         if offset > save.nbytes:
             raise InvalidPayload(f"offset {offset:,} lies beyond a save of {save.nbytes:,} bytes")
-        reader = open_save(self._parts.blobs, self._user, event)
-        try:
-            await self._line.send(save)
-            await self._send_chunks(event.seq, reader, offset)
-        finally:
-            reader.close()
+        async with self._line.saving:
+            reader = open_save(self._parts.blobs, self._user, event)
+            try:
+                await self._line.send(save)
+                await self._send_chunks(event.seq, reader, offset)
+            finally:
+                reader.close()
         self._parts.metrics.sent.inc(save.nbytes - offset)
 
     async def _send_chunks(self, seq: int, reader: Reader, offset: int) -> None:

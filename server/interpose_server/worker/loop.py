@@ -4,15 +4,24 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import os
 import time
 from collections.abc import Callable, Coroutine, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import replace
 from typing import Any, Protocol
 
 import msgpack
 import torch
-from interpose.errors import InternalError, InterposeError, InvalidPayload, MissingAttachment, UnknownModel
+from interpose.errors import (
+    InternalError,
+    InterposeError,
+    InvalidPayload,
+    JobTimeout,
+    MissingAttachment,
+    UnknownModel,
+)
 from interpose.graph.codec import decode_graph
 from interpose.graph.manifest import Manifest
 from interpose.graph.model import Graph
@@ -32,6 +41,9 @@ from .sink import JobSink
 
 log = logging.getLogger(__name__)
 
+STUCK_S = 60.0
+"""An operation under way can't be stopped. One that overruns the wall time by so long costs the process."""
+
 IDLE_S = 1.0
 """How long to wait for the bell before looking at the queue all the same."""
 
@@ -50,6 +62,7 @@ class Worker:
     Args:
         name: under which its jobs are leased.
         check: called after each batch, on the engine's thread; raises if the device is broken.
+        give_up: ends the process, where an operation doesn't end.
     """
 
     def __init__(
@@ -61,6 +74,7 @@ class Worker:
         blobs: Blobs,
         settings: Settings,
         check: Callable[[], None] = lambda: None,
+        give_up: Callable[[], None] = lambda: os._exit(70),
     ) -> None:
         self._model = model
         self._name = name
@@ -69,6 +83,9 @@ class Worker:
         self._blobs = blobs
         self._settings = settings
         self._check = check
+        self._give_up = give_up
+        self._running: tuple[float, Sequence[JobSink]] | None = None
+        """Since when, and which jobs, while the engine runs."""
         self._publisher = Publisher(name, broker.queue, blobs, settings, self._forget)
         self._held: dict[JobSink, None] = {}
         self._ran = (0, 0)
@@ -128,19 +145,30 @@ class Worker:
 
     def _run(self, ready: Sequence[tuple[JobSink, EngineJob]]) -> None:
         """On the engine's thread. Ends are published from here, in one round with the last saves."""
+        outcomes, seconds = self._attempt(ready)
+        rows = sum(max(sink.claim.footprint.rows, 1) for sink, _ in ready)
+        for (sink, job), outcome in zip(ready, outcomes, strict=True):
+            share = seconds * max(sink.claim.footprint.rows, 1) / rows
+            if len(ready) > 1 and isinstance(sink.stopped, JobTimeout):
+                # Who took the time isn't known: each that ran out of it has its own, alone.
+                (outcome,), alone_s = self._attempt([(sink, job)])
+                share += alone_s
+            sink.end(outcome, share)
+
+    def _attempt(self, ready: Sequence[tuple[JobSink, EngineJob]]) -> tuple[list[InterposeError | None], float]:
+        """Run jobs together. Returns how each ended, and the seconds it took."""
         start = time.monotonic()
         for sink, _ in ready:
             sink.start()
+        self._running = start, [sink for sink, _ in ready]
         try:
             outcomes = self._runner.run([job for _, job in ready])
         except Exception:
             log.exception("the engine failed")
             outcomes = [InternalError("the server failed while running this job") for _ in ready]
         self._check()
-        seconds = time.monotonic() - start
-        rows = sum(max(sink.claim.footprint.rows, 1) for sink, _ in ready)
-        for (sink, _), outcome in zip(ready, outcomes, strict=True):
-            sink.end(outcome, seconds * max(sink.claim.footprint.rows, 1) / rows)
+        self._running = None
+        return outcomes, time.monotonic() - start
 
     def _sink(self, claim: Claim) -> JobSink:
         limits = replace(self._settings.limits, wall_s=min(claim.timeout_s, self._settings.limits.wall_s))
@@ -187,6 +215,7 @@ class Worker:
         every = min(1.0, self._settings.lease_s / 3)
         while True:
             await asyncio.sleep(every)
+            await self._end_stuck()
             held = {sink.claim.ref: sink for sink in self._held}
             try:
                 ran, self._ran = self._ran, (0, 0)
@@ -196,6 +225,21 @@ class Worker:
                     held[ref].lose()
             except (RedisError, OSError) as error:
                 log.warning("no heartbeat (%s)", type(error).__name__)
+
+    async def _end_stuck(self) -> None:
+        """Give up if the engine overran the wall time by far. A job that ran alone is told, others run again."""
+        allowed = self._settings.limits.wall_s
+        if self._running is None or time.monotonic() - self._running[0] < allowed + STUCK_S:
+            return
+        log.error("an operation doesn't end; the worker starts anew")
+        sinks = self._running[1]
+        if len(sinks) == 1:
+            error = JobTimeout(f"the job ran for more than {allowed:g} s", details={"allowed_s": allowed})
+            self._empty.clear()
+            sinks[0].end(error, time.monotonic() - self._running[0])
+            with suppress(TimeoutError):
+                await asyncio.wait_for(self._empty.wait(), 10)
+        self._give_up()
 
     def _forget(self, sink: JobSink) -> None:
         self._held.pop(sink, None)

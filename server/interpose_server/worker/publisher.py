@@ -7,7 +7,7 @@ import logging
 from collections.abc import Callable
 
 import msgpack
-from interpose.errors import InternalError, InterposeError
+from interpose.errors import InternalError, InterposeError, LimitExceeded
 from interpose.wire.tensors import encode_spec
 from redis.exceptions import RedisError
 
@@ -21,6 +21,12 @@ log = logging.getLogger(__name__)
 
 MOST = 256
 """Items of one round: with the inline bound, a few MB at most."""
+
+MOST_INLINED = 64
+"""So many times the bound on one inline save may the inline saves of a job take together."""
+
+MAX_BODY = 1 << 20
+"""Bytes of a save's description, its plain values included."""
 
 RETRY_S = 0.2
 
@@ -99,7 +105,11 @@ class Publisher:
             }
         )
         parts = [tensor.data for tensor in item.tensors]
-        if item.nbytes <= self._settings.inline_bytes:
+        if len(body) > MAX_BODY:
+            raise LimitExceeded(f"a save's plain values take {len(body):,} bytes, {MAX_BODY:,} are allowed")
+        # The broker keeps results in memory: beyond a job's share they go where there is a cap.
+        if sink.inlined + item.nbytes <= MOST_INLINED * self._settings.inline_bytes >= MOST_INLINED * item.nbytes:
+            sink.inlined += item.nbytes
             return Record("save", body, b"".join(parts))
         name = f"{sink.claim.id}/{sink.claim.attempt}/{item.node}"
         # Longer than the job: its time to live starts only when it ends.

@@ -75,6 +75,8 @@ class JobSink:
         self.limits = limits
         self.sent = 0
         """Events published so far; the publisher's."""
+        self.inlined = 0
+        """Bytes of saves that went through the broker; the publisher's."""
         self._backlog = backlog
         self._publish = publish
         self._bytes = 0
@@ -83,7 +85,9 @@ class JobSink:
         self.stopped: InterposeError | None = None
 
     def start(self) -> None:
-        """The job's wall time begins."""
+        """The job's wall time begins, or begins anew where it was spent on others of a batch."""
+        if isinstance(self.stopped, JobTimeout):
+            self.stopped = None
         self._deadline = time.monotonic() + self.limits.wall_s
 
     def stop(self, error: InterposeError) -> None:
