@@ -14,7 +14,7 @@ from .graph.model import Graph
 from .job import Job, JobInfo, remember, transport_to
 from .progress import Progress
 from .transports.base import Transport
-from .wire.stream import Happening
+from .wire.stream import Happening, NewTokens
 from .wire.submission import Batching, Submission
 from .wire.tensors import Encoded, encode_tensor
 
@@ -30,6 +30,7 @@ def run_remote(
     host: str | None = None,
     api_key: str | None = None,
     on_event: Callable[[Happening], None] | None = None,
+    on_tokens: Callable[[NewTokens], None] | None = None,
     transport: Transport | None = None,
 ) -> dict[int, Any]:
     """Run a graph and wait for its saved values, by node id. Ctrl-C cancels the job.
@@ -42,6 +43,7 @@ def run_remote(
         timeout: seconds it may run; the server's own limit holds besides.
         host, api_key: the server; `CONFIG`'s by default.
         on_event: told of each event in this thread, instead of the progress line.
+        on_tokens: told of each step of a generation that streams.
         transport: where to run it, instead of a server.
 
     Raises:
@@ -57,7 +59,7 @@ def run_remote(
             job.wait(lambda event: None if event is None else told(event))
         else:
             with Progress() as progress:
-                job.wait(progress.show)
+                job.wait(progress.show if on_tokens is None else _both(progress.show, on_tokens))
     except BaseException:
         # Whatever ended the wait, nobody will ask for this job again.
         job.interrupt()
@@ -117,6 +119,17 @@ def _prepare(
     job = Job(submission.id, model, partial(transport_to, server), graph=graph)
     remember(server, job)
     return job, submission, encoded
+
+
+def _both(
+    show: Callable[[Happening | None], None], on_tokens: Callable[[NewTokens], None]
+) -> Callable[[Happening | None], None]:
+    def tell(event: Happening | None) -> None:
+        show(event)
+        if isinstance(event, NewTokens):
+            on_tokens(event)
+
+    return tell
 
 
 def _given(transport: Transport) -> Transport:

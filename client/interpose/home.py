@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -89,6 +90,12 @@ class Home:
             self._tokenizers[manifest.tokenizer] = Tokenizer(data, manifest.tokenizer_config)
         return self._tokenizers[manifest.tokenizer]
 
+    def _maybe_tokenizer(self, remote: bool) -> Any:
+        try:
+            return self.tokenizer(remote)
+        except ConfigError:
+            return None
+
     def _tokenizer_bytes(self, remote: bool) -> bytes | None:
         if not remote:
             return self.local.loaded.tokenizer_bytes
@@ -128,10 +135,15 @@ class Home:
 
     def execute(self, graph: Graph, tensors: Mapping[str, Any], options: Options) -> Mapping[int, Any] | Handle:
         """Run a graph where its options say; without `blocking` only a server can."""
+        on_tokens = None
+        if options.on_tokens is not None:
+            from .live import Live
+
+            on_tokens = Live(options.on_tokens, graph, self._maybe_tokenizer(options.remote)).take
         if not options.remote:
             if not options.blocking:
                 raise ConfigError("blocking=False needs remote=True: a local run is over when the block is left")
-            return self.local.run(graph, tensors, exclusive=options.batching == "exclusive")
+            return self.local.run(graph, tensors, exclusive=options.batching == "exclusive", on_tokens=on_tokens)
         from .client import run_remote, submit_remote
         from .wire.addressed import addressed
 
@@ -140,7 +152,7 @@ class Home:
         validate(graph, manifest, Limits.stated(manifest.limits), batching=options.batching)
         host, key = self._server
         graph, tensors = addressed(graph, tensors)
-        send = run_remote if options.blocking else submit_remote
+        send = partial(run_remote, on_tokens=on_tokens) if options.blocking else submit_remote
         return send(
             graph,
             self.name,

@@ -25,7 +25,7 @@ from .transports.loop import background
 from .wire.fields import check_job
 from .wire.result import Saved
 from .wire.status import JobStatus
-from .wire.stream import Changed, Happening, Logged, Moved, reason
+from .wire.stream import Changed, Happening, Logged, Moved, NewTokens, reason
 from .wire.submission import Submission
 from .wire.tensors import Backend, Encoded
 
@@ -299,7 +299,7 @@ class Job:
     def _tell(self, event: Happening) -> None:
         with self._lock:
             self._apply(event)
-            if isinstance(event, (Changed, Saved, Logged)):
+            if isinstance(event, (Changed, Saved, Logged, NewTokens)):
                 self._past.append(event)
             for listener in self._listeners:
                 listener(event)
@@ -313,7 +313,7 @@ class Job:
             if event.attempt > self.attempt:
                 self.attempt = event.attempt
                 self._saves.clear()
-                self._past = [past for past in self._past if not isinstance(past, Saved)]
+                self._past = [past for past in self._past if not isinstance(past, (Saved, NewTokens))]
             self._status = event.status
             if event.status is not JobStatus.QUEUED:
                 self.position = None

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from .errors import BadArgument, DeferredError
 from .graph.manifest import Manifest
@@ -14,6 +14,9 @@ from .tracing.execution import Execute, Execution, Options
 from .tracing.handles import Module
 from .tracing.recorder import Recorder
 from .tracing.tracer import ACTIVE, SESSION, Session, Tracer
+
+if TYPE_CHECKING:
+    from .live import NewText
 
 Batching = Literal["auto", "exclusive"]
 
@@ -88,6 +91,7 @@ class LanguageModel(Module):
         blocking: bool = True,
         timeout: float | None = None,
         batching: Batching = "auto",
+        stream: Callable[[NewText], None] | bool = False,
         **options: Any,
     ) -> Any:
         """Open a block around a generation; `t.iter`, `t.all()` choose steps, `t.result` is all token ids.
@@ -95,6 +99,8 @@ class LanguageModel(Module):
         Inside an open block it makes that block's run a generation instead, and returns the saved token ids.
 
         Args:
+            stream: a function that is given each new token as it comes, a `NewText`; or True, to find them among
+                the events of the job of a block with `blocking=False`.
             options: as of the transformers library: max_new_tokens (20 if not given), do_sample, temperature,
                 top_k, top_p, repetition_penalty, eos_token_id, stop_strings, ...; and `seed`.
         """
@@ -102,9 +108,20 @@ class LanguageModel(Module):
         if tracer is not None and self._is(tracer.model):
             if prompt is not None:
                 raise BadArgument("the block has its prompt already: generate(max_new_tokens=...) continues it")
+            if stream:
+                raise BadArgument("tokens stream from a block of their own: with model.generate(..., stream=...)")
             tracer.recorder.generate(options)
             return tracer.result.save()
-        return self._open(prompt, Options(remote, blocking, timeout, batching), generation=options)
+        if not stream:
+            return self._open(prompt, Options(remote, blocking, timeout, batching), generation=options)
+        told = stream if callable(stream) else None
+        if told is not None and (not blocking or SESSION.get() is not None):
+            raise BadArgument(
+                "a function is told of tokens only where this line waits for them; with blocking=False write "
+                "stream=True and async for event in t.job"
+            )
+        how = Options(remote, blocking, timeout, batching, told)
+        return self._open(prompt, how, generation={**options, "stream": True})
 
     def session(
         self,

@@ -8,7 +8,19 @@ from contextlib import suppress
 
 from interpose.errors import InternalError, InterposeError, InvalidPayload, UnknownJob
 from interpose.graph.values import TensorSpec
-from interpose.wire.messages import CHUNK, Event, Hello, Log, Position, Refused, Save, Status, Subscribe, encode
+from interpose.wire.messages import (
+    CHUNK,
+    Event,
+    Hello,
+    Log,
+    Position,
+    Refused,
+    Save,
+    Status,
+    Subscribe,
+    Tokens,
+    encode,
+)
 from interpose.wire.status import JobStatus
 from interpose.wire.tensors import decode_spec
 from redis.exceptions import RedisError
@@ -118,6 +130,10 @@ class Relay:
         elif event.kind == "log":
             body = event.body
             await self._line.send(Log(self._job, event.seq, event.attempt, body["node"], body["text"]))
+        elif event.kind == "tokens":
+            body = event.body
+            ids = tuple(body["ids"])
+            await self._line.send(Tokens(self._job, event.seq, event.attempt, body["run"], body["step"], ids))
         else:
             status = JobStatus(event.body["status"])
             error = event.body.get("error")

@@ -50,8 +50,12 @@ OPTIONS: Mapping[str, tuple[str, Callable[[Any], bool]]] = {
     "seed": ("a whole number", _whole(0, (1 << 63) - 1)),
     "stop_strings": ("a text or up to 16 of them", _texts),
     "eos_token_id": ("a token id or a list of them", _ids),
+    "stream": ("True or False here, or a function in model.generate", lambda value: type(value) is bool),
 }
-"""Option -> what it takes, in words and as a test. Names and meanings are the transformers library's."""
+"""Option -> what it takes, in words and as a test. Names and meanings are the transformers library's.
+
+`stream` is ours: whether each new token is told of while the generation runs.
+"""
 
 
 def check_options(options: Mapping[str, Any]) -> None:

@@ -24,7 +24,7 @@ from .interpreter import Interpreter
 from .loading import Loaded
 from .rows import Span
 
-_OURS = ("seed", "stop_strings")
+_OURS = ("seed", "stop_strings", "stream")
 
 
 @dataclass
@@ -181,8 +181,14 @@ class Generation:
             if part.over:
                 continue
             with part.job.guard():
-                for index, row in enumerate(part.rows, part.first):
-                    chosen[index] = part.pad if row.ended else row.choose(logits[index : index + 1])
+                new = [
+                    None if row.ended else row.choose(logits[index : index + 1])
+                    for index, row in enumerate(part.rows, part.first)
+                ]
+                for index, token in enumerate(new, part.first):
+                    chosen[index] = part.pad if token is None else token
+                if part.job.plan.graph.runs[part.run].options.get("stream"):
+                    part.job.sink.tokens(part.run, step, new)
             part.steps = step + 1
             ended = part.job.error is not None or all(row.ended for row in part.rows)
             if ended or part.steps >= part.most or (part.last is not None and step >= part.last):

@@ -46,6 +46,9 @@ class Sink(Protocol):
     def log(self, node: int, text: str) -> None:
         """A line the user asked to see."""
 
+    def tokens(self, run: int, step: int, ids: Sequence[int | None]) -> None:
+        """The new token of each row of a generation; None where a row had ended. Asked for by `stream`."""
+
     def cancelled(self) -> bool:
         """Whether to give up; asked before every node. May raise the error to end with."""
 

@@ -421,7 +421,7 @@ class Recorder:
         return kept
 
     def keep_tokens(self) -> None:
-        """Save a generation's token ids for nobody: it runs to its end, even if all that is wanted is to watch it."""
+        """Save a generation's token ids for nobody: it runs to its end even if all that is wanted is to watch."""
         ids = self.node("tokens", invoke=None, when=None)
         self.node("save", (Ref(ids),), invoke=None, when=None)
 

@@ -82,6 +82,8 @@ class Tracer:
         ACTIVE.reset(active)
         RECORDER.reset(recorder)
         self.recorder.invoke = None
+        if error is None and self.recorder.runs[-1].options.get("stream"):
+            self.recorder.keep_tokens()
         if self._owner is None:
             return
         if error is not None:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..graph.manifest import Manifest
 from ..graph.model import Graph
+from ..wire.stream import NewTokens
 
 if TYPE_CHECKING:
     import torch
@@ -46,16 +47,26 @@ class LocalModel:
     def manifest(self) -> Manifest:
         return self.loaded.manifest
 
-    def run(self, graph: Graph, tensors: Mapping[str, Any], *, exclusive: bool = False) -> dict[int, torch.Tensor]:
-        """The saved values by node. Raises the job's error. Threads take turns."""
+    def run(
+        self,
+        graph: Graph,
+        tensors: Mapping[str, Any],
+        *,
+        exclusive: bool = False,
+        on_tokens: Callable[[NewTokens], None] | None = None,
+    ) -> dict[int, torch.Tensor]:
+        """The saved values by node. Raises the job's error, or that of `on_tokens`. Threads take turns."""
         import torch
 
         from ..runtime.engine import EngineJob
 
         attachments = {key: torch.as_tensor(value) for key, value in tensors.items()}
-        sink = _Kept({*self._own, *(tensor.untyped_storage().data_ptr() for tensor in attachments.values())})
+        taken = {*self._own, *(tensor.untyped_storage().data_ptr() for tensor in attachments.values())}
+        sink = _Kept(taken, on_tokens)
         with self._turn:
             (error,) = self.engine.run([EngineJob(graph, attachments, sink, exclusive=exclusive)])
+        if sink.broken is not None:
+            raise sink.broken
         if error is not None:
             raise error
         return sink.values
@@ -64,9 +75,12 @@ class LocalModel:
 class _Kept:
     """Keeps saved values. One that shares memory with the model, the user or another saved one is copied."""
 
-    def __init__(self, taken: set[int]) -> None:
+    def __init__(self, taken: set[int], on_tokens: Callable[[NewTokens], None] | None = None) -> None:
         self.values: dict[int, Any] = {}
+        self.broken: BaseException | None = None
+        """What the user's own function raised; it ends the run."""
         self._taken = set(taken)
+        self._on_tokens = on_tokens
 
     def save(self, node: int, value: Any) -> None:
         from ..runtime.nests import transform
@@ -82,6 +96,14 @@ class _Kept:
 
     def log(self, node: int, text: str) -> None:
         print(text)
+
+    def tokens(self, run: int, step: int, ids: Sequence[int | None]) -> None:
+        if self._on_tokens is None or self.broken is not None:
+            return
+        try:
+            self._on_tokens(NewTokens(0, run, step, tuple(ids)))
+        except BaseException as error:  # noqa: BLE001 - raised again when the engine has let go of the run
+            self.broken = error
 
     def cancelled(self) -> bool:
         return False

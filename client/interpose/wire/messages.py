@@ -1,7 +1,8 @@
 """What travels over the websocket: typed messages, and their frames.
 
 Every frame is binary. Its first byte says what follows: `MESSAGE`, a msgpack map with a "type"; `CHUNK`, a fixed
-header and raw bytes of a save. Events (status, save, log) carry a job's own sequence number, from 1, without gaps.
+header and raw bytes of a save. Events (status, save, log, tokens) carry a job's own sequence number, from 1,
+without gaps.
 
 Decoding is strict: an unknown type or field, or a mistyped one, is an InvalidPayload.
 """
@@ -171,6 +172,30 @@ class Log:
 
 
 @dataclass(frozen=True, slots=True)
+class Tokens:
+    """What one step of a generation added: a token a row, None for a row that had ended."""
+
+    type: ClassVar[str] = "tokens"
+    job: str
+    seq: int
+    attempt: int
+    run: int
+    step: int
+    ids: tuple[int | None, ...]
+
+    def to_plain(self) -> dict[str, Any]:
+        return {**_event(self), "run": self.run, "step": self.step, "ids": list(self.ids)}
+
+    @classmethod
+    def read(cls, fields: Fields) -> Tokens:
+        run, step = fields.whole("run", 0, _MAX_SEQ), fields.whole("step", 0, _MAX_SEQ)
+        ids = fields.list("ids", _MAX_ITEMS)
+        if not all(item is None or (type(item) is int and 0 <= item < 2**31) for item in ids):
+            raise InvalidPayload("a tokens message holds something other than token ids")
+        return cls(*_read_event(fields), run, step, tuple(ids))
+
+
+@dataclass(frozen=True, slots=True)
 class Position:
     """Place in the queue, 1 being next. No event: neither numbered nor kept."""
 
@@ -226,7 +251,7 @@ class Chunk:
 
 
 ClientMessage: TypeAlias = Subscribe | Unsubscribe | Ack
-Event: TypeAlias = Status | Save | Log
+Event: TypeAlias = Status | Save | Log | Tokens
 ServerMessage: TypeAlias = Hello | Event | Position | Refused | Chunk
 
 _CLIENT: Mapping[str, type[ClientMessage]] = {cls.type: cls for cls in (Subscribe, Unsubscribe, Ack)}
@@ -235,6 +260,7 @@ _SERVER: Mapping[str, type[Hello | Event | Position | Refused]] = {
     Status.type: Status,
     Save.type: Save,
     Log.type: Log,
+    Tokens.type: Tokens,
     Position.type: Position,
     Refused.type: Refused,
 }

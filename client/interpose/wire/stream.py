@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Any, TypeAlias
 
 from ..errors import InterposeError, InvalidPayload, JobCancelled, LimitExceeded, from_wire
-from .messages import Chunk, Event, Hello, Log, Position, Refused, Save, ServerMessage, Status, Subscribe
+from .messages import Chunk, Event, Hello, Log, Position, Refused, Save, ServerMessage, Status, Subscribe, Tokens
 from .result import Saved
 from .status import JobStatus
 from .tensors import check_bytes, total
@@ -45,6 +45,19 @@ class Logged:
 
 
 @dataclass(frozen=True, slots=True)
+class NewTokens:
+    """One step of a generation that streams: a token id a row, None for a row that had ended.
+
+    A higher attempt than before begins again from step 0.
+    """
+
+    attempt: int
+    run: int
+    step: int
+    ids: tuple[int | None, ...]
+
+
+@dataclass(frozen=True, slots=True)
 class Received:
     """Bytes of a save so far, of all it has."""
 
@@ -53,7 +66,7 @@ class Received:
     nbytes: int
 
 
-Happening: TypeAlias = Changed | Moved | Logged | Received | Saved
+Happening: TypeAlias = Changed | Moved | Logged | NewTokens | Received | Saved
 
 
 class JobStream:
@@ -122,6 +135,8 @@ class JobStream:
         self.last = event.seq
         if isinstance(event, Log):
             return [] if stale else [Logged(event.node, event.text)]
+        if isinstance(event, Tokens):
+            return [] if stale else [NewTokens(event.attempt, event.run, event.step, event.ids)]
         return self._status(event, stale)
 
     def _repeated(self, event: Event, incoming: _Incoming) -> list[Happening]:

@@ -16,7 +16,7 @@ MOST = 32
 
 @dataclass(frozen=True, slots=True)
 class Stored:
-    """One event. `kind` is "status", "save" or "log"; `body` its fields; a save's bytes are `data` or in `blob`."""
+    """One event: "status", "save", "log" or "tokens"; `body` its fields; a save's bytes are `data` or in `blob`."""
 
     seq: int
     kind: str

@@ -97,7 +97,7 @@ class Claim:
 
 @dataclass(frozen=True, slots=True)
 class Record:
-    """An event on its way into a job's stream. `kind` is "save" or "log"; of data and blob at most one is set."""
+    """An event on its way into a job's stream: "save", "log" or "tokens"; of data and blob at most one is set."""
 
     kind: str
     body: bytes

@@ -15,7 +15,7 @@ from .. import blob_keys
 from ..blobs import Blobs
 from ..broker.queue import Outcome, Queue, Record, Report
 from ..settings import Settings
-from .sink import Backlog, JobSink, Logged, Saved
+from .sink import Backlog, Grown, Item, JobSink, Logged, Saved
 
 log = logging.getLogger(__name__)
 
@@ -49,9 +49,9 @@ class Publisher:
         self._settings = settings
         self._ended = ended
         self._loop = asyncio.get_running_loop()
-        self._items: asyncio.Queue[tuple[JobSink, Saved | Logged | Outcome]] = asyncio.Queue()
+        self._items: asyncio.Queue[tuple[JobSink, Item]] = asyncio.Queue()
 
-    def put(self, sink: JobSink, item: Saved | Logged | Outcome) -> None:
+    def put(self, sink: JobSink, item: Item) -> None:
         self._loop.call_soon_threadsafe(self._items.put_nowait, (sink, item))
 
     async def run(self) -> None:
@@ -62,8 +62,8 @@ class Publisher:
                 taken.append(self._items.get_nowait())
             await self._round(taken)
 
-    async def _round(self, taken: list[tuple[JobSink, Saved | Logged | Outcome]]) -> None:
-        by_job: dict[JobSink, list[Saved | Logged | Outcome]] = {}
+    async def _round(self, taken: list[tuple[JobSink, Item]]) -> None:
+        by_job: dict[JobSink, list[Item]] = {}
         for sink, item in taken:
             by_job.setdefault(sink, []).append(item)
         reports = [await self._report(sink, items) for sink, items in by_job.items()]
@@ -76,7 +76,7 @@ class Publisher:
             if isinstance(items[-1], Outcome):
                 self._ended(sink)
 
-    async def _report(self, sink: JobSink, items: list[Saved | Logged | Outcome]) -> Report:
+    async def _report(self, sink: JobSink, items: list[Item]) -> Report:
         """What one job's items come to. A save that can't be stored ends the job."""
         claim, records, outcome = sink.claim, list[Record](), None
         for item in items:
@@ -86,6 +86,9 @@ class Publisher:
                         records.append(await self._record(sink, item))
                     case Logged():
                         records.append(Record("log", msgpack.packb({"node": item.node, "text": item.text})))
+                    case Grown():
+                        told = {"run": item.run, "step": item.step, "ids": item.ids}
+                        records.append(Record("tokens", msgpack.packb(told)))
                     case Outcome():
                         outcome = Outcome(item.error or sink.stopped, item.seconds)
             except InterposeError as error:

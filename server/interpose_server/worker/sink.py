@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeAlias
 
 from interpose.errors import InterposeError, JobCancelled, JobTimeout
 from interpose.graph.limits import Limits
@@ -36,6 +36,18 @@ class Logged:
     text: str
 
 
+@dataclass(frozen=True, slots=True)
+class Grown:
+    """One step of a generation: a token a row, None for rows that had ended."""
+
+    run: int
+    step: int
+    ids: tuple[int | None, ...]
+
+
+Item: TypeAlias = Saved | Logged | Grown | Outcome
+
+
 class Backlog:
     """Bytes the engine made and the publisher hasn't sent: the engine waits while they are too many."""
 
@@ -57,7 +69,7 @@ class Backlog:
 
 
 class JobSink:
-    """One job's sink. The engine's thread calls the three methods of its protocol; the others are the worker's.
+    """One job's sink. The engine's thread calls the four methods of its protocol; the others are the worker's.
 
     Args:
         publish: takes what goes out next; thread-safe.
@@ -69,7 +81,7 @@ class JobSink:
         claim: Claim,
         limits: Limits,
         backlog: Backlog,
-        publish: Callable[[JobSink, Saved | Logged | Outcome], None],
+        publish: Callable[[JobSink, Item], None],
     ) -> None:
         self.claim = claim
         self.limits = limits
@@ -81,6 +93,8 @@ class JobSink:
         self._publish = publish
         self._bytes = 0
         self._logs = 0
+        self._steps: dict[int, int] = {}
+        """By run: how many steps were told of."""
         self._deadline = float("inf")
         self.stopped: InterposeError | None = None
 
@@ -114,6 +128,12 @@ class JobSink:
         self._logs += 1
         if self._logs <= MAX_LOGS:
             self._publish(self, Logged(node, text[:MAX_LOG]))
+
+    def tokens(self, run: int, step: int, ids: Sequence[int | None]) -> None:
+        # A shared run that had to be repeated draws the same tokens again.
+        if step >= self._steps.get(run, 0):
+            self._steps[run] = step + 1
+            self._publish(self, Grown(run, step, tuple(ids)))
 
     def cancelled(self) -> bool:
         if self.stopped is None and time.monotonic() > self._deadline:

@@ -105,5 +105,8 @@ class _Kept:
     def log(self, node: int, text: str) -> None:
         pass
 
+    def tokens(self, run: int, step: int, ids: Sequence[int | None]) -> None:
+        """Nothing is generated."""
+
     def cancelled(self) -> bool:
         return False
