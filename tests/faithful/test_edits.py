@@ -182,6 +182,56 @@ def test_skipping(place: Any, model: Any, twin: Any) -> None:
     same(logits, expected)
 
 
+@pytest.mark.parametrize("bodies", [True, False])
+def test_skipping_at_later_steps(place: Any, model: Any, twin: Any, bodies: bool) -> None:
+    block = model.transformer.h[1]
+    with model.generate(ROW, max_new_tokens=4, eos_token_id=-1, **place.options) as tracer:
+        if bodies:
+            with tracer.iter[1:]:
+                block.skip(model.transformer.h[0].output[0])
+                with pytest.raises(WrongOrder, match="skips"):
+                    _ = block.mlp.output
+        else:
+            for _ in tracer.iter[1:]:
+                block.skip(model.transformer.h[0].output[0])
+        first = block.mlp.output.save()
+        tokens = tracer.result.save()
+    seen: list[torch.Tensor] = []
+
+    def skip(hidden: torch.Tensor) -> torch.Tensor:
+        return seen[-1].clone()
+
+    handle = twin.model.transformer.h[0].register_forward_hook(
+        lambda module, args, output: seen.append(output[0] if isinstance(output, tuple) else output)
+    )
+    try:
+        expected = decode(twin.model, ROW, 4, {(step, PATHS[1]): skip for step in (1, 2, 3)}).tokens
+    finally:
+        handle.remove()
+    assert not torch.equal(expected, decode(twin.model, ROW, 4).tokens)
+    assert torch.equal(tokens, expected)
+    same(first, by_hand(twin)["transformer.h.1.mlp"])
+
+
+def test_an_edit_that_skips(place: Any, model: Any, twin: Any) -> None:
+    with model.edit() as edited:
+        edited.transformer.h[1].skip(edited.transformer.h[0].output[0])
+    with edited.trace(ROW, **place.options):
+        with pytest.raises(WrongOrder, match="skips"):
+            _ = edited.transformer.h[1].mlp.output
+        hidden = edited.transformer.h[0].output[0]
+        with edited.output[0, -1, 3].backward():
+            gradient = hidden.grad.save()
+        logits = edited.output.save()
+    seen = by_hand(twin)
+    same(logits, by_hand(twin, {PATHS[1]: lambda _: seen[PATHS[0]]})[""])
+    leaf = seen[PATHS[0]].clone().requires_grad_()
+    last = twin.model.transformer.h[2](leaf)
+    end = last[0] if isinstance(last, tuple) else last
+    twin.model.lm_head(twin.model.transformer.ln_f(end))[0, -1, 3].backward()
+    close(gradient, leaf.grad, 1e-4)
+
+
 def test_skipping_with_a_value_that_comes_too_late(place: Any, model: Any) -> None:
     with model.trace(ROW, **place.options):
         late = model.transformer.h[1].mlp.output

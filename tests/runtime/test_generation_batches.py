@@ -225,3 +225,18 @@ def test_traces_and_generations_in_one_call() -> None:
     together = run(engine("gpt2"), graphs)
     for graph, shared in zip(graphs, together, strict=True):
         close(shared.values, run(engine("gpt2"), [graph])[0].values)
+
+
+def test_a_pad_that_is_no_token_is_fed_to_nobody() -> None:
+    """A row that has ended is padded with what the user called an end, whatever that is."""
+    model = opened("gpt2")
+    with model.generate([[5, 9, 33], [7, 8, 81]], max_new_tokens=4, eos_token_id=-1) as tracer:
+        plain = tracer.result.save()
+    assert plain[0, 3] not in plain[1, 3:]
+    ends = [10**9, int(plain[0, 3])]
+    with model.generate([[5, 9, 33], [7, 8, 81]], max_new_tokens=4, eos_token_id=ends) as tracer:
+        logits = [model.output.save() for _ in tracer.iter[:]]
+        tokens = tracer.result.save()
+    assert torch.equal(tokens[1], plain[1])
+    assert tokens[0, 4:].tolist() == [10**9] * 3
+    assert len(logits) == 4

@@ -186,7 +186,7 @@ class Generation:
                     for index, row in enumerate(part.rows, part.first)
                 ]
                 for index, token in enumerate(new, part.first):
-                    chosen[index] = part.pad if token is None else token
+                    chosen[index] = FILL if token is None else token  # a pad may be any number the user gave
                 if part.job.plan.graph.runs[part.run].options.get("stream"):
                     part.job.sink.tokens(part.run, step, new)
             part.steps = step + 1
@@ -208,7 +208,8 @@ class Generation:
         except (ValueError, TypeError) as error:
             raise BadArgument(f"generate: {str(error).splitlines()[0][:200]}") from error
         pad = config._pad_token_tensor
-        return Growing(job, run, first, max(map(len, rows)), most, made, FILL if pad is None else int(pad))
+        fill = FILL if pad is None else max(int(pad), FILL)
+        return Growing(job, run, first, max(map(len, rows)), most, made, fill)
 
     def _row(self, row: Sequence[int], seed: int, config: Any, options: Mapping[str, Any]) -> Row:
         ids = torch.tensor([list(row)], device=self._device)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import heapq
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from typing import Any, Protocol
@@ -146,14 +146,19 @@ class Interpreter:
         self._give(node, value)
         self._drain(only)
 
-    def fire(self, nodes: Iterable[Node], touched: Touched, span: Span, invokes: Sequence[Span]) -> None:
+    def fire(self, nodes: Sequence[Node], touched: Touched, span: Span, invokes: Sequence[Span]) -> None:
         """Serve this job's reads and writes at one moment, in the user's order."""
         with self.guard():
             self._check_wanted()
             values = RunValues(touched, span)
             whole = Span.whole(span.rows, span.length, span.keys)
-            for node in nodes:
-                view = whole if node.invoke is None else invokes[node.invoke]
+            views = [whole if node.invoke is None else invokes[node.invoke] for node in nodes]
+            for node, view in zip(nodes, views, strict=True):
+                if node.op == "read" and node.id in self.plan.gradients and not self.skips(node):
+                    # Before any read, so that all who read here are seen by the gradient.
+                    assert node.point is not None
+                    values.watch(node.point.path, view)
+            for node, view in zip(nodes, views, strict=True):
                 self._access(node, values, view)
             values.finish()
 

@@ -23,6 +23,8 @@ class Edit:
     nodes: tuple[Node, ...]
     specs: Mapping[str, TensorSpec]
     tensors: Mapping[str, Any]
+    skipped: frozenset[str] = frozenset()
+    """How the paths begin of what lies in modules it skips."""
 
 
 class Editor:
@@ -53,7 +55,12 @@ class Editor:
         if self.recorder.saved:
             raise BadArgument("an edit saves nothing: save in the traces of the edited model")
         graph, tensors = self.recorder.finish()
-        edit = Edit(graph.nodes, graph.attachments, {key: _kept(tensor) for key, tensor in tensors.items()})
+        edit = Edit(
+            graph.nodes,
+            graph.attachments,
+            {key: _kept(tensor) for key, tensor in tensors.items()},
+            self.recorder.skipped,
+        )
         self.model.__dict__["_edits"] = (*self.model._edits, edit)
 
 

@@ -148,7 +148,7 @@ class Recorder:
         self.open = True
         self.edits = edits
         self._retained: list[Any] = []
-        self._skipped: set[tuple[int, int, str]] = set()
+        self._skipped: set[tuple[int, int, int | None, str]] = set()
         self._gradient_bases: dict[tuple[int, int], GradientBase] = {}
         self.standard: dict[Any, Any] = {}
         self.parameters: dict[str, str] = {}
@@ -349,9 +349,16 @@ class Recorder:
         """Check that `value` is there when a module begins; its inner points can't be asked for from now on."""
         enters = self.manifest.moment(module, "inputs", call)
         ready = self._checker.moment(self.arg(value))
-        if enters is not None and ready > (len(self.runs) - 1, self.step, enters):
+        body = self._steps(self.when)
+        step = self.step if body is None else self._nodes[body].args[0]
+        if enters is not None and ready > (len(self.runs) - 1, step, enters):
             raise WrongOrder(f"{module} is skipped with a value that comes only after it has begun")
-        self._skipped.add((len(self.runs) - 1, self.step, module + "."))
+        self._skipped.add((len(self.runs) - 1, self.step, body, module + "."))
+
+    @property
+    def skipped(self) -> frozenset[str]:
+        """How the paths begin of what lies in skipped modules."""
+        return frozenset(inside for *_, inside in self._skipped)
 
     def _is_whole(self, value: Any, point: Point, views: tuple[View, ...]) -> bool:
         """Whether `value` is all of what lies there for the current invoke, in its newest version."""
@@ -364,9 +371,10 @@ class Recorder:
     def _point_node(self, op: str, args: Sequence[Any], base: PointBase, **rest: Any) -> int:
         if base.run == len(self.runs) - 1 and self.stopped:
             raise WrongOrder(f"{base.point}: the forward was stopped before this line")
-        for run, step, inside in self._skipped:
-            if (run, step) == (base.run, base.point.step) and base.point.module.startswith(inside):
-                raise WrongOrder(f"{base.point} lies in a module that this trace skips")
+        here = base.run, base.point.step, self._steps(base.when)
+        inside = {prefix for *where, prefix in self._skipped if tuple(where) == here}
+        if base.point.module.startswith((*inside, *(prefix for edit in self.edits for prefix in edit.skipped))):
+            raise WrongOrder(f"{base.point} lies in a module that this trace skips")
         return self.node(op, args, point=base.point, invoke=base.invoke, run=base.run, **rest)
 
     def _track(self, base: PointBase) -> Track:
