@@ -52,7 +52,7 @@ def fetch_manifest(model: str, host: str | None = None, api_key: str | None = No
     else:
         tag, manifest = _fingerprint(answer.headers.get("etag", "")), _decode(answer.content)
         if tag:
-            _store(Path("manifests", tag), answer.content)
+            _store(_body(server, tag), answer.content)
             _store(_head(server, model), tag.encode())
     _known[server, model] = time.monotonic(), tag, manifest
     return manifest
@@ -111,10 +111,15 @@ def _head(server: Endpoint, model: str) -> Path:
     return Path("heads", hashlib.sha256(f"{server.url}\n{model}".encode()).hexdigest())
 
 
+def _body(server: Endpoint, tag: str) -> Path:
+    """Where a manifest is kept: a server's own, lest one server's take the place of another's of the same tag."""
+    return Path("manifests", hashlib.sha256(f"{server.url}\n{tag}".encode()).hexdigest())
+
+
 def _stored(server: Endpoint, model: str) -> tuple[float, str, Manifest] | None:
     """From the disk, and due to be asked for again."""
     tag = _fingerprint((_load(_head(server, model)) or b"").decode("ascii", "replace"))
-    body = _load(Path("manifests", tag)) if tag else None
+    body = _load(_body(server, tag)) if tag else None
     if body is None:
         return None
     try:

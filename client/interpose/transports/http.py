@@ -16,6 +16,11 @@ from ..wire.fields import unpack
 from ..wire.protocol import HEADER, MSGPACK, PROBLEM, PROTOCOL
 
 _PIECE = 1 << 20
+_ENCODED = ("content-encoding", "content-length", "transfer-encoding")
+
+MAX_ANSWER = 256 << 20
+"""Bytes of one answer, unpacked: manifests and tokenizers are the largest. Results come over the stream."""
+
 _TIMEOUTS = httpx.Timeout(connect=5.0, read=120.0, write=120.0, pool=120.0)
 
 
@@ -90,7 +95,8 @@ class Http:
         elif content is not None:
             body = content
         try:
-            return await self._client.request(method, self.endpoint.url + path, content=body, headers=sent)
+            request = self._client.build_request(method, self.endpoint.url + path, content=body, headers=sent)
+            return await _read(await self._client.send(request, stream=True))
         except (httpx.HTTPError, httpx.InvalidURL, OSError) as error:
             raise unreachable(self.endpoint, error) from error
 
@@ -105,6 +111,21 @@ class Http:
 
     async def close(self) -> None:
         await self._client.aclose()
+
+
+async def _read(answer: httpx.Response) -> httpx.Response:
+    """The answer with its body. Raises InvalidPayload at the first byte of more than any server has to say."""
+    body = bytearray()
+    try:
+        async for part in answer.aiter_bytes():
+            body += part
+            if len(body) > MAX_ANSWER:
+                raise InvalidPayload(f"the server's answer doesn't end; {MAX_ANSWER:,} bytes are taken")
+    finally:
+        await answer.aclose()
+    # What was decoded on the way isn't to be decoded again.
+    own = [(name, value) for name, value in answer.headers.multi_items() if name not in _ENCODED]
+    return httpx.Response(answer.status_code, headers=own, content=bytes(body), request=answer.request)
 
 
 async def _pieces(view: memoryview) -> AsyncIterator[bytes]:

@@ -10,6 +10,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
+import numpy as np
+
 from ..errors import InterposeError, InvalidPayload, JobCancelled, LimitExceeded, from_wire
 from .messages import Chunk, Event, Hello, Log, Position, Refused, Save, ServerMessage, Status, Subscribe, Tokens
 from .result import Saved
@@ -201,7 +203,7 @@ class _Incoming:
         self.save = save
         self.void = void
         self.received = 0
-        self._parts: list[bytearray] = []
+        self._parts: list[memoryview] = []
         self._filled = 0
 
     def write(self, data: memoryview) -> None:
@@ -209,23 +211,35 @@ class _Incoming:
         while data.nbytes and not self.void:
             part = self._current()
             taken = data[: len(part) - self._filled]
-            memoryview(part)[self._filled : self._filled + taken.nbytes] = taken
+            part[self._filled : self._filled + taken.nbytes] = taken
             self._filled += taken.nbytes
             data = data[taken.nbytes :]
 
-    def _current(self) -> bytearray:
+    def _current(self) -> memoryview:
         """The buffer with room left; the next tensors' if none has."""
         while not self._parts or self._filled == len(self._parts[-1]):
-            self._parts.append(bytearray(self.save.tensors[len(self._parts)].nbytes))
+            self._parts.append(_room(self.save.tensors[len(self._parts)].nbytes))
             self._filled = 0
         return self._parts[-1]
 
     def finish(self) -> Saved:
         specs = self.save.tensors
-        parts = self._parts + [bytearray(spec.nbytes) for spec in specs[len(self._parts) :]]
+        parts = self._parts + [_room(spec.nbytes) for spec in specs[len(self._parts) :]]
         for spec, part in zip(specs, parts, strict=True):
             check_bytes(spec, part)
         return Saved(self.save.node, self.save.tree, specs, tuple(parts))
+
+
+def _room(size: int) -> memoryview:
+    """Zeroed memory that the machine provides only as it is written to: what is announced costs nothing yet.
+
+    Raises:
+        LimitExceeded: more than this machine could ever have.
+    """
+    try:
+        return np.zeros(size, np.uint8).data
+    except MemoryError as error:
+        raise LimitExceeded(f"a tensor of {size:,} bytes is announced, more than this machine has") from error
 
 
 def reason(status: JobStatus, error: Mapping[str, Any] | None) -> InterposeError | None:
