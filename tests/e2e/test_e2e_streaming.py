@@ -9,12 +9,16 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import msgpack
+import psutil
 import pytest
+import torch
 from interpose import CONFIG, LanguageModel
-from interpose.errors import BadArgument
+from interpose.errors import BadArgument, InvalidPayload
 from interpose.graph.model import Graph, Invoke, Run
 from interpose.live import Live, NewText
 from interpose.tokens import Tokenizer
+from interpose.wire.messages import Tokens, decode_server, encode
 from interpose.wire.stream import Changed, NewTokens
 from models import tiny
 from serving import Served, serve
@@ -99,9 +103,8 @@ def test_tokens_are_events_of_the_job(remote: Any) -> None:
     t.job.result(60)
     assert [event.ids[0] for event in tokens] == ids[0, -len(tokens) :].tolist()
     assert isinstance(events[-1], Changed)
-    for blocking, stream in [(False, print)]:
-        with pytest.raises(BadArgument, match="async for"):
-            remote.generate(PROMPTS[0], stream=stream, remote=True, blocking=blocking)
+    with pytest.raises(BadArgument, match="async for"):
+        remote.generate(PROMPTS[0], stream=print, remote=True, blocking=False)
 
 
 def test_a_slow_reader_holds_up_nobody(remote: Any) -> None:
@@ -144,3 +147,38 @@ def test_whole_characters_and_new_attempts(folder: Path) -> None:
     assert not any("\ufffd" in piece.text for piece in told)
     assert [piece.attempt for piece in told] == [1] * 4 + [2] * len(ids)
     assert any(piece.text == "" for piece in told)
+
+
+@pytest.mark.slow
+def test_after_a_requeue_the_stream_begins_again(folder: Path, tmp_path: Path) -> None:
+    pieces: list[NewText] = []
+    with serve(f"tiny={folder}", data_dir=tmp_path / "ward", env={"INTERPOSE_SERVER_LEASE_S": "3"}) as server:
+        model = LanguageModel("tiny", host=server.host, api_key=server.key)
+
+        def take(piece: NewText) -> None:
+            pieces.append(piece)
+            if (piece.attempt, piece.step) == (1, 2):
+                for process in psutil.Process(server.process.pid).children(recursive=True):
+                    if any("interpose_server.worker" in word for word in process.cmdline()):
+                        process.kill()
+
+        with model.generate(PROMPTS[0], max_new_tokens=12, eos_token_id=[-1], stream=take, remote=True) as t:
+            with t.all():
+                t.loop(20, lambda turn, value: (value @ value).softmax(-1), torch.ones(600, 600)).sum().save()
+            ids = t.result.save()
+    first = [piece for piece in pieces if piece.attempt == 1]
+    again = [piece for piece in pieces if piece.attempt == 2]
+    assert [piece.step for piece in first] == list(range(len(first)))
+    assert 3 <= len(first) < 12
+    assert [piece.step for piece in again] == list(range(12))
+    assert [piece.ids[0] for piece in again] == ids[0, -12:].tolist()
+    assert [piece.text for piece in again[: len(first)]] == [piece.text for piece in first]
+
+
+def test_messages_are_read_strictly() -> None:
+    sound = Tokens("0" * 32, 3, 1, 0, 5, (7, None, 9))
+    assert decode_server(encode(sound)) == sound
+    for wrong in [[-1], [1.5], ["7"], [True], 7, [2**31], [[1]]]:
+        body = {"type": "tokens", **sound.to_plain(), "ids": wrong}
+        with pytest.raises(InvalidPayload):
+            decode_server(b"\0" + msgpack.packb(body))
