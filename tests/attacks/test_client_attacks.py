@@ -11,7 +11,7 @@ import httpx
 import pytest
 from interpose import catalog
 from interpose.config import Endpoint
-from interpose.errors import InterposeError, InvalidPayload, LimitExceeded
+from interpose.errors import ConfigError, InterposeError, InvalidPayload, LimitExceeded
 from interpose.graph.values import TensorSpec
 from interpose.transports import http
 from interpose.wire.messages import Chunk, Save
@@ -48,6 +48,21 @@ async def test_an_answer_without_end_is_cut(bomb: bool, monkeypatch: pytest.Monk
     with pytest.raises(InvalidPayload):
         await client.request("GET", "/v1/models", patience=1)
     await client.close()
+
+
+async def test_no_redirect_is_followed_or_taken_for_an_answer() -> None:
+    asked: list[str] = []
+
+    def answer(request: httpx.Request) -> httpx.Response:
+        asked.append(request.url.host)
+        return httpx.Response(307, headers={"interpose-protocol": "1", "location": "http://elsewhere/"})
+
+    client = http.Http(EVIL)
+    client._client = httpx.AsyncClient(transport=httpx.MockTransport(answer))
+    with pytest.raises(ConfigError):
+        await client.request("POST", "/v1/jobs", content=b"x", patience=1)
+    await client.close()
+    assert asked == ["evil"]
 
 
 def test_memory_is_taken_as_bytes_come_and_not_as_they_are_announced() -> None:

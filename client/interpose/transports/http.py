@@ -105,6 +105,8 @@ class Http:
         if answer.status_code not in expected and answer.headers.get("content-type", "").startswith(PROBLEM):
             raise problem(answer.content, answer.headers)
         check_protocol(self.endpoint, answer.headers.get(HEADER), answer.status_code)
+        if answer.has_redirect_location and answer.status_code not in expected:
+            raise ConfigError(f"{self.endpoint.url} sends its clients elsewhere; set INTERPOSE_HOST to where it is")
         if answer.status_code >= 400 and answer.status_code not in expected:
             raise ConnectionFailed(f"{self.endpoint.url} answered {answer.status_code} without saying why")
         return answer
