@@ -111,6 +111,14 @@ def test_what_is_malformed_is_refused(
         Program.load(path)
 
 
+def test_printing_sends_nothing_to_the_terminal(path: Path) -> None:
+    rewrite(path, put("model", value="\x1b]0;mine\x07"))
+    rewrite(path, put("names", value={"4": "x\n\x1b[2J"}))
+    lines = str(Program.load(path)).split("\n")
+    assert all(line.isprintable() for line in lines)
+    assert len(lines) == 8
+
+
 def test_a_changed_program_is_found_out(path: Path) -> None:
     rewrite(path, put("graph", "nodes", 2, "op", value="add"), rehash=False)
     with pytest.raises(InvalidPayload, match="isn't what its hash says"):

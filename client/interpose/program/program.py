@@ -87,7 +87,8 @@ class Program(Parts):
 
     def __str__(self) -> str:
         about = f"program {self.hash[:12]} of {self.origin.model} ({self.origin.dtype})"
-        return "\n".join([about, *listing(self.graph, self.names, self.parameters)])
+        # A file may come from anybody: nothing in it is to reach a terminal as a command.
+        return "\n".join(map(_printable, [about, *listing(self.graph, self.names, self.parameters)]))
 
     def __repr__(self) -> str:
         return f"<Program {self.hash[:12]} of {self.origin.model}, {len(self.graph.nodes)} nodes>"
@@ -202,6 +203,10 @@ def _portable(graph: Graph, keys: Mapping[str, str]) -> Graph:
     )
     specs = {key: graph.attachments[old] for old, key in keys.items()}
     return replace(graph, nodes=nodes, attachments=specs)
+
+
+def _printable(line: str) -> str:
+    return line if line.isprintable() else "".join(c if c.isprintable() else ascii(c)[1:-1] for c in line)
 
 
 def _file_name(path: str) -> str:
