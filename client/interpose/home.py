@@ -157,7 +157,7 @@ class Home:
             graph,
             self.name,
             tensors,
-            revision=manifest.revision,
+            revision=options.revision or manifest.revision,
             batching=options.batching,
             timeout=options.timeout,
             host=host,

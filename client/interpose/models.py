@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -110,6 +111,8 @@ class LanguageModel(Module):
                 raise BadArgument("the block has its prompt already: generate(max_new_tokens=...) continues it")
             if stream:
                 raise BadArgument("tokens stream from a block of their own: with model.generate(..., stream=...)")
+            if not isinstance(tracer, Tracer):
+                raise BadArgument("an edit generates nothing: generate with the edited model")
             tracer.recorder.generate(options)
             return tracer.result.save()
         if not stream:
@@ -181,8 +184,9 @@ class LanguageModel(Module):
 
     def _execution(self, options: Options, execute: Execute | None = None) -> Execution:
         remote = options.remote
-        recorder = Recorder(self._home.manifest(remote), self._home.face(remote), edits=self._edits)
-        return Execution(recorder, execute or self._home.execute, options)
+        manifest = self._home.manifest(remote)
+        recorder = Recorder(manifest, self._home.face(remote), edits=self._edits)
+        return Execution(recorder, execute or self._home.execute, replace(options, revision=manifest.revision))
 
     def _open(self, prompt: Any, options: Options, **rest: Any) -> Tracer:
         session = SESSION.get()

@@ -327,7 +327,10 @@ class Interpreter:
             self.sink.save(node.id, value)
 
     def tell(self, node: Node, args: tuple[Any, ...]) -> None:
-        self.sink.log(node.id, " ".join(map(_told, args)))
+        # A job that has to be run again says nothing twice; in a body of steps it may say something new.
+        if node.id not in self.saved or self.plan.template_of(node.id) is not None:
+            self.saved.add(node.id)
+            self.sink.log(node.id, " ".join(map(_told, args)))
 
     def attachment(self, node: Node, args: tuple[Any, ...]) -> torch.Tensor:
         return self.attachments[args[0]].to(self.world.device)

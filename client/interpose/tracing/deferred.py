@@ -247,9 +247,17 @@ def in_place(value: Deferred, name: str) -> Callable[..., Any]:
             return value._fill(0)
         if name in ("fill_", "copy_"):
             return value._fill(args[0])
-        return value._fill(value._recorder.op(ops.INPLACE[name], (value, *args), kwargs))
+        return _fill_alike(value, value._recorder.op(ops.INPLACE[name], (value, *args), kwargs))
 
     return method
+
+
+def _fill_alike(value: Deferred, result: Any) -> Any:
+    """Write a result into a value in place. Raises BadArgument where torch would: it has fewer kinds of numbers."""
+    kinds = [value._recorder.kind_of(each) for each in (value, result)]
+    if None not in kinds and kinds[0] < kinds[1]:
+        raise BadArgument(f"the result is no {value._spec.dtype}; make a new value instead of writing it in place")
+    return value._fill(result)
 
 
 def _method(name: str) -> Callable[..., Any]:
@@ -269,7 +277,7 @@ def _reflected(name: str) -> Callable[..., Any]:
 
 def _augmented(name: str) -> Callable[..., Any]:
     def method(self: Deferred, other: Any) -> Any:
-        return self._fill(self._recorder.op(name, (self, other), {}))
+        return _fill_alike(self, self._recorder.op(name, (self, other), {}))
 
     return method
 

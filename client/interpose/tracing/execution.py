@@ -18,6 +18,7 @@ class Options:
     Attributes:
         timeout: seconds, None for the configured one.
         on_tokens: told of each new token of a generation, as a `NewText`.
+        revision: of the manifest the graph is recorded against.
     """
 
     remote: bool = False
@@ -25,6 +26,7 @@ class Options:
     timeout: float | None = None
     batching: Literal["auto", "exclusive"] = "auto"
     on_tokens: Callable[[Any], None] | None = None
+    revision: str | None = None
 
 
 class Handle(Protocol):

@@ -22,6 +22,7 @@ from ..graph.manifest import Leaf, Manifest, walk
 from ..graph.model import Graph, Invoke, Node, Point, Run, RunKind
 from ..graph.ops.convert import NAMED
 from ..graph.ops.declare import MANY
+from ..graph.ops.dtypes import category
 from ..graph.trim import trimmed
 from ..graph.validate import Checker
 from ..graph.values import DType, Ref, TensorSpec
@@ -395,6 +396,11 @@ class Recorder:
     def is_same(self, value: Any, other: Any) -> bool:
         """Whether two names stand for the same part of the same value."""
         return is_deferred(value) and value._root is other._root and value._chain == other._chain
+
+    def kind_of(self, value: Value) -> Any:
+        """0 bool, 1 integer, 2 floating, 3 complex; None where the dtype isn't known."""
+        spec = self.spec(self.ref(value))
+        return category(spec.dtype) if isinstance(spec, TensorSpec) else None
 
     def is_dtype(self, value: Any) -> bool:
         return isinstance(value, DType) or dtype_of(value) is not None
