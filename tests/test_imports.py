@@ -2,9 +2,9 @@
 
 import ast
 import json
+import resource
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -32,11 +32,11 @@ def test_importing_is_quick_and_light():
     assert not HEAVY & set(loaded)
     costs = []
     for _ in range(5):
-        start = time.perf_counter()
+        # Processor time: what importing takes, however busy the machine is beside it.
+        before = resource.getrusage(resource.RUSAGE_CHILDREN)
         python("import interpose")
-        middle = time.perf_counter()
-        python("pass")
-        costs.append(middle - start - (time.perf_counter() - middle))
+        after = resource.getrusage(resource.RUSAGE_CHILDREN)
+        costs.append(after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime)
     assert min(costs) < 0.5
 
 
