@@ -29,6 +29,7 @@ class Terminal(io.StringIO):
 def at_once(monkeypatch):
     monkeypatch.setattr("interpose.progress._PATIENCE_S", 0.0)
     monkeypatch.setattr("interpose.progress._EVERY_S", 0.0)
+    monkeypatch.setattr(CONFIG, "PROGRESS", True)
 
 
 def show(*events):

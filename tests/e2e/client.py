@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import sys
 from typing import Any
 
@@ -20,6 +21,9 @@ from interpose.job import Job
 from workloads import EVERY, slow
 
 PROMPT = "The capital of France is"
+
+# What a shell starts in the background ignores Ctrl-C, and so would this, if the tests were started that way.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def say(**facts: Any) -> None:

@@ -107,9 +107,9 @@ def test_tokens_are_events_of_the_job(remote: Any) -> None:
         remote.generate(PROMPTS[0], stream=print, remote=True, blocking=False)
 
 
-def test_a_slow_reader_holds_up_nobody(remote: Any) -> None:
+def test_a_slow_reader_holds_up_nobody(remote: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """Its own job is long over when it has read the first tokens; one beside it streams what it would alone."""
-    CONFIG.PROGRESS = False
+    monkeypatch.setattr(CONFIG, "PROGRESS", False)
     seen: dict[str, list[int | None]] = {"slow": [], "quick": []}
     ended: dict[str, float] = {}
 
