@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from itertools import pairwise
 
+from .graph.functions import call_of, calls
 from .graph.manifest import EVENT, Layout, Leaf, Manifest, ModuleInfo
 from .graph.named_dims import leaf
 
@@ -43,6 +44,24 @@ def draw(manifest: Manifest, path: str = "") -> str:
     middle = max(len(line.params) for line in lines)
     rows = (f"{line.label:<{left}}  {line.params:<{middle}}  {line.output}".rstrip() for line in lines)
     return "\n".join(rows if path else [_title(manifest), "", *rows, *_notes(manifest)])
+
+
+def draw_functions(manifest: Manifest, path: str) -> str:
+    """A module's calls of functions, one a line in the order of its forward: name, arguments, result."""
+    info = manifest.module(path)
+    there = calls(info)
+    width = max(map(len, there), default=0)
+    where = path or manifest.model
+    lines = [f"{where} ({info.cls}) calls", *(f"  {call:<{width}}  {_call(manifest, info, call)}" for call in there)]
+    return "\n".join(lines) if there else f"{where} ({info.cls}) calls no function that is a point"
+
+
+def _call(manifest: Manifest, info: ModuleInfo, call: str) -> str:
+    given, named = info.points[f"{call}.inputs"] or ((), {})
+    shown = [_layout(item, manifest) or "-" for item in given] if isinstance(given, tuple) else []
+    if isinstance(named, dict):
+        shown += [f"{name} {_layout(item, manifest)}" for name, item in named.items() if item is not None]
+    return f"({', '.join(shown)}) -> {_layout(info.points[f'{call}.output'], manifest)}"
 
 
 def _title(manifest: Manifest) -> str:
@@ -98,7 +117,7 @@ def _points(manifest: Manifest, info: ModuleInfo) -> dict[str, list[str]]:
     """Shape -> named points of that shape."""
     found: dict[str, list[str]] = {}
     for name, layout in info.points.items():
-        if name not in EVENT:
+        if name not in EVENT and call_of(name) is None:
             found.setdefault(_layout(layout, manifest), []).append(name)
     for name, named in manifest.named.get(info.path, {}).items():
         found.setdefault(_layout(leaf(manifest, named), manifest), []).append(name)

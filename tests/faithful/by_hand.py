@@ -13,6 +13,7 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 
 Cut = Callable[[Tensor], Tensor]
 Edit = Callable[[Tensor], None]
@@ -334,6 +335,55 @@ def tapped(attention: nn.Module, name: str, edit: Edit | None = None) -> Iterato
         yield caught
     finally:
         home.eager_attention_forward = stock  # type: ignore[attr-defined]
+
+
+SOFTMAX = ("bloom", "mpt")
+"""Families that call softmax in their attention's own forward; Falcon calls the fused attention there."""
+
+
+@contextmanager
+def called(attention: nn.Module, name: str, arch: str, edit: Edit | None = None) -> Iterator[list[Tensor]]:
+    """One of the inner values of an attention that calls torch's functions itself, caught or changed.
+
+    Torch's function is another one while that module's forward runs.
+    """
+    caught: list[Tensor] = []
+
+    def change(here: str, value: Tensor) -> Tensor:
+        if here != name:
+            return value
+        value = value.clone()
+        if edit is not None:
+            edit(value)
+        caught.append(value.clone())
+        return value
+
+    softmax, fused = functional.softmax, functional.scaled_dot_product_attention
+
+    def soft(value: Tensor, dim: int, dtype: Any = None) -> Tensor:
+        return change("pattern", softmax(change("scores", value), dim=dim, dtype=dtype))
+
+    def written_out(query: Tensor, key: Tensor, value: Tensor, attn_mask: Any, **kwargs: Any) -> Tensor:
+        query, key = change("q_rot", query), change("k_rot", key)
+        scores = query @ key.transpose(-1, -2) / query.shape[-1] ** 0.5
+        scores = scores.masked_fill(~attn_mask, torch.finfo(scores.dtype).min)
+        pattern = change("pattern", softmax(change("scores", scores), -1))
+        return pattern @ value
+
+    def enter(*_: Any) -> None:
+        functional.softmax = soft if arch in SOFTMAX else softmax
+        functional.scaled_dot_product_attention = fused if arch in SOFTMAX else written_out
+
+    def leave(*_: Any) -> None:
+        functional.softmax, functional.scaled_dot_product_attention = softmax, fused
+
+    handles = [attention.register_forward_pre_hook(enter), attention.register_forward_hook(leave)]
+    try:
+        yield caught
+    finally:
+        leave()
+        for handle in handles:
+            handle.remove()
 
 
 @contextmanager

@@ -25,7 +25,9 @@ AT = 3
 """The position that is changed."""
 
 COMPUTED = {"head_out"}
-NO_INSIDE = ("bloom", "falcon", "mpt")
+OWN_ATTENTION = (*by_hand.SOFTMAX, "falcon")
+"""Families outside the library's attention interface."""
+ATTENTIONS = {"bloom": "self_attention", "mpt": "attn", "falcon": "self_attention"}
 
 
 @cache
@@ -77,6 +79,8 @@ def caught(arch: str, name: str, model: Any, edit: by_hand.Edit | None) -> Any:
     """A context in which a forward of `model` has its value caught, or changed."""
     blocks, inside, outside = HANDS[arch]
     path = f"{blocks}.{BLOCK}"
+    if name in TAPS and arch in OWN_ATTENTION:
+        return by_hand.called(model.get_submodule(f"{path}.{ATTENTIONS[arch]}"), name, arch, edit)
     if name in TAPS:
         return by_hand.tapped(attention(model, path), name, edit)
     if name in outside:
@@ -93,7 +97,7 @@ def caught(arch: str, name: str, model: Any, edit: by_hand.Edit | None) -> Any:
 @torch.no_grad()
 def hand(arch: str, name: str, edit: by_hand.Edit | None = None, row: Sequence[int] = ROW) -> tuple[Tensor, Tensor]:
     """A value and the logits, by hand; `edit` changes the value in place."""
-    model = stock(tiny(arch), arch, name in TAPS)
+    model = stock(tiny(arch), arch, name in TAPS and arch not in OWN_ATTENTION)
     if name == "logits":
         value = model(**inputs(arch, row)).logits
         if edit is not None:
@@ -128,7 +132,8 @@ def test_every_name_is_there_or_refused_with_a_reason(arch: str) -> None:
     there = {name for name, _ in offered(arch)}
     expected = {*inside, *outside, "logits"}
     expected |= {"head_out"} if "z" in inside else set()
-    expected |= set(TAPS) if "z" in inside and arch not in NO_INSIDE else set()
+    expected |= set(TAPS) if "z" in inside else set()
+    expected -= {"q_rot", "k_rot"} if arch in by_hand.SOFTMAX else set()
     assert there == expected
     for name in {*names.BLOCK, *names.MODEL} - there:
         with pytest.raises(UnknownPoint, match=rf"has no {name}: \w+"), model.trace(ROW):

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from interpose.graph.manifest import ATTENTION
 from interpose.runtime import attention
 from interpose.runtime.hooks import hooked
 from interpose.runtime.inputs import batch_inputs, measure_feeding
@@ -118,7 +119,7 @@ def test_only_the_touched_module_is_tapped_and_only_while_looking() -> None:
 
     with hooked({path: module, "": ours}, names, Log()):
         ours(**kwargs)
-    assert [event for at, event in visits if at == path] == ["enter", *attention.POINTS, "exit"]
+    assert [event for at, event in visits if at == path] == ["enter", *ATTENTION, "exit"]
     assert {at for at, _ in visits} == {"", path}
 
     Log.attention = False
@@ -176,12 +177,21 @@ def test_gradients_flow_through_the_pattern() -> None:
     assert kept[0].grad is not None and float(kept[0].grad.abs().max()) > 0
 
 
-@pytest.mark.parametrize("arch", ["bloom", "falcon"])
-def test_a_model_outside_the_interface_says_so_and_stays_as_it_is(arch: str) -> None:
-    found = model(arch)
+def test_a_model_outside_the_interface_says_so_and_stays_as_it_is() -> None:
+    found = model("bloom")
     before = found.config._attn_implementation
     assert "attention interface" in attention.install(found, [feed(found, "plain")])
     assert found.config._attn_implementation == before
+
+
+@pytest.mark.parametrize("overrides", [{}, {"alibi": True}, {"new_decoder_architecture": True, "num_kv_heads": 2}])
+def test_fused_attention_that_a_model_calls_itself_is_written_out_for_those_who_look(overrides: Any) -> None:
+    found = AutoModelForCausalLM.from_pretrained(tiny("falcon", **overrides)).eval()
+    kwargs = feed(found, "padded")
+    plain, before = found(**kwargs).logits, found.config._attn_implementation
+    assert attention.install(found, [kwargs]) == attention.READABLE
+    assert found.config._attn_implementation == before
+    assert torch.equal(found(**kwargs).logits, plain)
 
 
 def test_a_model_whose_eager_form_is_another_function_is_refused() -> None:

@@ -40,7 +40,7 @@ MISTAKES = {
     "one after the other": ("phi", replace(PHI, mid="mlp", parallel=families.never), {"resid_mid"}),
     "the residual inside": ("bloom", replace(BLOOM, adds=()), {"attn_out", "mlp_out"}),
     "another norm": ("gpt2", replace(GPT2, final_norm="h.0.ln_1"), {"final_norm"}),
-    "no slopes": ("bloom", replace(BLOOM, alibi=False), {"q", "k", "v", "z"}),
+    "no slopes": ("bloom", replace(BLOOM, alibi=False), {"q", "k", "scores"}),
 }
 
 

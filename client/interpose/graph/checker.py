@@ -20,7 +20,8 @@ from ..errors import (
     WrongOrder,
 )
 from . import ops
-from .manifest import BATCH, BATCH_SEQ, EVENT, KEY, SEQ, Leaf, Manifest, leaves, walk
+from .functions import no_such_point
+from .manifest import ATTENTION, BATCH, BATCH_SEQ, EVENT, KEY, SEQ, Leaf, Manifest, leaves, walk
 from .model import Node, Point, Run
 from .ops import UNKNOWN
 from .values import DTYPES, Ref, TensorSpec, refs, substitute
@@ -206,8 +207,7 @@ class Checker:
         info = self.manifest.module(point.module)
         where = point.module or "the model"
         if point.name not in info.points:
-            offered = ", ".join(info.points) or "none: the model's forward doesn't call it"
-            raise UnknownPoint(f"{where} has no hook point {point.name!r}; it has {offered}")
+            raise UnknownPoint(no_such_point(info, point.name, where))
         moments = info.events.get(EVENT.get(point.name, point.name), ())
         if moments and point.call >= len(moments):
             raise UnknownPoint(
@@ -234,7 +234,7 @@ class Checker:
             raise BadArgument("a trace has one forward; steps exist in generate")
         if point.step and any(self.nodes[control].op == "steps" for control in self.scope[node.id]):
             raise BadArgument("a body of steps is for all of them; its points name no step of their own")
-        if point.name not in EVENT:
+        if point.name in ATTENTION:
             self.attention = True
         found = leaves(layout)
         if not found:

@@ -29,6 +29,9 @@ tensor, as a block holds its residual while a norm reads it, goes on with what w
 is right.
 """
 
+ATTENTION = ("q_rot", "k_rot", "v", "scores", "pattern", "z")
+"""Points inside an attention module, in order. A run that touches one takes the eager form of attention."""
+
 
 @dataclass(frozen=True, slots=True)
 class Leaf:

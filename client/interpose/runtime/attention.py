@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -24,10 +24,9 @@ from transformers import PretrainedConfig, PreTrainedModel
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, AttentionMaskInterface
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, AttentionInterface
 
-from .hooks import CURRENT, Scope
+from ..graph.manifest import ATTENTION
+from .hooks import CURRENT, Scope, hooked
 from .inputs import principal
-
-POINTS = ("q_rot", "k_rot", "v", "scores", "pattern", "z")
 
 READABLE = "interpose"
 """What `Manifest.attention` says of a model whose attention can be looked into."""
@@ -58,8 +57,20 @@ def _attention(default: str) -> Callable[..., Any]:
     def attention(
         module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, **kwargs: Any
     ) -> Any:
-        scope = _scope()
-        if scope is not None:
+        scope = CURRENT.get()
+        with nullcontext() if scope is None else scope.veil():
+            return called(scope, module, query, key, value, mask, **kwargs)
+
+    def called(
+        scope: Scope | None,
+        module: nn.Module,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        mask: Tensor | None,
+        **kwargs: Any,
+    ) -> Any:
+        if scope is not None and scope.visitor.attention:
             return _look(scope, module, query, key, value, mask, **kwargs)
         stock = _eager(module) if default == "eager" else ALL_ATTENTION_FUNCTIONS[default]
         return stock(module, query, key, value, mask, **kwargs)
@@ -134,7 +145,7 @@ def install(model: nn.Module, batches: Sequence[Mapping[str, Any]]) -> str:
     if not isinstance(model, PreTrainedModel):
         return "it isn't a model of the transformers library"
     if not model._can_set_attn_implementation():
-        return f"{type(model).__name__} doesn't use the transformers library's attention interface"
+        return _direct(model, batches)
     before = [config._attn_implementation for config in configs]
     if set(before) & set(NAMES.values()):
         register()  # a live model that was wrapped before, or a copy of one
@@ -158,6 +169,26 @@ def install(model: nn.Module, batches: Sequence[Mapping[str, Any]]) -> str:
     return READABLE
 
 
+def _direct(model: nn.Module, batches: Sequence[Mapping[str, Any]]) -> str:
+    """`READABLE` for a model that calls torch's fused attention itself, and does the same with it written out."""
+    visitor = _Looking()
+    for batch in batches:
+        plain = _real(principal(model(**batch)), batch)
+        with hooked({}, {}, visitor) as scope:
+            found = _real(principal(model(**batch)), batch)
+        if not scope.explicit:
+            return f"{type(model).__name__} doesn't use the transformers library's attention interface"
+        if not _same(found, plain, exact=False):
+            return "its fused attention can't be reproduced step by step"
+    return READABLE if batches else "it doesn't run on token ids alone"
+
+
+def _real(output: Tensor, batch: Mapping[str, Any]) -> Tensor:
+    """An output [rows, positions, ...] without padded positions: what attention makes there is anybody's choice."""
+    mask = batch.get("attention_mask")
+    return output if mask is None or mask.shape != output.shape[:2] else output[mask.bool()]
+
+
 def _differs(
     model: nn.Module,
     batches: Sequence[Mapping[str, Any]],
@@ -175,12 +206,9 @@ def _differs(
     try:
         if not same(plain):
             return "its results would change under an attention that can be looked into"
-        token = CURRENT.set(Scope(_Looking(), {}))
-        try:
+        with hooked({}, {}, _Looking()):
             if not same(eager):
                 return "its eager attention can't be reproduced"
-        finally:
-            CURRENT.reset(token)
     except LookupError as error:
         return str(error)
     return ""
@@ -193,6 +221,9 @@ class _Looking:
 
     def visit(self, module: str, event: str, call: int, value: Any) -> Any:
         return value
+
+    def astray(self, module: str) -> None:
+        """No functions are looked at."""
 
 
 def _same(one: Tensor, other: Tensor, *, exact: bool) -> bool:

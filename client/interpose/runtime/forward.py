@@ -8,6 +8,8 @@ from typing import Any
 
 import torch
 
+from ..errors import NotReached
+from ..graph.functions import call_of, calls
 from ..graph.manifest import EVENT
 from ..graph.model import Node
 from .hooks import hooked
@@ -83,6 +85,11 @@ class Forward:
             if part.job.error is None:
                 for at, nodes in part.job.plan.at(part.run, part.step).items():
                     self.waiting.setdefault(at, []).append((part, nodes))
+        self._at_functions: dict[str, list[tuple[Placed, Node]]] = {}
+        for (module, event, _), parts in self.waiting.items():
+            if call_of(event):
+                touching = [(part, nodes[0]) for part, nodes in parts]
+                self._at_functions.setdefault(module, []).extend(touching)
         self.attention = any(part.job.plan.attention(part.run) for part in placed)
 
     def run(self, kwargs: Mapping[str, Any]) -> Any:
@@ -90,11 +97,26 @@ class Forward:
         if not self.waiting and not self.complete:
             return None
         touched = {name: self.loaded.modules[name] for name, _, _ in self.waiting}
-        with hooked(touched, self.loaded.names, self):
+        with hooked(touched, self.loaded.names, self, self._functions()):
             try:
                 return self.loaded.model(**kwargs)
             except Enough:
                 return None
+
+    def _functions(self) -> dict[str, list[str]]:
+        """The modules whose functions are touched, and what they call; none where a later step calls others."""
+        at = {module for module, event, _ in self.waiting if call_of(event)}
+        if any(part.step for parts in self.waiting.values() for part, _ in parts):
+            at -= self.loaded.first_only
+        return {module: calls(self.loaded.manifest.modules[module]) for module in at}
+
+    def astray(self, module: str) -> None:
+        for part, node in self._at_functions.get(module, ()):
+            part.job.fail(
+                NotReached(f"{module} called other functions in this forward than were measured").at(
+                    node.id, node.op, node.source
+                )
+            )
 
     def visit(self, module: str, event: str, call: int, value: Any) -> Any:
         if event == EVENT["inputs"]:

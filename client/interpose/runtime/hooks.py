@@ -6,13 +6,16 @@ other. Whatever happens inside, nothing stays hooked afterwards.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from contextvars import ContextVar
 from typing import Any, Protocol
 
 from torch import nn
 from torch.utils.hooks import RemovableHandle
+
+from .functions import Functions
+from .fused import explicit
 
 
 class Visitor(Protocol):
@@ -27,9 +30,13 @@ class Visitor(Protocol):
     def visit(self, module: str, event: str, call: int, value: Any) -> Any:
         """Called at one moment; returns the value the model goes on with.
 
-        `event` is "enter" (value: positional tuple and keyword dict), "exit" (the output), or a named point of
-        attention. `call` counts this module's calls in this forward, from 0.
+        `event` is "enter" (value: positional tuple and keyword dict), "exit" (the output), a named point of
+        attention, or "softmax_0.inputs" and "softmax_0.output" around a function's call. `call` counts this
+        module's calls in this forward, from 0.
         """
+
+    def astray(self, module: str) -> None:
+        """A module's forward called other functions than those that were measured."""
 
 
 class Scope:
@@ -38,8 +45,29 @@ class Scope:
     def __init__(self, visitor: Visitor, names: Mapping[nn.Module, str]) -> None:
         self.visitor = visitor
         self.names = names
+        self.running: list[str | None] = []
+        """Modules under way, innermost last; None for one that isn't touched, and while the run itself computes."""
+        self.explicit = 0
+        """How often torch's fused attention was written out."""
+        self._veils = 0
         self._calls: dict[str, int] = {}
         self._open: dict[str, list[int]] = {}
+
+    @property
+    def veiled(self) -> bool:
+        """Whether an attention function of the library is under way."""
+        return self._veils > 0
+
+    @contextmanager
+    def veil(self) -> Iterator[None]:
+        """Functions called inside are nobody's."""
+        self.running.append(None)
+        self._veils += 1
+        try:
+            yield
+        finally:
+            self._veils -= 1
+            self.running.pop()
 
     def enter(self, module: str) -> int:
         call = self._calls.get(module, 0)
@@ -61,7 +89,12 @@ class Scope:
 
     def taps(self, module: nn.Module) -> Callable[[str, Any], Any]:
         """`tap(event, value) -> value` for named points inside one module's forward."""
-        name = self.names[module]
+        return self.tap(self.names[module])
+
+    def tap(self, name: str | None) -> Callable[[str, Any], Any]:
+        """The same by the module's path; None for a module that isn't touched."""
+        if name is None:
+            return lambda event, value: value
         call = self.current_call(name)
         return lambda event, value: self.visitor.visit(name, event, call, value)
 
@@ -80,39 +113,86 @@ def no_hooks() -> Iterator[None]:
 
 
 @contextmanager
-def hooked(modules: Mapping[str, nn.Module], names: Mapping[nn.Module, str], visitor: Visitor) -> Iterator[Scope]:
+def hooked(
+    modules: Mapping[str, nn.Module],
+    names: Mapping[nn.Module, str],
+    visitor: Visitor,
+    functions: Mapping[str, Sequence[str] | None] | None = None,
+) -> Iterator[Scope]:
     """Hook the given modules for the forwards made inside, in this context only.
 
     Args:
         modules: path -> module, the touched ones; a module whose inner points are touched must be among them.
         names: module -> path for the whole model.
+        functions: those of them whose functions' calls are shown -> the calls that were measured, in order; None
+            for whatever calls come.
     """
     scope = Scope(visitor, names)
+    functions = functions or {}
     handles: list[RemovableHandle] = []
     token = CURRENT.set(scope)
     try:
-        for name, module in modules.items():
-            handles += _hook(scope, name, module)
-        yield scope
+        with _mode(scope, functions) as mode:
+            for name, module in modules.items():
+                handles += _hook(scope, name, module, mode)
+            for module in _within(modules, functions):
+                handles += _veiled(scope, module)
+            yield scope
     finally:
         CURRENT.reset(token)
         for handle in handles:
             handle.remove()
 
 
-def _hook(scope: Scope, name: str, module: nn.Module) -> list[RemovableHandle]:
+def _mode(scope: Scope, functions: Mapping[str, Sequence[str] | None]) -> AbstractContextManager[Functions | None]:
+    """Torch's mode that sees functions, where the run looks at any."""
+    if not functions and not scope.visitor.attention:
+        return nullcontext()
+    return Functions(scope, functions, explicit if scope.visitor.attention else None)
+
+
+def _within(modules: Mapping[str, nn.Module], functions: Mapping[str, Any]) -> set[nn.Module]:
+    """The modules within those whose functions are shown, but for the touched ones: their functions are their own."""
+    inside = {module for name in functions for module in modules[name].modules()}
+    return inside - set(modules.values())
+
+
+def _hook(scope: Scope, name: str, module: nn.Module, mode: Functions | None) -> list[RemovableHandle]:
     def enter(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if CURRENT.get() is not scope:
             return None
         call = scope.enter(name)
-        return scope.visitor.visit(name, "enter", call, (args, kwargs))
+        scope.running.append(None)
+        shown = scope.visitor.visit(name, "enter", call, (args, kwargs))
+        scope.running[-1] = name
+        return shown
 
     def leave(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
         if CURRENT.get() is not scope:
             return None
-        return scope.visitor.visit(name, "exit", scope.leave(name), output)
+        scope.running[-1] = None
+        call = scope.leave(name)
+        if mode is not None and mode.astray(name, call):
+            scope.visitor.astray(name)
+        shown = scope.visitor.visit(name, "exit", call, output)
+        scope.running.pop()
+        return shown
 
     return [
         module.register_forward_pre_hook(enter, with_kwargs=True),
         module.register_forward_hook(leave, with_kwargs=True),
     ]
+
+
+def _veiled(scope: Scope, module: nn.Module) -> list[RemovableHandle]:
+    """Hooks by which functions that an untouched module calls aren't taken for its parent's."""
+
+    def enter(_: nn.Module, args: tuple[Any, ...]) -> None:
+        if CURRENT.get() is scope:
+            scope.running.append(None)
+
+    def leave(_: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        if CURRENT.get() is scope:
+            scope.running.pop()
+
+    return [module.register_forward_pre_hook(enter), module.register_forward_hook(leave)]

@@ -43,6 +43,7 @@ class Loaded:
         device: where its inputs go.
         feeding: how it wants its inputs.
         rewritten: (path, event) where it later writes over what it handed out.
+        first_only: modules whose forward calls other functions in a generation's later steps.
     """
 
     model: nn.Module
@@ -53,6 +54,7 @@ class Loaded:
     device: torch.device
     feeding: Feeding
     rewritten: frozenset[tuple[str, str]] = frozenset()
+    first_only: frozenset[str] = frozenset()
 
 
 def load(
@@ -137,7 +139,7 @@ def wrap(model: nn.Module, name: str, tokenizer: Any = None) -> Loaded:
         windows=describe.windows(model, measured.blocks),
     )
     names = {module: path for path, module in modules.items()}
-    return named.settle(Loaded(model, manifest, file, names, modules, device, feeding, measured.rewritten))
+    return named.settle(Loaded(model, manifest, file, names, modules, device, feeding, measured.rewritten, measured.first_only))
 
 
 def _folder(source: str | Path) -> Path | None:

@@ -43,6 +43,8 @@ def put(nest: Any, path: Sequence[Key], value: Any) -> Any:
     if isinstance(nest, tuple):
         items = [*nest]
         items[int(key)] = part
+        if hasattr(nest, "n_fields"):
+            return type(nest)(items)  # torch's named results, such as topk's
         return type(nest)(*items) if hasattr(nest, "_fields") else tuple(items)
     fresh = copy.copy(nest)
     if isinstance(nest, (list, Mapping)):

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import TypeAlias
 
-from ..graph.manifest import EVENT
+from ..graph.manifest import ATTENTION, EVENT
 from ..graph.model import Graph, Node
 from ..graph.trim import live
 from ..graph.values import refs
@@ -195,7 +195,7 @@ class Plan:
 
     def attention(self, run: int) -> bool:
         """Whether a run looks inside attention."""
-        return any(place_of(node)[1] not in EVENT.values() for node in self.nodes(*ACCESSES) if node.run == run)
+        return any(place_of(node)[1] in ATTENTION for node in self.nodes(*ACCESSES) if node.run == run)
 
 
 def place_of(node: Node) -> Place:

@@ -6,6 +6,7 @@ stated; what changes its layout between them can't be attributed to rows.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import pairwise
@@ -14,10 +15,12 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..graph.manifest import BATCH, EVENT, KEY, SEQ, Layout, Leaf, ModuleInfo, Param, leaves
+from ..graph.functions import call_of
+from ..graph.manifest import ATTENTION, BATCH, EVENT, KEY, SEQ, Layout, Leaf, ModuleInfo, Param, leaves
 from ..graph.values import DTYPES
 from . import nests
-from .attention import POINTS, READABLE
+from .attention import READABLE
+from .functions import Made, watchable
 from .hooks import hooked
 from .inputs import Feeding, ModelInputs, batch_inputs, positions, sample_rows
 from .layouts import Seen, Size, derive, dtype_name, observe
@@ -39,6 +42,7 @@ class Measured:
     modules: path -> module, in tree order.
     blocks: paths of the blocks that carry the residual stream.
     rewritten: (path, event) where the model later writes over what it handed out.
+    first_only: modules whose forward calls other functions in a generation's later steps.
     attention: what `Manifest.attention` says.
     note: why nothing could be measured, or "".
     """
@@ -48,6 +52,7 @@ class Measured:
     attention: str = ""
     note: str = ""
     rewritten: frozenset[tuple[str, str]] = frozenset()
+    first_only: frozenset[str] = frozenset()
 
 
 @dataclass
@@ -58,8 +63,15 @@ class _Recorder:
     order: list[tuple[str, str]] = field(default_factory=list)
     seen: dict[tuple[str, str], list[Seen]] = field(default_factory=dict)
     shown: list[tuple[tuple[str, str], torch.Tensor, int]] = field(default_factory=list)
+    made: dict[tuple[str, int], list[str]] = field(default_factory=dict)
+
+    def astray(self, module: str) -> None:
+        """Nothing is expected yet."""
 
     def visit(self, module: str, event: str, call: int, value: Any) -> Any:
+        function = call_of(event)
+        if function is not None and event.endswith(".output"):
+            self.made.setdefault((module, call), []).append(function)
         self.order.append((module, event))
         self.seen.setdefault((module, event), []).append(observe(value))
         self.shown += [((module, event), tensor, tensor._version) for _, tensor in nests.tensors(value)]
@@ -74,17 +86,21 @@ class _Prober:
     device: torch.device
     samples: dict[tuple[str, str], list[tuple[Size, Seen]]] = field(default_factory=dict)
     rewritten: set[tuple[str, str]] = field(default_factory=set)
+    made: Made = field(default_factory=Made)
 
     def record(self, size: Size, kwargs: Mapping[str, Any], *, attention: bool = False) -> tuple[_Recorder, Any]:
         names = {module: path for path, module in self.modules.items()}
         recorder = _Recorder(attention)
-        with hooked(self.modules, names, recorder):
+        watched = {path: None for path, module in self.modules.items() if watchable(module)}
+        with hooked(self.modules, names, recorder, watched):
             output = self.model(**kwargs)
+        entered = Counter(path for path, event in recorder.order if event == "enter")
+        self.made.add(recorder.made, entered, later=size.decoding)
         self.rewritten |= {place for place, tensor, version in recorder.shown if tensor._version != version}
         recorder.shown.clear()
         for place, values in recorder.seen.items():
             # Layouts of ordinary points are those of the default attention; a run that looks changes some.
-            if attention == (place[1] in POINTS):
+            if attention == (place[1] in ATTENTION):
                 self.samples.setdefault(place, []).extend((size, seen) for seen in values)
         return recorder, output
 
@@ -92,14 +108,19 @@ class _Prober:
         lengths = [seq - row if padded else seq for row in range(batch)]
         inputs = batch_inputs([sample_rows(self.model, lengths)], self.device)
         size = Size(batch, seq, seq)
-        return self.record(size, self.feeding.kwargs(inputs), attention=attention)[0]
+        kwargs: dict[str, Any] = self.feeding.kwargs(inputs)
+        if "use_cache" in self.feeding.accepts:
+            kwargs["use_cache"] = False  # as the engine's
+        return self.record(size, kwargs, attention=attention)[0]
 
     def decode(self, *, attention: bool = False) -> None:
         """One step with a cache, where query and key lengths differ. Nothing for models without a cache."""
         batch = 3
         rows = sample_rows(self.model, [PAST + 1] * batch)
         before = batch_inputs([[row[:PAST] for row in rows]], self.device)
-        cache = getattr(self.model(**self.feeding.kwargs(before), use_cache=True), "past_key_values", None)
+        kwargs: dict[str, Any] = self.feeding.kwargs(before) | {"use_cache": True}
+        _, output = self.record(Size(batch, PAST, PAST), kwargs, attention=attention)
+        cache = getattr(output, "past_key_values", None)
         if cache is None:
             return
         mask = torch.ones((batch, PAST + 1), dtype=torch.int64, device=self.device)
@@ -143,9 +164,20 @@ def probe(
     if looking is not None:
         attention = _readable(plain, looking)
         order = looking.order if attention == READABLE else order
+    offered, first_only = prober.made.offered(), prober.made.first_only()
+    order = [(path, event) for path, event in order if call_of(event) in (None, *offered.get(path, ()))]
+    for path in first_only:
+        for event in [event for at, event in prober.samples if at == path and call_of(event)]:
+            kept = [(size, seen) for size, seen in prober.samples[path, event] if not size.decoding]
+            prober.samples[path, event] = kept
     found = dict(_described(bare, order, prober.samples))
-    rewritten = frozenset(prober.rewritten)
-    return Measured(_stand_ins(found, modules), _blocks(found, modules), attention, rewritten=rewritten)
+    return Measured(
+        _stand_ins(found, modules),
+        _blocks(found, modules),
+        attention,
+        rewritten=frozenset(prober.rewritten),
+        first_only=first_only,
+    )
 
 
 def _bare(path: str, module: nn.Module) -> ModuleInfo:
@@ -157,10 +189,13 @@ def _bare(path: str, module: nn.Module) -> ModuleInfo:
 
 def _readable(plain: _Recorder, looking: _Recorder) -> str:
     """`READABLE`, or why there are no points inside attention."""
-    if [place for place in looking.order if place[1] not in POINTS] != plain.order:
+    def modules(run: _Recorder) -> list[tuple[str, str]]:
+        return [(path, event) for path, event in run.order if event not in ATTENTION and not call_of(event)]
+
+    if modules(looking) != modules(plain):
         # There is no order of events that serves runs which look and runs which don't.
         return "its eager form calls other modules than its default"
-    if len(looking.order) == len(plain.order):
+    if not any(event in ATTENTION for _, event in looking.order):
         return "its forward comes by no attention"
     return READABLE
 

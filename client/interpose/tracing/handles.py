@@ -7,10 +7,12 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from ..errors import BadArgument, UnknownModule, UnknownPoint
+from ..graph.functions import call_of, no_such_point, own
 from ..graph.manifest import Leaf, Manifest, ModuleInfo, leaves, walk
 from ..graph.model import Key, Point
 from ..graph.values import Ref
 from . import standard
+from .functions import Functions
 from .recorder import Recorder
 
 if TYPE_CHECKING:
@@ -23,7 +25,8 @@ class Module:
     """A module of the model: `model.transformer.h[5].attn`.
 
     `output`, `input` (the first argument) and `inputs` (all of them) are its hook points, beside those the model
-    family names (a block's `resid_pre`, `q`, `pattern`, ...; see `graph.named`). A child of one of these names
+    family names (a block's `resid_pre`, `q`, `pattern`, ...; see `graph.named`), and those at the functions its own
+    forward calls: `functions.softmax[0].output`; `source.softmax_0` is the same. A child of one of these names
     comes first; the point stays reachable as `points["output"]`.
     """
 
@@ -64,6 +67,8 @@ class Module:
             return self.points[name]
         if not self._path and (found := standard.attribute(self, name)) is not None:
             return found
+        if name in ("functions", "source"):
+            return Functions(self)
         if name in info.params:
             recorder = self._owner._recording()
             return recorder.value(recorder.node("param", (self._path, name)))
@@ -169,7 +174,7 @@ class Points:
             _replace_parts(recorder, point, layout, value)
 
     def __iter__(self) -> Iterator[str]:
-        return iter([*self._module._info.points, *standard.names(self._module._manifest, self._module._path)])
+        return iter([*own(self._module._info), *standard.names(self._module._manifest, self._module._path)])
 
     def __repr__(self) -> str:
         return f"<points of {self._module._path or 'the model'}: {', '.join(self)}>"
@@ -190,11 +195,10 @@ class Points:
         if info.stands_for is not None and name in COMMON:
             path, other = info.stands_for
             return Point(path, other, call=call), ""
-        if name == "input":
-            return Point(module._path, "inputs", self._first(info), call), ""
+        if name == "input" or name.endswith(".input"):
+            return Point(module._path, f"{name}s", self._first(info, f"{name}s"), call), ""
         if name not in info.points:
-            offered = ", ".join(info.points) or "none: the model's forward doesn't call it"
-            raise UnknownPoint(f"{module._path or 'the model'} has no hook point {name!r}; it has {offered}")
+            raise UnknownPoint(no_such_point(info, name, module._path or "the model"))
         point = Point(module._path, name, call=call)
         if name != "output":
             return point, ""
@@ -209,9 +213,11 @@ class Points:
             return replace(point, path=("logits",)), "model"
         return point, ""
 
-    def _first(self, info: ModuleInfo) -> tuple[Key, ...]:
-        """Where a module's first argument is, given by position or by name."""
-        inputs = info.points.get("inputs")
+    def _first(self, info: ModuleInfo, name: str) -> tuple[Key, ...]:
+        """Where the first argument of a module or a function is, given by position or by name."""
+        if call_of(name) is not None and name not in info.points:
+            raise UnknownPoint(no_such_point(info, name, info.path or "the model"))
+        inputs = info.points.get(name)
         if isinstance(inputs, tuple) and len(inputs) == 2:
             args, kwargs = inputs
             if isinstance(args, tuple) and args:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
+from ...graph.functions import call_of
 from ...graph.model import Point
 from ...graph.named import Effect, Named, Step, View
 from ...graph.values import Ref
@@ -29,9 +30,25 @@ def attention(block: Block, name: str) -> Named:
     if name == "head_out":
         return _by_head(block)
     path = block.tap()
-    if path is None:
+    if path is not None:
+        return Named(Point(path, name))
+    if name in ("scores", "pattern"):
+        return _called(block, family.scores if name == "scores" else family.pattern, name)
+    if family.alibi and family.scores:
+        raise Refused(f"nothing is rotated: positions come in as slopes on the scores; see {name[0]}")
+    raise Refused(f"the inside of attention has no points: {block.attention}")
+
+
+def _called(block: Block, at: str, name: str) -> Named:
+    """A value at a function's call within the attention module, or at a module within it."""
+    family = block.family
+    if not at:
         raise Refused(f"the inside of attention has no points: {block.attention}")
-    return Named(Point(path, name))
+    if at.endswith(".inputs"):
+        return Named(block.checked(Point(block.at(family.attn), at, (0, 0))))
+    if call_of(at) is not None:
+        return Named(block.checked(Point(block.at(family.attn), at)))
+    return Named(block.output(f"{family.attn}.{at}"))
 
 
 def _split(heads: int, width: int) -> View:

@@ -72,7 +72,7 @@ class Block:
         info = self.info(name)
         layout = info.points.get("output")
         path: tuple[Key, ...] = (0,) if isinstance(layout, tuple) else ()
-        return self._checked(Point(info.path, "output", path))
+        return self.checked(Point(info.path, "output", path))
 
     def given(self, name: str) -> Point:
         """A module's first input."""
@@ -81,10 +81,10 @@ class Block:
         if isinstance(inputs, tuple) and len(inputs) == 2:
             args, kwargs = inputs
             if isinstance(args, tuple) and args:
-                return self._checked(Point(info.path, "inputs", (0, 0)))
+                return self.checked(Point(info.path, "inputs", (0, 0)))
             for key, layout in kwargs.items() if isinstance(kwargs, dict) else ():
                 if leaves(layout):
-                    return self._checked(Point(info.path, "inputs", (1, key)))
+                    return self.checked(Point(info.path, "inputs", (1, key)))
         raise Refused(f"{name or 'the block'} is given no tensor")
 
     def leaf(self, point: Point) -> Leaf:
@@ -95,7 +95,8 @@ class Block:
             raise Refused(f"{point} is no tensor")
         return layout
 
-    def _checked(self, point: Point) -> Point:
+    def checked(self, point: Point) -> Point:
+        """The point. Raises Refused if it is no tensor, or isn't there."""
         self.leaf(point)
         return point
 

@@ -69,6 +69,8 @@ class Bench:
             says = f"{name}_rot is {name} after norm and rotation"
             yield says, f"{name}_rot", (name,), partial(self.turned, name)
         yield "scores are the scaled products of q_rot and k_rot", "scores", ("q_rot", "k_rot"), self.scores
+        if "q_rot" not in self.block.named:
+            yield "scores are the scaled products of q and k, and slopes", "scores", ("q", "k"), self.sloped_scores
         yield "pattern is the softmax of scores", "pattern", ("scores",), self.pattern
         if "pattern" in self.block.named:
             yield "z is pattern times v", "z", ("pattern", "v"), self.z
@@ -174,9 +176,12 @@ class Bench:
 
     def attended(self, v: Values) -> Sequence[Tensor]:
         """Attention by hand, causal, for models whose own can't be looked into."""
+        value = spread(v["v"].transpose(1, 2), v["q"].shape[2]).float()
+        return [(scores.softmax(-1) @ value).transpose(1, 2) for scores in self.sloped_scores(v)]
+
+    def sloped_scores(self, v: Values) -> Sequence[Tensor]:
         q = self.turned("q", v)[0].float()
         k = spread(self.turned("k", v)[0], q.shape[1]).float()
-        value = spread(v["v"].transpose(1, 2), q.shape[1]).float()
         products = q @ k.transpose(-1, -2) * self.scale
         length = products.shape[-1]
         later = torch.ones(length, length, dtype=torch.bool, device=q.device).triu(1)
@@ -185,9 +190,10 @@ class Bench:
             each, places = slopes(q.shape[1]).to(q.device)[:, None, None], torch.arange(length, device=q.device)
             # Falcon makes its slopes in bfloat16, whatever the weights are, and scales them with the products.
             rough = (each.bfloat16() * places).float()
-            biases = [each * places, each * places * self.scale, rough, rough * self.scale]
-        found = [(products + bias).masked_fill(later, float("-inf")).softmax(-1) @ value for bias in biases]
-        return [value.transpose(1, 2) for value in found]
+            # MPT counts them back from the last position.
+            biases = [each * places, each * (places - length + 1)]
+            biases += [each * places * self.scale, rough, rough * self.scale]
+        return [(products + bias).masked_fill(later, float("-inf")) for bias in biases]
 
     def attn_out_raw(self, v: Values) -> Sequence[Tensor]:
         return [self.call(self.block.family.out, v["z"].flatten(2))]

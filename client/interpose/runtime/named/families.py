@@ -43,6 +43,8 @@ class Family:
         embed_norm, pos_embed, final_norm: relative to the module that holds the blocks' list.
         embed_scale, logits_scale, logits_cap: the config's figures for these.
         alibi: attention adds a slope over key positions.
+        scores, pattern: within an attention module that can't be looked into otherwise, the call of a function or
+            the module where these are.
         says: why whole groups of names don't exist.
     """
 
@@ -78,6 +80,8 @@ class Family:
     logits_scale: str = "logits_scaling"
     logits_cap: str = "final_logit_softcapping"
     alibi: bool = False
+    scores: str = ""
+    pattern: str = ""
     says: dict[str, str] = field(default_factory=dict)
 
 
@@ -198,6 +202,8 @@ BLOOM = replace(
     embed_norm="word_embeddings_layernorm",
     final_norm="ln_f",
     alibi=True,
+    scores="softmax_0.inputs",
+    pattern="attention_dropout",
 )
 
 MPT = Family(
@@ -217,6 +223,8 @@ MPT = Family(
     adds=("ffn",),
     final_norm="norm_f",
     alibi=True,
+    scores="softmax_0.inputs",
+    pattern="dropout_0.output",
 )
 
 OPT = replace(
