@@ -187,7 +187,7 @@ def test_a_model_outside_the_interface_says_so_and_stays_as_it_is() -> None:
 @pytest.mark.parametrize("overrides", [{}, {"alibi": True}, {"new_decoder_architecture": True, "num_kv_heads": 2}])
 def test_fused_attention_that_a_model_calls_itself_is_written_out_for_those_who_look(overrides: Any) -> None:
     found = AutoModelForCausalLM.from_pretrained(tiny("falcon", **overrides)).eval()
-    kwargs = feed(found, "padded")
+    kwargs = feed(found, "left")
     plain, before = found(**kwargs).logits, found.config._attn_implementation
     assert attention.install(found, [kwargs]) == attention.READABLE
     assert found.config._attn_implementation == before
