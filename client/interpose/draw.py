@@ -52,15 +52,21 @@ def draw_functions(manifest: Manifest, path: str) -> str:
     there = calls(info)
     width = max(map(len, there), default=0)
     where = path or manifest.model
-    lines = [f"{where} ({info.cls}) calls", *(f"  {call:<{width}}  {_call(manifest, info, call)}" for call in there)]
+    lines = [
+        f"{where} ({info.cls}) calls",
+        *(f"  {call:<{width}}  {_call(manifest, info, call)}" for call in there),
+    ]
     return "\n".join(lines) if there else f"{where} ({info.cls}) calls no function that is a point"
 
 
 def _call(manifest: Manifest, info: ModuleInfo, call: str) -> str:
-    given, named = info.points[f"{call}.inputs"] or ((), {})
-    shown = [_layout(item, manifest) or "-" for item in given] if isinstance(given, tuple) else []
-    if isinstance(named, dict):
-        shown += [f"{name} {_layout(item, manifest)}" for name, item in named.items() if item is not None]
+    shown: list[str] = []
+    inputs = info.points[f"{call}.inputs"]
+    for part in inputs if isinstance(inputs, tuple) else ():
+        if isinstance(part, tuple):
+            shown += [_layout(item, manifest) or "-" for item in part]
+        elif isinstance(part, dict):
+            shown += [f"{name} {_layout(item, manifest)}" for name, item in part.items() if item is not None]
     return f"({', '.join(shown)}) -> {_layout(info.points[f'{call}.output'], manifest)}"
 
 

@@ -1,4 +1,4 @@
-"""Values at the calls of torch's functions inside a module's forward, against the same forward written out by hand."""
+"""Values at calls of functions inside a module's forward, against the same forward written out by hand."""
 
 from __future__ import annotations
 
@@ -215,7 +215,9 @@ def eager_falcon() -> tuple[LanguageModel, Any]:
     return LanguageModel(AutoModelForCausalLM.from_pretrained(tiny("falcon"), attn_implementation="eager")), stock
 
 
-def test_what_a_function_writes_over_is_what_the_model_goes_on_with(eager_falcon: tuple[LanguageModel, Any]) -> None:
+def test_what_a_function_writes_over_is_what_the_model_goes_on_with(
+    eager_falcon: tuple[LanguageModel, Any],
+) -> None:
     """Falcon divides its scores in place: what is put there must be where the model's own name looks."""
     model, stock = eager_falcon
     row = [7, 21, 90, 33, 150]

@@ -51,6 +51,17 @@ REFUSED: dict[str, tuple[type[InterposeError], Node]] = {
         UnknownPoint,
         Node(1, "read", point=Point("transformer.h.0.attn", "output", (1,)), invoke=0),
     ),
+    **{
+        f"a call {name!r}": (UnknownPoint, Node(1, "read", point=Point("transformer.h.1.mlp.act", name), invoke=0))
+        for name in (
+            "tanh_9.output",
+            "tanh_0.__class__",
+            "system_0.output",
+            "tanh_0.output.output",
+            "_0.inputs",
+            ".",
+        )
+    },
     "no view": (InvalidGraph, Node(1, "write", ((("mul", 2),), ..., 1.0), point=LATE, invoke=0)),
     "too many views": (InvalidGraph, Node(1, "write", ((("mT",),) * 33, ..., 1.0), point=LATE, invoke=0)),
     "a nest": (

@@ -52,5 +52,9 @@ def no_such_point(info: ModuleInfo, name: str, where: str) -> str:
     if close:
         return f"{where} calls no {call}; did you mean {' or '.join(close)}?"
     if "pattern" in info.points:
-        return f"{where} calls no {call}: what its attention function computes are the points {', '.join(ATTENTION)}"
-    return f"{where} calls no {call}; {'it calls ' + ', '.join(there) if there else 'no function it calls is a point'}"
+        return (
+            f"{where} calls no {call}: what its attention function computes are the points {', '.join(ATTENTION)}"
+        )
+    return (
+        f"{where} calls no {call}; {'it calls ' + ', '.join(there) if there else 'no function it calls is a point'}"
+    )

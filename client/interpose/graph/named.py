@@ -250,8 +250,8 @@ _LENS: Mapping[str, tuple[str, tuple[View, ...]]] = {
 _LENS_MODEL = {"hook_embed": "embed", "hook_pos_embed": "pos_embed", "unembed": "logits"}
 
 _LENS_REFUSED = {
-    "hook_normalized": "it is the value before the norm's gain, which the model never makes; a norm's output is "
-    "after it: read the norm module's output",
+    "hook_normalized": "it is the value before the norm's gain, which is no point of the block; a norm's output is "
+    "after it: read the norm module's output, or where its forward is written out, functions.mul[0].output",
     "hook_scale": "the model never makes a norm's scale; compute it from the norm module's input",
     "hook_attn_in": "it is a copy of the residual for each head, which only TransformerLens makes; see resid_pre",
     "hook_q_input": "it is a copy of the residual for each head, which only TransformerLens makes; see resid_pre",

@@ -24,7 +24,6 @@ from transformers import PretrainedConfig, PreTrainedModel
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, AttentionMaskInterface
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, AttentionInterface
 
-from ..graph.manifest import ATTENTION
 from .hooks import CURRENT, Scope, hooked
 from .inputs import principal
 

@@ -18,15 +18,21 @@ from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 
 from ..graph.functions import function_of
-from ..graph.ops import INPLACE, OPERATORS, OPS
+from ..graph.ops import INPLACE, OPERATORS, OPS, SPELLINGS
 from ..graph.ops.convert import NAMED
 from . import nests
 
 if TYPE_CHECKING:
     from .hooks import Scope
 
-_PLUMBING = frozenset({*NAMED, "to", "type", "type_as", "getitem", "setitem", "copy", "detach", "clone", "positive"})
+_PLUMBING = frozenset(
+    {*NAMED, "to", "type", "type_as", "getitem", "setitem", "copy", "detach", "clone", "positive"}
+)
 """Operations that move values and compute none, beside views."""
+
+_ALIASES = {spelling.rpartition(".")[2]: op for spelling, op in SPELLINGS.items()}
+_ALIASES |= {**INPLACE, "rsub": "sub", "rdiv": "div", **{name: name for name in OPS}}
+"""A function's own name -> operation."""
 
 
 def called(func: Callable[..., Any]) -> str | None:
@@ -35,7 +41,7 @@ def called(func: Callable[..., Any]) -> str | None:
     if name.startswith("__"):
         bare = name.strip("_")
         name = OPERATORS.get(bare) or OPERATORS.get(bare[1:], bare)
-    name = {"rsub": "sub", "rdiv": "div"}.get(name, INPLACE.get(name, name))
+    name = _ALIASES.get(name, name)
     op = OPS.get(name)
     return None if op is None or op.view or name in _PLUMBING else name
 
@@ -73,7 +79,9 @@ class Made:
     full: dict[str, list[Sequence[str]]] = field(default_factory=dict)
     later: dict[str, list[Sequence[str]]] = field(default_factory=dict)
 
-    def add(self, made: Mapping[tuple[str, int], Sequence[str]], entered: Mapping[str, int], *, later: bool) -> None:
+    def add(
+        self, made: Mapping[tuple[str, int], Sequence[str]], entered: Mapping[str, int], *, later: bool
+    ) -> None:
         """Args: made: (module, call) -> what it called; entered: module -> how often it was called itself."""
         runs = self.later if later else self.full
         for module, times in entered.items():
@@ -177,5 +185,3 @@ class Functions(TorchFunctionMode):
 def _into(memory: torch.Tensor, value: torch.Tensor) -> None:
     if value is not memory:
         memory.copy_(value)
-
-

@@ -47,4 +47,5 @@ def explicit(
     pattern = tap("scores", scores).softmax(-1, dtype=torch.float32).to(value.dtype)
     out: Any = tap("pattern", pattern) @ values
     # Its layout in memory is the fused form's: models go on with views.
-    return tap("z", out.transpose(-3, -2)).transpose(-3, -2).contiguous()
+    made: Tensor = tap("z", out.transpose(-3, -2)).transpose(-3, -2).contiguous()
+    return made

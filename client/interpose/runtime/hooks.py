@@ -152,7 +152,7 @@ def _mode(scope: Scope, functions: Mapping[str, Sequence[str] | None]) -> Abstra
 
 
 def _within(modules: Mapping[str, nn.Module], functions: Mapping[str, Any]) -> set[nn.Module]:
-    """The modules within those whose functions are shown, but for the touched ones: their functions are their own."""
+    """Modules within those whose functions are shown, but for the touched ones, whose functions are their own."""
     inside = {module for name in functions for module in modules[name].modules()}
     return inside - set(modules.values())
 

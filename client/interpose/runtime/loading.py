@@ -139,7 +139,9 @@ def wrap(model: nn.Module, name: str, tokenizer: Any = None) -> Loaded:
         windows=describe.windows(model, measured.blocks),
     )
     names = {module: path for path, module in modules.items()}
-    return named.settle(Loaded(model, manifest, file, names, modules, device, feeding, measured.rewritten, measured.first_only))
+    return named.settle(
+        Loaded(model, manifest, file, names, modules, device, feeding, measured.rewritten, measured.first_only)
+    )
 
 
 def _folder(source: str | Path) -> Path | None:

@@ -189,6 +189,7 @@ def _bare(path: str, module: nn.Module) -> ModuleInfo:
 
 def _readable(plain: _Recorder, looking: _Recorder) -> str:
     """`READABLE`, or why there are no points inside attention."""
+
     def modules(run: _Recorder) -> list[tuple[str, str]]:
         return [(path, event) for path, event in run.order if event not in ATTENTION and not call_of(event)]
 

@@ -15,8 +15,8 @@ if TYPE_CHECKING:
 class Functions:
     """The calls a module's own forward makes, in order: printed with their shapes, found by function or by name.
 
-    `functions.softmax` are all calls of one function, `functions.softmax_1` is the second of them. Which calls there
-    are was measured when the model was loaded.
+    `functions.softmax` are all calls of one function, `functions.softmax_1` is the second of them. Which calls
+    there are was measured when the model was loaded.
     """
 
     def __init__(self, module: Module) -> None:
