@@ -104,6 +104,7 @@ class Checker:
         symbolic: there are no prompts yet, so numbers of rows and positions aren't known.
         parts: tensors given by ops that give several, so far.
         ended: loops whose end was seen.
+        upstream: nodes that follow from gradients -> the runs of these.
     """
 
     manifest: Manifest
@@ -118,6 +119,7 @@ class Checker:
     symbolic: bool = False
     parts: int = 0
     ended: set[int] = field(default_factory=set)
+    upstream: dict[int, frozenset[int]] = field(default_factory=dict)
 
     def add(self, node: Node) -> Known:
         """Check one node. Raises a GraphError that names it."""
@@ -126,6 +128,7 @@ class Checker:
             if node.point is not None and node.op not in ("read", "write"):
                 raise InvalidGraph("only reads and writes name a hook point")
             self._enter(node)
+            self._trace_gradients(node)
             handler = HANDLERS.get(node.op)
             known = handler(self, node) if handler else self._pure(node)
             if isinstance(known.spec, tuple):
@@ -156,6 +159,14 @@ class Checker:
                 raise BadArgument(
                     "a value made inside a condition, loop or step exists only there; let it return it"
                 )
+
+    def _trace_gradients(self, node: Node) -> None:
+        """Note what follows from a gradient. What the model is given of it in the same forward can't wait for others'."""
+        sources = (*refs((*node.args, *node.kwargs.values())), *(() if node.when is None else (node.when,)))
+        runs = frozenset[int]().union(*(self.upstream.get(source, ()) for source in sources))
+        if runs and node.op not in ("grad", "set_grad"):
+            self.upstream[node.id] = runs
+            self.exclusive |= node.op in ("read", "write") and node.run in runs
 
     def _decided(self, node: Node, known: Known) -> Known:
         """A node in a body exists once that is decided."""

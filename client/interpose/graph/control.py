@@ -166,7 +166,7 @@ def backward(checker: Checker, node: Node) -> Known:
         raise BadArgument("gradients are taken in a trace; a generation has none")
     if isinstance(spec, TensorSpec) and (spec.numel != 1 or not _floating(spec)):
         raise BadArgument(f"backward starts from one floating-point number, not {spec.dtype}{list(spec.shape)}")
-    checker.exclusive = checker.gradients = True
+    checker.gradients = True
     return Known(None, checker.moment(node.args))
 
 
@@ -174,6 +174,7 @@ def backward(checker: Checker, node: Node) -> Known:
 def grad(checker: Checker, node: Node) -> Known:
     arity(node, 2)
     spec, moment = _gradient(checker, node)
+    checker.upstream[node.id] = frozenset({node.run})
     return Known(spec, moment, bytes=nbytes(spec))
 
 

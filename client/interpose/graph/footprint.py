@@ -17,6 +17,7 @@ class Footprint:
         rows: most rows of one run.
         longest: most positions of one row, new tokens included.
         attention: it looks inside attention, so it runs on the eager path.
+        gradients: it asks for gradients, so its forwards keep what a backward needs.
         exclusive: it must run alone.
         result_bytes, memory_bytes, flops: bounds from shapes alone.
     """
@@ -26,6 +27,7 @@ class Footprint:
     rows: int = 1
     longest: int = 1
     attention: bool = False
+    gradients: bool = False
     exclusive: bool = False
     result_bytes: int = 0
     memory_bytes: int = 0

@@ -70,6 +70,7 @@ def validate(graph: Graph, manifest: Manifest, limits: Limits, *, batching: str 
             rows=max((run.rows for run in graph.runs), default=0),
             longest=max((run.longest + new_tokens(run) for run in graph.runs), default=0),
             attention=checker.attention,
+            gradients=checker.gradients,
             exclusive=checker.exclusive
             or batching == "exclusive"
             or not manifest.row_independent

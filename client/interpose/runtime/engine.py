@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -19,6 +19,7 @@ from ..graph.model import Graph
 from ..graph.validate import Report, validate
 from .forward import Forward, place, starts
 from .generation import Generation
+from .gradients import run_backwards
 from .independence import Buffers
 from .inputs import ModelInputs, batch_inputs, call_kwargs
 from .interpreter import Interpreter, Sink, World
@@ -71,7 +72,12 @@ class Engine:
     def _together(self, jobs: Sequence[EngineJob]) -> list[InterposeError | None]:
         try:
             started = [self._start(job) for job in jobs]
-            self._runs([job for job in started if isinstance(job, Interpreter)])
+            running = [job for job in started if isinstance(job, Interpreter)]
+            try:
+                self._runs(running)
+            finally:
+                for job in running:
+                    job.gradients.close()
         except Exception as error:
             if len(jobs) > 1:
                 log.warning("a shared run failed (%s); its %d jobs run apart", type(error).__name__, len(jobs))
@@ -80,7 +86,15 @@ class Engine:
                 return [OutOfMemory("the job alone doesn't fit the device's memory")]
             log.exception("a job failed that shouldn't have")
             return [InternalError(f"running it failed with {type(error).__name__}; this is our fault")]
-        return [job.error if isinstance(job, Interpreter) else job for job in started]
+        return [self._outcome(job, run) for job, run in zip(jobs, started, strict=True)]
+
+    def _outcome(self, job: EngineJob, run: Interpreter | InterposeError) -> InterposeError | None:
+        if isinstance(run, InterposeError):
+            return run
+        if run.doubtful:
+            (error,) = self._together([replace(job, exclusive=True)])
+            return error
+        return run.error
 
     def _apart(self, jobs: Sequence[EngineJob]) -> list[InterposeError | None]:
         half = len(jobs) // 2
@@ -109,7 +123,7 @@ class Engine:
     def _runs(self, jobs: Sequence[Interpreter]) -> None:
         """Run level by level: the runs of a level, of all jobs, need nothing of one another."""
         for level in range(max((len(job.plan.levels) for job in jobs), default=0)):
-            shared: dict[tuple[str, bool], list[tuple[Interpreter, int]]] = {}
+            shared: dict[tuple[str, bool, bool], list[tuple[Interpreter, int]]] = {}
             for job in jobs:
                 for run in job.plan.levels[level] if level < len(job.plan.levels) else ():
                     if job.plan.idle(run):
@@ -117,7 +131,7 @@ class Engine:
                     if job.exclusive:
                         self._forward([(job, run)])
                     else:
-                        key = job.plan.graph.runs[run].kind, job.plan.attention(run)
+                        key = job.plan.graph.runs[run].kind, job.plan.attention(run), bool(job.plan.backwards)
                         shared.setdefault(key, []).append((job, run))
             for group in shared.values():
                 self._forward(group)
@@ -144,6 +158,7 @@ class Engine:
             forward = Forward(self.loaded, placed, Span.whole(inputs.input_ids.shape[0], width, width))
             forward.run(self._kwargs(inputs))
             forward.finish()
+            run_backwards([job.gradients for job in dict.fromkeys(job for job, _ in group)])
 
     def _kwargs(self, inputs: ModelInputs) -> dict[str, Any]:
         kwargs: dict[str, Any] = call_kwargs(self.loaded, inputs)
@@ -152,5 +167,5 @@ class Engine:
 
 
 def _gradients(*jobs: Interpreter) -> torch.set_grad_enabled:
-    """Tracks what is computed if a job asked for gradients; such jobs run alone."""
+    """Tracks what is computed if a job asked for gradients; such jobs share forwards with their like."""
     return torch.set_grad_enabled(any(job.plan.backwards for job in jobs))

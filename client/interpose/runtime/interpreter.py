@@ -13,6 +13,7 @@ from torch import nn
 
 from ..errors import (
     BadArgument,
+    InternalError,
     InterposeError,
     JobCancelled,
     NotReached,
@@ -99,6 +100,7 @@ class Interpreter:
         self.seeds = seeds
         self.exclusive = exclusive
         self.error: InterposeError | None = None
+        self.doubtful = False
         self.result_bytes = 0
         self.flops = 0
         self.held = Held(limits)
@@ -141,6 +143,10 @@ class Interpreter:
                 if node.run == run and self.plan.template_of(node.id) is not None and self.error is None:
                     self._emit(node, self._lists.pop(node.id, []))
 
+    def go_on(self) -> None:
+        """Run what became ready while it couldn't run."""
+        self._drain()
+
     def provide(self, node: int, value: Any, only: frozenset[int] | None = None) -> None:
         """A value exists: run everything that waited for it alone; with `only`, what isn't in it stays ready."""
         self._give(node, value)
@@ -171,6 +177,11 @@ class Interpreter:
             self.error = error
         self._values.clear()
         self._ready.clear()
+
+    def doubt(self) -> None:
+        """What came of sharing a forward can't be told from another job's doing: to be run again alone."""
+        self.doubtful = True
+        self.fail(InternalError("its part of a shared backward can't be told"))
 
     def arguments(self, args: Sequence[Any]) -> tuple[Any, ...]:
         """Arguments with references replaced by values."""
@@ -217,7 +228,8 @@ class Interpreter:
     def _read(self, node: Node, values: RunValues, view: Span) -> Any:
         assert node.point is not None
         if node.id in self.plan.gradients:
-            self.gradients.watch(node.id, *values.watch(node.point.path, view))
+            tensor, part, shared = values.watch(node.point.path, view)
+            self.gradients.watch(node.id, tensor, part, shared=shared)
         value = values.read(node.point.path, view)
         spec = self.known[node.id].spec
         if isinstance(spec, TensorSpec) and tuple(value.shape) != spec.shape:
@@ -433,7 +445,7 @@ class Interpreter:
         return inside
 
     def backward(self, node: Node, args: tuple[Any, ...]) -> None:
-        self.gradients.run(node, args[0])
+        self.gradients.ask(node, args[0])
 
     def nothing(self, node: Node, args: tuple[Any, ...]) -> None:
         """Control nodes do nothing themselves."""

@@ -85,6 +85,8 @@ class Slot:
         if not self.current.requires_grad:
             self.current = self.current.detach().requires_grad_()
             self.written = True
+        # Of a shared forward's tensor this is a part: the model must go on through it.
+        self.written |= not self.view.whole
         self.private = False
         return self.current
 
@@ -131,15 +133,16 @@ class RunValues:
             raise BadArgument("a nest can't be written as one")
         self._slot(leaf, path).write(self._within(leaf, invoke), chain, index, value)
 
-    def watch(self, path: Path, invoke: Span) -> tuple[torch.Tensor, View]:
-        """The whole tensor at a path, ready for gradients, and how an invoke's part is cut out of it."""
+    def watch(self, path: Path, invoke: Span) -> tuple[torch.Tensor, View, bool]:
+        """The run's whole tensor at a path, ready for gradients, how an invoke's part is cut out of it, and whether
+        it is itself a part of what several runs share."""
         leaf = walk(self.touched.layout, path)
         if not isinstance(leaf, Leaf):
             raise BadArgument("a nest has no gradient; take one of its tensors")
         slot = self._slot(leaf, path)
         # Else the model would go on with memory of its own, past which no gradient comes.
         slot.written |= self.touched.in_place or self.touched.rewritten
-        return slot.watch(), self._within(leaf, invoke)
+        return slot.watch(), self._within(leaf, invoke), not slot.view.whole
 
     def finish(self) -> None:
         """Hand the newest versions to the model."""
