@@ -190,7 +190,7 @@ def test_a_neighbour_that_fails_in_the_backward_fails_alone() -> None:
 
     def cut_off(model: Any, tracer: Any) -> None:
         hidden = model.layers[0].resid_post
-        model.layers[1].resid_post = torch.ones(1, 3, 64)
+        model.layers[1].resid_post = hidden.detach() * 0 + 1
         with model.logits[0, -1, 3].backward():
             hidden.grad.save()
 

@@ -161,7 +161,7 @@ class Checker:
                 )
 
     def _trace_gradients(self, node: Node) -> None:
-        """Note what follows from a gradient. What the model is given of it in the same forward can't wait for others'."""
+        """Note what follows from a gradient. If the same forward needs it, it can't wait for others' losses."""
         sources = (*refs((*node.args, *node.kwargs.values())), *(() if node.when is None else (node.when,)))
         runs = frozenset[int]().union(*(self.upstream.get(source, ()) for source in sources))
         if runs and node.op not in ("grad", "set_grad"):

@@ -4,9 +4,9 @@ Parameters are frozen, so nothing is differentiated until a value is watched: th
 and what the model computes from it is tracked. A gradient is taken of the whole tensor the model goes on with, then
 cut to the rows that asked.
 
-Jobs that share a forward share a backward of their summed losses: rows don't influence one another, so at each job's
-own part of a value the gradient is that of its own loss. Only where nothing but zeros arrives can't it be told whether
-that is the gradient or whether the way there is another job's; such a job runs again alone.
+Jobs that share a forward share a backward of their summed losses: rows don't influence one another, so at each
+job's own part of a value the gradient is that of its own loss. Only where nothing but zeros arrives, it can't be told
+whether that is the gradient or whether the way there is another job's; such a job runs again alone.
 """
 
 from __future__ import annotations
@@ -88,7 +88,7 @@ class Gradients:
         self._waiting.clear()
 
     def ask(self, node: Node, loss: torch.Tensor) -> None:
-        """A backward's loss is there. A job that runs alone runs it now, as what comes later may need its gradients."""
+        """A backward's loss is there. Alone it runs now, as what comes later may need its gradients."""
         if not isinstance(loss, torch.Tensor) or not loss.requires_grad:
             raise NotReached("the loss depends on no value whose gradient was asked for")
         self._waiting.append((node, loss))

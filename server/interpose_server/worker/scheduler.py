@@ -51,6 +51,7 @@ def _shares(job: Waiting) -> bool:
 
 
 def _alike(one: Waiting, other: Waiting) -> bool:
-    """The same kind, attention path and need of gradients; as many runs, or the short job would wait for the long one's end."""
+    """The same kind, attention path and need of gradients; and as many runs, or the short job would wait for the
+    long one's end."""
     a, b = one.footprint, other.footprint
     return (a.kind, a.attention, a.gradients, a.runs) == (b.kind, b.attention, b.gradients, b.runs)
