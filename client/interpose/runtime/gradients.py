@@ -5,7 +5,7 @@ and what the model computes from it is tracked. A gradient is taken of the whole
 cut to the rows that asked.
 
 Jobs that share a forward share a backward of their summed losses: rows don't influence one another, so at each
-job's own part of a value the gradient is that of its own loss. Only where nothing but zeros arrives, it can't be told
+job's own part of a value the gradient is that of its own loss. Where nothing but zeros arrives, it can't be told
 whether that is the gradient or whether the way there is another job's; such a job runs again alone.
 """
 
