@@ -14,9 +14,9 @@ from .graph.limits import Limits
 from .graph.manifest import Manifest
 from .graph.model import Graph
 from .graph.validate import validate
+from .tracing.bases import MakeValue
 from .tracing.execution import Handle, Options
 from .tracing.notes import note
-from .tracing.recorder import MakeValue
 
 if TYPE_CHECKING:
     from .transports.local import LocalModel

@@ -7,8 +7,9 @@ from typing import Any
 import numpy as np
 from numpy.lib.mixins import NDArrayOperatorsMixin
 
+from .bases import Base, View
 from .deferred import Deferred
-from .recorder import Base, Recorder, View
+from .recorder import Recorder
 
 
 class DeferredArray(Deferred):

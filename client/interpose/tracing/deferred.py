@@ -8,9 +8,11 @@ from typing import Any, ClassVar, NoReturn
 from ..errors import BadArgument, ControlFlow, ShapeUnknown, UnknownOp
 from ..graph import ops
 from ..graph.values import DTYPES, DType, TensorSpec
+from .bases import Base, View, is_same, is_view, why
 from .gradients import Backward
 from .notes import note
-from .recorder import Base, Recorder, View, why
+from .outside import is_dtype
+from .recorder import Recorder
 
 
 class Deferred:
@@ -111,10 +113,10 @@ class Deferred:
         if self._role == "block" and type(index) is int:
             if index != 0:
                 raise BadArgument(f"row {index} of a block's hidden states is written output[0][{index}] = ...")
-            self._recorder.put_back(self, value)
+            self._recorder.points.put_back(self, value)
             return
         plain = self._recorder.arg(index)
-        if self._recorder.is_view(value, self, ("getitem", plain if isinstance(plain, tuple) else (plain,))):
+        if is_view(value, self, ("getitem", plain if isinstance(plain, tuple) else (plain,))):
             return  # the second half of `x[i] += y`, which has been written already
         self._root.write(self._chain, plain, self._recorder.arg(value))
 
@@ -142,23 +144,23 @@ class Deferred:
 
     def backward(self) -> Backward:
         """Run gradients back from this number; `with loss.backward():` is a block to read and replace them in."""
-        return Backward(self._recorder, self._recorder.start_backward(self))
+        return self._recorder.gradients.start(self)
 
     def retain_grad(self) -> None:
         """Keep the gradient of the backwards that follow: after the block it is `.grad`."""
-        self._recorder.retain(self)
+        self._recorder.gradients.retain(self)
 
     @property
     def grad(self) -> Any:
         """The value's gradient: deferred inside the block, real after it if it was retained."""
         if "_gradient" in self.__dict__:
             return self.__dict__["_gradient"]
-        return self._recorder.gradient(self)
+        return self._recorder.gradients.of(self)
 
     @grad.setter
     def grad(self, value: Any) -> None:
-        gradient = self._recorder.gradient(self)
-        if self._recorder.is_same(value, gradient):
+        gradient = self._recorder.gradients.of(self)
+        if is_same(value, gradient):
             return  # the second half of `h.grad *= 2`, which has been written already
         gradient._root.write(gradient._chain, None, self._recorder.arg(value))
 
@@ -211,7 +213,7 @@ class Deferred:
         """A dtype conversion; devices are left to the server."""
         if kwargs.pop("copy", False):
             return self.to(*args, **kwargs).clone()
-        wanted = [arg for arg in (*args, *kwargs.values()) if self._recorder.is_dtype(arg)]
+        wanted = [arg for arg in (*args, *kwargs.values()) if is_dtype(arg)]
         if wanted:
             return self._recorder.op("to", (self, wanted[0]), {})
         other = next((arg for arg in args if hasattr(arg, "dtype")), None)
@@ -230,7 +232,7 @@ class Deferred:
         if name.startswith("__") or "_recorder" not in self.__dict__:
             raise AttributeError(name)
         if self._role == "model":
-            found = self._recorder.output_field(self, name)
+            found = self._recorder.points.output_field(self, name)
             if found is not None:
                 return found
         if name in ops.INPLACE:

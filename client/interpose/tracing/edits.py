@@ -59,7 +59,7 @@ class Editor:
             graph.nodes,
             graph.attachments,
             {key: _kept(tensor) for key, tensor in tensors.items()},
-            self.recorder.skipped,
+            self.recorder.points.skipped,
         )
         self.model.__dict__["_edits"] = (*self.model._edits, edit)
 

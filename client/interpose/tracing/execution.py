@@ -106,11 +106,11 @@ class Execution:
             else:
                 value._absent = "this value never came: its step or branch wasn't reached"
         totals: dict[int, Any] = {}  # of several backwards, as torch adds them up
-        for node, value in recorder.gradients:
+        for node, value in recorder.gradients.saved:
             if node in values:
                 totals[id(value)] = values[node] + totals.get(id(value), 0)
                 value._keep_gradient(totals[id(value)])
-        recorder.gradients = []
+        recorder.gradients.saved = []
 
 
 class TraceJob:

@@ -5,9 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from ..errors import BadArgument
 from ..graph.values import Ref
 
 if TYPE_CHECKING:
+    from .bases import Value
     from .recorder import Recorder
 
 
@@ -30,14 +32,60 @@ class GradientBase:
         self._current = None
 
 
+class Gradients:
+    """The gradients asked for in one recorded job.
+
+    Attributes:
+        backward: the backward node whose gradients `.grad` names.
+        saved: save nodes of retained gradients, and the values they are the gradients of.
+    """
+
+    def __init__(self, recorder: Recorder) -> None:
+        self._recorder = recorder
+        self.backward: int | None = None
+        self.saved: list[tuple[int, Any]] = []
+        self._retained: list[Any] = []
+        self._bases: dict[tuple[int, int], GradientBase] = {}
+
+    def retain(self, value: Value) -> None:
+        """Ask for a value's gradient: after the block it is its `.grad`."""
+        self._recorder.ref(value)
+        self._retained.append(value)
+
+    def start(self, loss: Value) -> Backward:
+        """Record a backward; the gradients retained so far are kept."""
+        recorder = self._recorder
+        self.backward = recorder.node("backward", (Ref(recorder.ref(loss)),))
+        for value in self._retained:
+            gradient = self.of(value)
+            self.saved.append((recorder.node("save", (Ref(recorder.ref(gradient)),)), value))
+        return Backward(self, self.backward)
+
+    def of(self, value: Value) -> Any:
+        """The gradient of a value in the current backward, deferred."""
+        if self.backward is None:
+            raise BadArgument("gradients exist once a loss runs backward: with loss.backward(): h.grad")
+        if getattr(value._root, "computed", False):
+            raise BadArgument(
+                "the model doesn't make this tensor itself, so no gradient comes to it; take that of a value it is "
+                "computed from"
+            )
+        recorder, target = self._recorder, value._root.node()
+        base = self._bases.setdefault((target, self.backward), GradientBase(recorder, target, self.backward))
+        node = base.node()
+        for name, *args in value._chain:
+            node = recorder.node(name, (Ref(node), *args))
+        return recorder.make(recorder, base, value._chain, node)
+
+
 class Backward:
     """What `loss.backward()` gives: a block in which gradients can be read and replaced."""
 
-    def __init__(self, recorder: Recorder, node: int) -> None:
-        self._recorder, self._node = recorder, node
+    def __init__(self, gradients: Gradients, node: int) -> None:
+        self._gradients, self._node = gradients, node
 
     def __enter__(self) -> Backward:
-        self._recorder.backward = self._node
+        self._gradients.backward = self._node
         return self
 
     def __exit__(self, *error: object) -> None:

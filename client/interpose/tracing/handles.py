@@ -110,7 +110,7 @@ class Module:
         Raises WrongOrder if the value comes only after the module has begun.
         """
         recorder = self._owner._recording()
-        recorder.skip(self._path, self._call or 0, value)
+        recorder.points.skip(self._path, self._call or 0, value)
         self.points["output"] = value
 
     def __repr__(self) -> str:
@@ -153,7 +153,7 @@ class Points:
         if place is not None:
             return standard.read(recorder, place)
         point, role = self._find(name)
-        value = recorder.at(point)
+        value = recorder.points.at(point)
         if role:
             value._role = role
         return value
@@ -169,7 +169,7 @@ class Points:
             value = value[0]
         layout = walk(recorder.manifest.module(point.module).points[point.name], point.path)
         if isinstance(layout, Leaf):
-            recorder.replace(point, value)
+            recorder.points.replace(point, value)
         else:
             _replace_parts(recorder, point, layout, value)
 
@@ -239,6 +239,6 @@ def _replace_parts(recorder: Recorder, point: Point, layout: Any, value: Any) ->
     for key, part in parts.items():
         inner, at = layout[key], replace(point, path=(*point.path, key))
         if isinstance(inner, Leaf):
-            recorder.replace(at, part)
+            recorder.points.replace(at, part)
         elif inner is not None:
             _replace_parts(recorder, at, inner, part)

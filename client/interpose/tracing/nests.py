@@ -48,13 +48,13 @@ class Nest:
         part = self._part(key)
         if part is None:
             raise UnknownPoint(f"{self._point}[{key!r}] is no tensor: there is nothing to read")
-        return self._recorder.at(replace(self._point, path=(*self._point.path, key)))
+        return self._recorder.points.at(replace(self._point, path=(*self._point.path, key)))
 
     def __setitem__(self, key: Key, value: Any) -> None:
         if isinstance(self._layout, tuple) and isinstance(key, int) and key < 0:
             key += len(self._layout)
         self._part(key)
-        self._recorder.replace(replace(self._point, path=(*self._point.path, key)), value)
+        self._recorder.points.replace(replace(self._point, path=(*self._point.path, key)), value)
 
     def __getattr__(self, name: str) -> Any:
         if not name.startswith("_") and isinstance(self._layout, dict) and name in self._layout:

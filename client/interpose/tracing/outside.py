@@ -24,6 +24,10 @@ def dtype_of(value: Any) -> DType | None:
     return DType(name) if name in DTYPES else None
 
 
+def is_dtype(value: Any) -> bool:
+    return isinstance(value, DType) or dtype_of(value) is not None
+
+
 def spec_of(tensor: Any) -> TensorSpec:
     """Shape and dtype of a real tensor or array. Raises BadArgument for dtypes without a wire meaning."""
     dtype = dtype_of(tensor.dtype) if hasattr(tensor, "dtype") else None

@@ -26,7 +26,11 @@ def parameter(recorder: Recorder, name: str, default: Any) -> Any:
         raise BadArgument(f"a parameter's name is a Python name, and none of {', '.join(sorted(RESERVED))}")
     if is_deferred(default):
         raise BadArgument("a parameter's default is a number or a tensor known now, not a deferred value")
-    return recorder.parameter(name, _own(recorder, default))
+    if name in recorder.parameters:
+        raise BadArgument(f"there is a parameter {name!r} already; use the value it gave")
+    node = recorder.attachments.attach(_own(recorder, default))
+    recorder.parameters[name] = recorder.nodes[node].args[0]
+    return recorder.value(node)
 
 
 def _own(recorder: Recorder, default: Any) -> Any:

@@ -79,7 +79,7 @@ def read(recorder: Recorder, place: Place) -> Any:
         value._root.views = value._chain
     else:
         base = _base(recorder, place)
-        value = recorder._make(recorder, base, (), base.node())
+        value = recorder.make(recorder, base, (), base.node())
     return _seen(recorder, value, place.views)
 
 
@@ -87,7 +87,7 @@ def replace(recorder: Recorder, place: Place, value: Any) -> None:
     """Put another value at a named point."""
     if place.named.plain:
         at = _seen(recorder, _through(recorder, place.named.point, place.named.views), place.views)
-        recorder.replace(place.named.point, value, at._chain)
+        recorder.points.replace(place.named.point, value, at._chain)
         return
     base = _base(recorder, place)
     if getattr(value, "_root", None) is base and not value._chain:
@@ -103,7 +103,7 @@ def replace(recorder: Recorder, place: Place, value: Any) -> None:
 
 
 def _through(recorder: Recorder, point: Point, views: Sequence[View]) -> Any:
-    return _seen(recorder, recorder.at(point), views)
+    return _seen(recorder, recorder.points.at(point), views)
 
 
 def _seen(recorder: Recorder, value: Any, views: Sequence[View]) -> Any:

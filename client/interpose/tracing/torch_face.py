@@ -13,9 +13,10 @@ import torch
 from ..errors import BadArgument, UnknownOp
 from ..graph import ops
 from ..graph.values import TensorSpec
+from .bases import Base, View
 from .deferred import Deferred, in_place
 from .outside import is_deferred
-from .recorder import Base, Recorder, View
+from .recorder import Recorder
 from .torch_names import function_table
 
 _FUNCTIONS = function_table()

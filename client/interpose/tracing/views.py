@@ -1,0 +1,32 @@
+"""Which views share memory with what they are of, so that a write to either is seen by both."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from ..graph.ops.convert import NAMED
+from ..graph.values import Ref, TensorSpec
+
+if TYPE_CHECKING:
+    from .bases import View
+    from .recorder import Recorder
+
+CONVERSIONS = frozenset({"to", "type", "type_as", *NAMED})
+"""Views that are none where they change the dtype."""
+
+
+def shares(recorder: Recorder, source: Ref, view: View, node: int) -> bool:
+    """Whether what a view op gives, `node`, is the same memory as `source`."""
+    name, *args = view
+    if name == "getitem":
+        return not any(_picks(recorder, item) for item in args[0])
+    copies = name == "to" and args[2]
+    return name not in CONVERSIONS or (recorder.spec(source.id) == recorder.spec(node) and not copies)
+
+
+def _picks(recorder: Recorder, item: Any) -> bool:
+    """Whether an index item copies what it selects: masks, lists, tensors but for single integers."""
+    if not isinstance(item, Ref):
+        return isinstance(item, list)
+    spec = recorder.spec(item.id)
+    return not isinstance(spec, TensorSpec) or bool(spec.shape) or spec.dtype == "bool"
