@@ -143,9 +143,11 @@ def test_an_unsaved_value_says_so(model: Any) -> None:
     with model.trace(ROWS):
         lost = model.output[0]
         model.output.save()
-    for use in (lambda: lost + 1, lambda: lost.save(), lambda: torch.softmax(lost, -1), lambda: lost[0]):
+    uses = (lambda: lost + 1, lambda: lost.save(), lambda: torch.softmax(lost, -1), lambda: lost[0])
+    for use in (*uses, lambda: str(lost), lambda: f"{lost}", lambda: print(lost)):
         with pytest.raises(NotSaved, match=r"\.save\(\)"):
             use()
+    assert "add .save()" in repr(lost)  # a debugger may look at it
 
 
 def test_printing_a_deferred_value_shows_what_is_known(model: Any) -> None:

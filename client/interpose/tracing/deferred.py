@@ -92,10 +92,15 @@ class Deferred:
         lost = "" if self._recorder.open else f"; {why(self).message}"
         return f"<deferred {shown} {point}{''.join(f'.{step[0]}' for step in self._chain)}{lost}>"
 
-    def __format__(self, spec: str) -> str:
-        return repr(self) if not spec else self._no_number()
+    def __str__(self) -> str:
+        # What is printed after the block should be the value; a debugger's look at it (repr) fails nowhere.
+        if not self._recorder.open:
+            raise why(self)
+        return repr(self)
 
-    __str__ = __repr__
+    def __format__(self, spec: str) -> str:
+        return str(self) if not spec else self._no_number()
+
     __hash__ = object.__hash__
 
     # -- reading and writing parts -----------------------------------------------------------------------------
