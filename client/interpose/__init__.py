@@ -6,5 +6,6 @@ from .errors import InterposeError
 from .models import LanguageModel
 from .program import Program
 from .tracing.keeping import save
+from .wrapping import Model
 
-__all__ = ["CONFIG", "InterposeError", "Job", "LanguageModel", "Program", "jobs", "save"]
+__all__ = ["CONFIG", "InterposeError", "Job", "LanguageModel", "Model", "Program", "jobs", "save"]

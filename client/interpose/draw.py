@@ -83,7 +83,9 @@ def _title(manifest: Manifest) -> str:
 
 def _notes(manifest: Manifest) -> list[str]:
     notes = []
-    if manifest.attention != "interpose":
+    if not manifest.attention and not manifest.modules[""].events:
+        notes.append("Shapes and hook points are known once it has run")
+    if manifest.attention not in ("interpose", ""):
         notes.append(f"The inside of attention has no points of its own: {manifest.attention}")
     if not manifest.row_independent:
         notes.append(f"Runs alone, never beside other jobs: {manifest.row_note}")
@@ -112,6 +114,8 @@ def _result(manifest: Manifest, info: ModuleInfo) -> str:
         return f"stands for {point} of {module.rpartition('.')[2]}"
     calls = len(info.events.get("exit", ()))
     if not calls:
+        if not manifest.modules[""].events:
+            return ""  # nothing was ever run
         # Containers such as a ModuleList are never called either, which nobody needs to be told.
         return "" if manifest.children[info.path] else "(never called)"
     shown = _layout(info.points.get("output"), manifest, outermost=True)

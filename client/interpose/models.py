@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, Any, Literal
 
-from .errors import BadArgument, DeferredError
+from .errors import BadArgument
 from .graph.manifest import Manifest
 from .home import Home
-from .tracing.edits import Edit, Editor
+from .traced import Traced
 from .tracing.execution import Execute, Execution, Options
-from .tracing.handles import Module
 from .tracing.recorder import Recorder
 from .tracing.tracer import ACTIVE, SESSION, Session, Tracer
 
@@ -22,7 +21,7 @@ if TYPE_CHECKING:
 Batching = Literal["auto", "exclusive"]
 
 
-class LanguageModel(Module):
+class LanguageModel(Traced):
     """A language model, on a server or in this process.
 
     Building one loads nothing: a remote trace needs the server's manifest alone, a local one loads the weights when
@@ -57,10 +56,6 @@ class LanguageModel(Module):
             "revision": revision,
         }
         self._set_up(Home(source, host, api_key, load, tokenizer), ())
-
-    def _set_up(self, home: Home, edits: Sequence[Edit]) -> None:
-        Module.__init__(self, self, "")
-        self.__dict__.update(_home=home, _edits=tuple(edits))
 
     # -- blocks ------------------------------------------------------------------------------------------------
 
@@ -142,22 +137,6 @@ class LanguageModel(Module):
         """Open a block that runs nothing: shapes, order and errors are told as in a trace."""
         return self._open(prompt, Options(remote=self._home.prefers_server), execute=None)
 
-    def edit(self, *, inplace: bool = False) -> Editor:
-        """Open a block whose interventions stay: they come first in every later block of the edited model.
-
-        `with model.edit() as edited:` leaves `model` as it was; with `inplace` it is `model` that is edited.
-        """
-        edited = self if inplace else LanguageModel.__new__(type(self))
-        if not inplace:
-            edited._set_up(self._home, self._edits)
-        remote = self._home.prefers_server
-        recorder = Recorder(self._home.manifest(remote), self._home.face(remote), symbolic=True)
-        return Editor(edited, recorder)
-
-    def clear_edits(self) -> None:
-        """Forget all edits."""
-        self.__dict__["_edits"] = ()
-
     # -- what it is --------------------------------------------------------------------------------------------
 
     @property
@@ -192,12 +171,8 @@ class LanguageModel(Module):
         session = SESSION.get()
         generation = rest.get("generation")
         if session is not None:
-            if not self._is(session.model):
-                raise DeferredError("a session's traces are all of its own model")
-            if self._edits is not session.edits:
-                raise DeferredError("a session's edits are those of the model it is opened on: open it on this one")
             tokenize = partial(self._tokenize, session.remote)
-            return Tracer(self, session.recorder, prompt, tokenize, generation=generation)
+            return Tracer(self, self._joined(session), prompt, tokenize, generation=generation)
         owner = self._execution(options)
         if "execute" in rest:
             owner.execute = rest["execute"]
@@ -208,14 +183,9 @@ class LanguageModel(Module):
         ids: list[int] = self._home.tokenizer(remote).encode(text)
         return ids
 
-    def _program(self, recorder: Recorder) -> Any:
-        from .program import Program
-
-        return Program.of(recorder)
-
-    def _is(self, other: Any) -> bool:
-        """Whether `other` is this model, edited or not."""
-        return getattr(other, "_home", None) is self._home
+    def _edit_recorder(self) -> Recorder:
+        remote = self._home.prefers_server
+        return Recorder(self._home.manifest(remote), self._home.face(remote), symbolic=True)
 
     def _tree(self) -> Manifest:
         tracer = ACTIVE.get()
@@ -224,12 +194,6 @@ class LanguageModel(Module):
             return open_
         home: Home = self._home
         return home.manifest(home.prefers_server)
-
-    def _recording(self) -> Recorder:
-        tracer = ACTIVE.get()
-        if tracer is None or not self._is(tracer.model):
-            raise DeferredError("values of the model exist only inside a block: with model.trace(prompt): ...")
-        return tracer.recorder
 
 
 class Generator:

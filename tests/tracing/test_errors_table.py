@@ -32,12 +32,12 @@ def told(kind: type[errors.InterposeError], phrase: str) -> Callable[[Program], 
     return enter
 
 
-def line_of(error: errors.InterposeError) -> str:
-    """The user's line an error names; for one raised while recording, where Python raised it."""
+def line_of(error: errors.InterposeError, program: str = __file__) -> str:
+    """The user's line an error names; for one raised while recording, where Python raised it in that file."""
     if error.source is not None:
         return linecache.getline(error.source.file, error.source.line)
-    frames = [frame for frame in traceback.extract_tb(error.__traceback__) if frame.filename == __file__]
-    return linecache.getline(__file__, frames[-1].lineno or 0)
+    frames = [frame for frame in traceback.extract_tb(error.__traceback__) if frame.filename == program]
+    return linecache.getline(program, frames[-1].lineno or 0)
 
 
 # -- names -------------------------------------------------------------------------------------------------------

@@ -98,7 +98,7 @@ class Manifest:
     blocks: paths of the decoder (or encoder) blocks, in order.
     vocab: token ids are below this.
     positions: most positions a row may have, None for no bound.
-    attention: "interpose" if the attention inside can be read, else why not.
+    attention: "interpose" if the attention inside can be read, else why not; "" where nobody looked for any.
     row_independent: whether rows of different jobs may share a forward; `row_note` says why not.
     tokenizer: SHA-256 of the tokenizer file the server hands out, None without one.
     tokenizer_config: what turns text to ids beyond that file: special tokens, chat template.

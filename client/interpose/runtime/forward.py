@@ -92,14 +92,14 @@ class Forward:
                 self._at_functions.setdefault(module, []).extend(touching)
         self.attention = any(part.job.plan.attention(part.run) for part in placed)
 
-    def run(self, kwargs: Mapping[str, Any]) -> Any:
+    def run(self, kwargs: Mapping[str, Any], args: Sequence[Any] = ()) -> Any:
         """The model's output; None if it was stopped early."""
         if not self.waiting and not self.complete:
             return None
         touched = {name: self.loaded.modules[name] for name, _, _ in self.waiting}
         with hooked(touched, self.loaded.names, self, self._functions()):
             try:
-                return self.loaded.model(**kwargs)
+                return self.loaded.model(*args, **kwargs)
             except Enough:
                 return None
 

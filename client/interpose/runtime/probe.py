@@ -79,21 +79,30 @@ class _Recorder:
 
 
 @dataclass
-class _Prober:
+class Watch:
+    """What some runs of a model showed of its modules.
+
+    Attributes:
+        samples: (path, event) -> each value seen there, and the size of its run.
+        rewritten: (path, event) where the model later writes over what it handed out.
+        made: the functions that modules' own forwards called.
+    """
+
     model: nn.Module
     modules: Mapping[str, nn.Module]
-    feeding: Feeding
-    device: torch.device
     samples: dict[tuple[str, str], list[tuple[Size, Seen]]] = field(default_factory=dict)
     rewritten: set[tuple[str, str]] = field(default_factory=set)
     made: Made = field(default_factory=Made)
 
-    def record(self, size: Size, kwargs: Mapping[str, Any], *, attention: bool = False) -> tuple[_Recorder, Any]:
+    def record(
+        self, size: Size, kwargs: Mapping[str, Any], args: Sequence[Any] = (), *, attention: bool = False
+    ) -> tuple[_Recorder, Any]:
+        """One run: the order of events it showed, and the model's output."""
         names = {module: path for path, module in self.modules.items()}
         recorder = _Recorder(attention)
         watched = {path: None for path, module in self.modules.items() if watchable(module)}
         with hooked(self.modules, names, recorder, watched):
-            output = self.model(**kwargs)
+            output = self.model(*args, **kwargs)
         entered = Counter(path for path, event in recorder.order if event == "enter")
         self.made.add(recorder.made, entered, later=size.decoding)
         self.rewritten |= {place for place, tensor, version in recorder.shown if tensor._version != version}
@@ -104,22 +113,39 @@ class _Prober:
                 self.samples.setdefault(place, []).extend((size, seen) for seen in values)
         return recorder, output
 
+    def described(self, order: Sequence[tuple[str, str]]) -> dict[str, ModuleInfo]:
+        """Every module, its events in the order of one run."""
+        offered = self.made.offered()
+        order = [(path, event) for path, event in order if call_of(event) in (None, *offered.get(path, ()))]
+        for path in self.made.first_only():
+            for event in [event for at, event in self.samples if at == path and call_of(event)]:
+                kept = [(size, seen) for size, seen in self.samples[path, event] if not size.decoding]
+                self.samples[path, event] = kept
+        return dict(_described(described_bare(self.modules), order, self.samples))
+
+
+@dataclass
+class _Prober:
+    watch: Watch
+    feeding: Feeding
+    device: torch.device
+
     def forward(self, batch: int, seq: int, *, padded: bool = False, attention: bool = False) -> _Recorder:
         lengths = [seq - row if padded else seq for row in range(batch)]
-        inputs = batch_inputs([sample_rows(self.model, lengths)], self.device)
+        inputs = batch_inputs([sample_rows(self.watch.model, lengths)], self.device)
         size = Size(batch, seq, seq)
         kwargs: dict[str, Any] = self.feeding.kwargs(inputs)
         if "use_cache" in self.feeding.accepts:
             kwargs["use_cache"] = False  # as the engine's
-        return self.record(size, kwargs, attention=attention)[0]
+        return self.watch.record(size, kwargs, attention=attention)[0]
 
     def decode(self, *, attention: bool = False) -> None:
         """One step with a cache, where query and key lengths differ. Nothing for models without a cache."""
         batch = 3
-        rows = sample_rows(self.model, [PAST + 1] * batch)
+        rows = sample_rows(self.watch.model, [PAST + 1] * batch)
         before = batch_inputs([[row[:PAST] for row in rows]], self.device)
         kwargs: dict[str, Any] = self.feeding.kwargs(before) | {"use_cache": True}
-        _, output = self.record(Size(batch, PAST, PAST), kwargs, attention=attention)
+        _, output = self.watch.record(Size(batch, PAST, PAST), kwargs, attention=attention)
         cache = getattr(output, "past_key_values", None)
         if cache is None:
             return
@@ -127,7 +153,7 @@ class _Prober:
         ids = torch.tensor([row[PAST:] for row in rows], device=self.device)
         last = ModelInputs(ids, mask, positions(mask)[:, PAST:], (1,), (batch,), padded=True)
         kwargs = self.feeding.kwargs(last) | {"past_key_values": cache, "use_cache": True}
-        self.record(Size(batch, 1, PAST + 1), kwargs, attention=attention)
+        self.watch.record(Size(batch, 1, PAST + 1), kwargs, attention=attention)
 
 
 @torch.no_grad()
@@ -141,10 +167,10 @@ def probe(
         modules: path -> module, "" first.
         attention: what `attention.install` said.
     """
-    bare = {path: _bare(path, module) for path, module in modules.items()}
     if not feeding.tokens:
-        return Measured(bare, attention=attention, note=feeding.note)
-    prober = _Prober(model, modules, feeding, device)
+        return Measured(described_bare(modules), attention=attention, note=feeding.note)
+    watch = Watch(model, modules)
+    prober = _Prober(watch, feeding, device)
     try:
         plain = [prober.forward(*size) for size in SIZES][-1]
         for size in SIZES:
@@ -159,25 +185,24 @@ def probe(
                 prober.decode(attention=True)
     except Exception as error:  # noqa: BLE001 - a model's own forward may raise anything, and loading goes on
         note = f"its forward failed while being measured: {error}"
-        return Measured(bare, attention=note, note=note)
+        return Measured(described_bare(modules), attention=note, note=note)
     order = plain.order
     if looking is not None:
         attention = _readable(plain, looking)
         order = looking.order if attention == READABLE else order
-    offered, first_only = prober.made.offered(), prober.made.first_only()
-    order = [(path, event) for path, event in order if call_of(event) in (None, *offered.get(path, ()))]
-    for path in first_only:
-        for event in [event for at, event in prober.samples if at == path and call_of(event)]:
-            kept = [(size, seen) for size, seen in prober.samples[path, event] if not size.decoding]
-            prober.samples[path, event] = kept
-    found = dict(_described(bare, order, prober.samples))
+    found = watch.described(order)
     return Measured(
         _stand_ins(found, modules),
         _blocks(found, modules),
         attention,
-        rewritten=frozenset(prober.rewritten),
-        first_only=first_only,
+        rewritten=frozenset(watch.rewritten),
+        first_only=watch.made.first_only(),
     )
+
+
+def described_bare(modules: Mapping[str, nn.Module]) -> dict[str, ModuleInfo]:
+    """What is known of modules without running them."""
+    return {path: _bare(path, module) for path, module in modules.items()}
 
 
 def _bare(path: str, module: nn.Module) -> ModuleInfo:

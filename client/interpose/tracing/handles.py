@@ -209,7 +209,8 @@ class Points:
         if point.module in self._module._manifest.blocks:
             path: tuple[Key, ...] = (0,) if isinstance(layout, tuple) else ()
             return replace(point, path=path), "block"
-        if not point.module and isinstance(layout, dict) and layout.get("logits") is not None:
+        logits = self._module._owner._output_is_logits and isinstance(layout, dict) and layout.get("logits")
+        if not point.module and logits:
             return replace(point, path=("logits",)), "model"
         return point, ""
 

@@ -23,6 +23,9 @@ from .steps import Iter, Steps
 class Model(Protocol):
     """What handles and tracers need of a model."""
 
+    _output_is_logits: bool
+    """Whether the logits among several things it returns stand for all of its output."""
+
     def _tree(self) -> Manifest:
         """The manifest names are looked up in: the open block's, else any."""
 

@@ -14,7 +14,9 @@ from ..wire.stream import NewTokens
 if TYPE_CHECKING:
     import torch
 
+    from ..runtime.given import Given
     from ..runtime.loading import Loaded
+    from ..runtime.wrapped import Inputs, Measurement
 
 
 class LocalModel:
@@ -69,6 +71,51 @@ class LocalModel:
             raise sink.broken
         if error is not None:
             raise error
+        return sink.values
+
+
+class LocalModule:
+    """Any torch module in this process. Raises BadArgument if it isn't one that can be looked into."""
+
+    def __init__(self, module: Any, name: str, rows: int = 0) -> None:
+        from ..runtime.wrapped import Wrapped
+
+        self.wrapped = Wrapped(module, name, rows)
+        self.last: Measurement | None = None
+        """On the inputs that came last."""
+        self._turn = threading.Lock()
+
+    def tree(self) -> Measurement:
+        """Its modules and parameters, nothing measured."""
+        return self.wrapped.tree()
+
+    def measure(self, given: Given, *, shared: bool) -> Measurement:
+        """What is known of it on such inputs; it runs on those of a kind that is new. Threads take turns."""
+        with self._turn:
+            self.last = self.wrapped.measure(given, shared=shared)
+            return self.last
+
+    def count(self, given: Given) -> int:
+        """The rows of some inputs. Raises BadArgument if they don't agree."""
+        from ..runtime.given import count
+
+        return count(given, self.wrapped.rows)
+
+    def run(
+        self, graph: Graph, tensors: Mapping[str, Any], inputs: Inputs, measured: Sequence[Measurement]
+    ) -> dict[int, Any]:
+        """The saved values by node. Raises what ended the run. Threads take turns."""
+        import torch
+
+        from ..runtime.given import storages
+
+        attachments = {key: torch.as_tensor(value) for key, value in tensors.items()}
+        module = self.wrapped.module
+        own = (*module.parameters(), *module.buffers(), *attachments.values())
+        taken = {tensor.untyped_storage().data_ptr() for tensor in own}
+        sink = _Kept(taken.union(*(storages(given) for run in inputs for given in run)))
+        with self._turn:
+            self.wrapped.run(graph, inputs, measured, attachments, sink)
         return sink.values
 
 

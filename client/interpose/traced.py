@@ -1,0 +1,63 @@
+"""What every model has that blocks can be opened on: edits that stay, and values that exist only in a block."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from .errors import DeferredError
+from .tracing.edits import Edit, Editor
+from .tracing.handles import Module
+from .tracing.recorder import Recorder
+from .tracing.tracer import ACTIVE, Session
+
+
+class Traced(Module):
+    """A model, edited or not. Its home, the model itself, it shares with its edited copies."""
+
+    _output_is_logits = True
+
+    def _set_up(self, home: Any, edits: Sequence[Edit]) -> None:
+        Module.__init__(self, self, "")
+        self.__dict__.update(_home=home, _edits=tuple(edits))
+
+    def edit(self, *, inplace: bool = False) -> Editor:
+        """Open a block whose interventions stay: they come first in every later block of the edited model.
+
+        `with model.edit() as edited:` leaves `model` as it was; with `inplace` it is `model` that is edited.
+        """
+        edited = self if inplace else type(self).__new__(type(self))
+        if not inplace:
+            edited._set_up(self._home, self._edits)
+        return Editor(edited, self._edit_recorder())
+
+    def clear_edits(self) -> None:
+        """Forget all edits."""
+        self.__dict__["_edits"] = ()
+
+    def _edit_recorder(self) -> Recorder:
+        """What records an edit, which has no prompt."""
+        raise NotImplementedError
+
+    def _joined(self, session: Session) -> Recorder:
+        """The recorder of an open session, for one more block of it. Raises DeferredError if it is another's."""
+        if not self._is(session.model):
+            raise DeferredError("a session's traces are all of its own model")
+        if self._edits is not session.edits:
+            raise DeferredError("a session's edits are those of the model it is opened on: open it on this one")
+        return session.recorder
+
+    def _program(self, recorder: Recorder) -> Any:
+        from .program import Program
+
+        return Program.of(recorder)
+
+    def _is(self, other: Any) -> bool:
+        """Whether `other` is this model, edited or not."""
+        return getattr(other, "_home", None) is self._home
+
+    def _recording(self) -> Recorder:
+        tracer = ACTIVE.get()
+        if tracer is None or not self._is(tracer.model):
+            raise DeferredError("values of the model exist only inside a block: with model.trace(prompt): ...")
+        return tracer.recorder
