@@ -191,11 +191,14 @@ class Wrapped:
         job = Interpreter(
             compile_graph(graph), known, attachments, sink, UNLIMITED, world, set(), {}, exclusive=True
         )
-        with torch.set_grad_enabled(bool(job.plan.backwards)):
-            job.begin()
-            for run in (run for level in job.plan.levels for run in level):
-                if job.error is None and not job.plan.idle(run):
-                    self._forward(job, run, inputs[run], self._loaded(measured[run], modules, device))
+        try:
+            with torch.set_grad_enabled(bool(job.plan.backwards)):
+                job.begin()
+                for run in (run for level in job.plan.levels for run in level):
+                    if job.error is None and not job.plan.idle(run):
+                        self._forward(job, run, inputs[run], self._loaded(measured[run], modules, device))
+        finally:
+            job.gradients.close()
         if job.error is not None:
             raise job.error
 

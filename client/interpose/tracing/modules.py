@@ -9,8 +9,9 @@ from typing import Any, NoReturn, Protocol, TypeAlias
 from ..errors import BadArgument
 from ..graph.manifest import UNKNOWN, Layout, Leaf, Manifest
 from ..graph.model import Invoke, RunKind
+from .bases import MakeValue
 from .edits import Edit
-from .recorder import MakeValue, Recorder
+from .recorder import Recorder
 from .tracer import Invoker, Tracer
 
 Given: TypeAlias = tuple[tuple[Any, ...], Mapping[str, Any]]
