@@ -101,6 +101,8 @@ class Interpreter:
         self.exclusive = exclusive
         self.error: InterposeError | None = None
         self.doubtful = False
+        self.narrowed: frozenset[int] = frozenset()
+        """Reads that are given the last position alone."""
         self.result_bytes = 0
         self.flops = 0
         self.held = Held(limits)
@@ -232,7 +234,7 @@ class Interpreter:
             self.gradients.watch(node.id, tensor, part, shared=shared)
         value = values.read(node.point.path, view)
         spec = self.known[node.id].spec
-        if isinstance(spec, TensorSpec) and tuple(value.shape) != spec.shape:
+        if isinstance(spec, TensorSpec) and tuple(value.shape) != spec.shape and node.id not in self.narrowed:
             raise ShapeMismatch(f"the value has shape {list(value.shape)}, where {list(spec.shape)} was measured")
         return value
 
