@@ -22,11 +22,13 @@ from .generation import Generation
 from .gradients import run_backwards
 from .independence import Buffers
 from .inputs import ModelInputs, batch_inputs, call_kwargs
-from .interpreter import Interpreter, Sink, World
+from .interpreter import Interpreter
 from .loading import Loaded
 from .plan import compile_graph
 from .rows import Span
+from .sink import Sink
 from .tail import Cut, Tail, measure
+from .world import World
 
 log = logging.getLogger(__name__)
 

@@ -12,8 +12,9 @@ from ..errors import NotReached
 from ..graph.functions import call_of, calls
 from ..graph.manifest import EVENT
 from ..graph.model import Node
+from .failures import unreached
 from .hooks import hooked
-from .interpreter import Interpreter, unreached
+from .interpreter import Interpreter
 from .loading import Loaded
 from .plan import Place
 from .rows import Span
