@@ -29,12 +29,17 @@ class Spot:
     """A tensor a module takes or returns, and a view of it.
 
     `side`: "stream" is a module's input changed in its own memory, as code between two modules would.
+    `flat`: rows and positions are one dimension there.
     """
 
     module: str
     side: Literal["out", "in", "stream"]
     cut: Cut = lambda value: value
     at: int = 0
+    flat: bool = False
+
+    def seen(self, value: Tensor, rows: int) -> Tensor:
+        return self.cut(value.unflatten(0, (rows, -1)) if self.flat else value)
 
 
 def heads(count: int, width: int) -> Cut:
@@ -51,11 +56,6 @@ def third(which: int, count: int, width: int) -> Cut:
 
 def span(start: int | None, stop: int | None) -> Cut:
     return lambda value: value[..., start:stop]
-
-
-def opened(value: Tensor) -> Tensor:
-    """For one row: rows and positions apart."""
-    return value.unflatten(0, (1, -1))
 
 
 def llama(width: int = 16, kv: int = 2, attn: str = "self_attn", **changes: Spot) -> dict[str, Spot]:
@@ -91,7 +91,7 @@ def gemma() -> dict[str, Spot]:
 
 def moe(width: int = 16) -> dict[str, Spot]:
     gone = ("mlp_pre", "mlp_pre_linear", "mlp_post")
-    routed = {name: Spot("mlp.gate", "out", opened, at) for at, name in enumerate(ROUTES)}
+    routed = {name: Spot("mlp.gate", "out", at=at, flat=True) for at, name in enumerate(ROUTES)}
     return {name: spot for name, spot in llama(width).items() if name not in gone} | routed
 
 
@@ -127,7 +127,7 @@ FALCON = [part(0, 64, 4, 16), part(64, 80, 1, 16), part(80, 96, 1, 16)]
 def opt() -> dict[str, Spot]:
     found = packed("self_attn", "", "out_proj", BY_HEAD, "", "fc1", "fc2", "final_layer_norm")
     flat = ("resid_mid", "mlp_in", "mlp_pre", "mlp_post", "mlp_out_raw", "mlp_out")
-    found |= {name: replace(found[name], cut=opened) for name in flat}
+    found |= {name: replace(found[name], flat=True) for name in flat}
     return found | {name: Spot(f"self_attn.{name}_proj", "out", heads(4, 16)) for name in "qkv"}
 
 
@@ -266,15 +266,17 @@ HANDS: dict[str, tuple[str, dict[str, Spot], dict[str, Spot]]] = {
 
 
 @contextmanager
-def spotted(model: nn.Module, path: str, spot: Spot, edit: Edit | None = None) -> Iterator[list[Tensor]]:
-    """Hook one spot: its value is caught, after the edit if there is one."""
+def spotted(
+    model: nn.Module, path: str, spot: Spot, edit: Edit | None = None, rows: int = 1
+) -> Iterator[list[Tensor]]:
+    """Hook one spot: its value is caught at each forward, after the edit if there is one."""
     caught: list[Tensor] = []
 
     def change(value: Tensor) -> Tensor:
         new = value if spot.side == "stream" or edit is None else value.clone()
         if edit is not None:
-            edit(spot.cut(new))
-        caught.append(spot.cut(new).clone())
+            edit(spot.seen(new, rows))
+        caught.append(spot.seen(new, rows).clone())
         return new
 
     def before(module: nn.Module, args: Any, kwargs: Any) -> Any:
@@ -294,6 +296,25 @@ def spotted(model: nn.Module, path: str, spot: Spot, edit: Edit | None = None) -
         handle = module.register_forward_hook(after)
     else:
         handle = module.register_forward_pre_hook(before, with_kwargs=True)
+    try:
+        yield caught
+    finally:
+        handle.remove()
+
+
+@contextmanager
+def answered(model: nn.Module, edit: Edit | None = None) -> Iterator[list[Tensor]]:
+    """The whole model's logits."""
+    caught: list[Tensor] = []
+
+    def after(module: nn.Module, args: Any, output: Any) -> Any:
+        output.logits = output.logits.clone()
+        if edit is not None:
+            edit(output.logits)
+        caught.append(output.logits.clone())
+        return output
+
+    handle = model.register_forward_hook(after)
     try:
         yield caught
     finally:
@@ -321,7 +342,8 @@ def tapped(attention: nn.Module, name: str, edit: Edit | None = None) -> Iterato
             return stock(module, query, key, value, mask, **kwargs)
         query, key = change("q_rot", query), change("k_rot", key)
         shared = query.shape[1] // key.shape[1]
-        keys, values = key.repeat_interleave(shared, 1), value.repeat_interleave(shared, 1)
+        # Copies where there is nothing to repeat would lie otherwise in memory, which changes last bits.
+        keys, values = (each if shared == 1 else each.repeat_interleave(shared, 1) for each in (key, value))
         scale = kwargs.get("scaling")
         scores = query @ keys.transpose(2, 3) * (query.shape[-1] ** -0.5 if scale is None else scale)
         if kwargs.get("softcap") is not None:
@@ -410,14 +432,15 @@ def split_by_head(out: nn.Module, z: Cut, edit: Edit | None = None) -> Iterator[
 
 
 @contextmanager
-def rerouted(gate: nn.Module, edit: Edit) -> Iterator[list[Tensor]]:
+def rerouted(gate: nn.Module, edit: Edit, rows: int = 1) -> Iterator[list[Tensor]]:
     """A router that decides on changed logits."""
     caught: list[Tensor] = []
 
     def after(gate: Any, args: Any, output: Any) -> Any:
         logits = output[0].clone()
-        edit(opened(logits))
-        caught.append(opened(logits))
+        apart = logits.unflatten(0, (rows, -1))
+        edit(apart)
+        caught.append(apart)
         weights, ids = logits.float().softmax(-1).topk(gate.top_k)
         if getattr(gate, "norm_topk_prob", True):
             weights = weights / weights.sum(-1, keepdim=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -47,12 +48,13 @@ def decode(model: Any, ids: Sequence[int], new: int, edits: Mapping[At, Edit] | 
 
         return hook
 
+    keeps = next(k for k in ("past_key_values", "cache_params") if k in inspect.signature(model.forward).parameters)
     handles = [module.register_forward_hook(watch(path)) for path, module in model.named_modules() if path]
     try:
         tokens, feed, state = torch.tensor([list(ids)]), torch.tensor([list(ids)]), None
         for step in range(new):
-            output = model(input_ids=feed, past_key_values=state, use_cache=True)
-            state, seen[step, ""] = output.past_key_values, output.logits
+            output = model(input_ids=feed, **{keeps: state}, use_cache=True)
+            state, seen[step, ""] = output[keeps], output.logits
             feed = output.logits[:, -1].argmax(-1, keepdim=True)
             tokens = torch.cat([tokens, feed], dim=1)
     finally:

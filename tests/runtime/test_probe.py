@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from interpose.graph.manifest import Leaf, Manifest, decode_manifest, encode_manifest, leaves
+from interpose.graph.manifest import Leaf, Manifest, ModuleInfo, decode_manifest, encode_manifest, leaves
 from interpose.runtime.hooks import hooked
 from interpose.runtime.layouts import Shape, Size, derive
 from interpose.runtime.loading import load, wrap
@@ -170,3 +170,17 @@ def test_a_sliding_window_does_not_hide_key_lengths() -> None:
 def test_tied_weights_are_named_at_both_ends() -> None:
     modules = manifest("gpt2").modules
     assert modules["lm_head"].params == modules["transformer.wte"].params
+
+
+def test_values_that_a_neighbour_shifts_make_their_jobs_run_alone() -> None:
+    """MPT counts its attention's biases from the batch's end; its results don't show it, its scores do."""
+    assert not any(leaf.alone for path in manifest("gpt2").modules.values() for leaf in _every(path))
+    info = manifest("mpt").modules["transformer.blocks.1.attn"]
+    scores = leaves(info.points["softmax_0.inputs"])
+    assert scores and all(leaf.by_rows and leaf.alone and not leaf.shared for leaf in scores)
+    assert all(leaf.shared for leaf in leaves(info.points["softmax_0.output"]))
+    assert decode_manifest(encode_manifest(manifest("mpt"))) == manifest("mpt")
+
+
+def _every(info: ModuleInfo) -> list[Leaf]:
+    return [leaf for layout in info.points.values() for leaf in leaves(layout)]

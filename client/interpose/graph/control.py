@@ -16,12 +16,10 @@ Control nodes own a body, the nodes whose `when` names them:
 from __future__ import annotations
 
 from ..errors import BadArgument, InvalidGraph, LimitExceeded, ShapeMismatch
-from .accesses import place
-from .checker import LATE, Checker, Known, arity, handles
+from .checker import LATE, Checker, Known, Spec, arity, flat, handles, nbytes
 from .generation import new_tokens
 from .model import Node
 from .ops import UNKNOWN
-from .specs import Spec, flat, nbytes
 from .values import Ref, TensorSpec
 
 MAX_TURNS = 100_000
@@ -184,7 +182,7 @@ def grad(checker: Checker, node: Node) -> Known:
 def set_grad(checker: Checker, node: Node) -> Known:
     arity(node, 5)
     spec, moment = _gradient(checker, node)
-    place(checker, spec, *node.args[2:])
+    checker.place(spec, *node.args[2:])
     return Known(None, moment, bytes=nbytes(spec))
 
 

@@ -35,15 +35,24 @@ ATTENTION = ("q_rot", "k_rot", "v", "scores", "pattern", "z")
 
 @dataclass(frozen=True, slots=True)
 class Leaf:
-    """A tensor's layout: for each dimension what it measures, or its constant size; and its dtype."""
+    """A tensor's layout: for each dimension what it measures, or its constant size; and its dtype.
+
+    `alone`: a row's values depend on the rows beside it, though it can be told which are whose.
+    """
 
     dims: tuple[int | str, ...]
     dtype: str
+    alone: bool = False
 
     @property
     def by_rows(self) -> bool:
-        """Whether every value in it belongs to one row, and which: what sharing a batch needs."""
+        """Whether every value in it belongs to one row, and which."""
         return self.dims.count(BATCH) + self.dims.count(BATCH_SEQ) == 1 and UNKNOWN not in self.dims
+
+    @property
+    def shared(self) -> bool:
+        """Whether jobs that touch it may share a batch."""
+        return self.by_rows and not self.alone
 
     def spec(self, batch: int, seq: int, key: int | None = None) -> TensorSpec | None:
         """The tensor for so many rows and positions, or None if a dimension is unknown."""
@@ -211,7 +220,8 @@ def leaves(layout: Layout) -> list[Leaf]:
 
 def encode_layout(layout: Layout) -> Any:
     if isinstance(layout, Leaf):
-        return {"dtype": layout.dtype, "dims": list(layout.dims)}
+        plain = {"dtype": layout.dtype, "dims": list(layout.dims)}
+        return plain | {"alone": True} if layout.alone else plain
     if isinstance(layout, tuple):
         return [encode_layout(item) for item in layout]
     if isinstance(layout, dict):
@@ -232,7 +242,7 @@ def decode_layout(plain: Any, depth: int = 0) -> Layout:
     if isinstance(plain, dict) and plain.get("dtype") in DTYPES and isinstance(plain.get("dims"), list):
         dims = tuple(plain["dims"])
         if all(dim in DIMS or (type(dim) is int and dim >= 0) for dim in dims):
-            return Leaf(dims, plain["dtype"])
+            return Leaf(dims, plain["dtype"], alone=plain.get("alone") is True)
     raise InvalidGraph("a manifest's layout is malformed")
 
 

@@ -7,9 +7,7 @@ from dataclasses import dataclass
 
 from ..errors import BadArgument, IndexOutOfRange, LimitExceeded
 from . import (
-    accesses,  # noqa: F401 - their ops take part in the check
-    control,  # noqa: F401
-    exchange,  # noqa: F401
+    control,  # noqa: F401 - its ops take part in the check
     ops,
 )
 from .checker import HANDLERS, Checker, Known

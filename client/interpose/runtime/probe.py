@@ -18,7 +18,7 @@ from torch import nn
 from ..graph.functions import call_of
 from ..graph.manifest import ATTENTION, BATCH, EVENT, KEY, SEQ, Layout, Leaf, ModuleInfo, Param, leaves
 from ..graph.values import DTYPES
-from . import nests
+from . import company, nests
 from .attention import READABLE
 from .functions import Made, watchable
 from .hooks import hooked
@@ -190,7 +190,7 @@ def probe(
     if looking is not None:
         attention = _readable(plain, looking)
         order = looking.order if attention == READABLE else order
-    found = watch.described(order)
+    found = company.marked(model, modules, watch.described(order), feeding, device, attention)
     return Measured(
         _stand_ins(found, modules),
         _blocks(found, modules),

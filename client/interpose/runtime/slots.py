@@ -75,25 +75,30 @@ class Slot:
     written: bool = False
     private: bool = False
     """Whether `current` is our own copy and nobody was handed it: then the next write needs no copy."""
+    apart: bool = False
+    """Whether gradients of `current` are of what is computed from this point on, and of nothing else."""
 
     def read(self, view: View) -> torch.Tensor:
         self.private = False
         return view.cut(self.current)
 
     def watch(self) -> torch.Tensor:
-        """The newest version as one that gradients flow to; where none did yet, they are cut off behind it."""
-        if not self.current.requires_grad:
-            self.current = self.current.detach().requires_grad_()
-            self.written = True
-        # Of a shared forward's tensor this is a part: the model must go on through it.
-        self.written |= not self.view.whole
+        """The newest version as one that gradients flow to; where none did yet, they are cut off behind it.
+
+        Its gradient is that of a write here, whatever else the model computes from the same tensor (a norm's input
+        is also the residual), and whoever else, earlier in the forward, asks for gradients.
+        """
+        if not self.apart:
+            tracked = self.current.requires_grad
+            self.current = self.current.view_as(self.current) if tracked else self.current.detach().requires_grad_()
+            self.written = self.apart = True
         self.private = False
         return self.current
 
     def write(self, view: View, chain: Sequence[Any], index: Any, value: Any) -> None:
         self.written = True
         if index is None and not chain and view.whole:
-            self.current, self.private = fitted(value, self.current), False
+            self.current, self.private, self.apart = fitted(value, self.current), False, False
             return
         if not self.private:
             self.current, self.private = self.current.clone(), True

@@ -1,0 +1,136 @@
+"""Which points hold other numbers in company: measured, a row alone against the same row beside a longer one.
+
+Results may not depend on neighbours, and yet a value on the way to them may. MPT counts its attention's biases
+from the batch's last position, so that beside a longer row all scores are shifted, which the softmax then undoes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..errors import ShapeMismatch
+from ..graph.manifest import ATTENTION, EVENT, Layout, Leaf, ModuleInfo, walk
+from ..graph.model import Key
+from . import nests
+from .attention import READABLE
+from .functions import watchable
+from .hooks import hooked
+from .independence import TOLERANCE
+from .inputs import Feeding, batch_inputs, sample_rows
+from .rows import Span, View
+
+_POINT = {event: point for point, event in EVENT.items()}
+_MASKED = -1e30
+SHORT, LONG = 5, 8
+
+Place = tuple[str, str, tuple[Key, ...]]
+"""Module, point, and path within it."""
+
+
+@dataclass
+class _Row:
+    """A visitor that keeps the first row's part of every tensor of floats whose layout says which that is."""
+
+    modules: Mapping[str, ModuleInfo]
+    whole: Span
+    attention: bool
+    seen: dict[tuple[Place, int], torch.Tensor] = field(default_factory=dict)
+    odd: set[Place] = field(default_factory=set)
+    """What wasn't of the shape that was measured before."""
+
+    def astray(self, module: str) -> None:
+        """Nothing is expected."""
+
+    def visit(self, module: str, event: str, call: int, value: Any) -> Any:
+        point = _POINT.get(event, event)
+        layout = self.modules[module].points.get(point)
+        span = Span(0, 1, 0, SHORT, 0, SHORT)
+        for path, tensor in nests.tensors(value) if self.attention == (event in ATTENTION) else ():
+            try:
+                leaf = walk(layout, path)
+            except KeyError:
+                continue
+            if isinstance(leaf, Leaf) and leaf.by_rows and tensor.is_floating_point():
+                place = (module, point, path)
+                try:
+                    self.seen[place, call] = View(leaf, span, self.whole).cut(tensor).clone()
+                except ShapeMismatch:
+                    self.odd.add(place)
+        return value
+
+
+@torch.no_grad()
+def marked(
+    model: nn.Module,
+    modules: Mapping[str, nn.Module],
+    infos: Mapping[str, ModuleInfo],
+    feeding: Feeding,
+    device: torch.device,
+    attention: str,
+) -> dict[str, ModuleInfo]:
+    """`infos` with the tensors marked that a row's neighbours change. Runs the model twice, or four times.
+
+    Raises whatever the model's forward raises.
+    """
+    rows = sample_rows(model, [SHORT, LONG])
+    names = {module: path for path, module in modules.items()}
+    watched = {path: None for path, module in modules.items() if watchable(module)}
+    found: set[Place] = set()
+    for looking in (False, True) if attention == READABLE else (False,):
+        seen = []
+        for runs in ([rows[:1]], [rows[:1], rows[1:]]):
+            inputs = batch_inputs(runs, device)
+            kwargs: dict[str, Any] = feeding.kwargs(inputs)
+            if "use_cache" in feeding.accepts:
+                kwargs["use_cache"] = False  # as the engine's
+            visitor = _Row(infos, Span.whole(len(runs), max(inputs.widths), max(inputs.widths)), looking)
+            with hooked(modules, names, visitor, watched):
+                model(**kwargs)
+            seen.append(visitor.seen)
+            found |= visitor.odd
+        alone, beside = seen
+        found |= {place for place, call in alone.keys() & beside.keys() if _moved(alone, beside, (place, call))}
+    result = dict(infos)
+    for path in {module for module, _, _ in found}:
+        points = {
+            name: _mark(layout, {inner for module, point, inner in found if (module, point) == (path, name)})
+            for name, layout in infos[path].points.items()
+        }
+        result[path] = replace(infos[path], points=points)
+    return result
+
+
+def _moved(
+    alone: Mapping[tuple[Place, int], torch.Tensor],
+    beside: Mapping[tuple[Place, int], torch.Tensor],
+    key: tuple[Place, int],
+) -> bool:
+    """By norm: single figures of a deep model in half precision stray further."""
+    one, other = (_unmasked(seen[key]) for seen in (alone, beside))
+    least = 1e-6 * max(one.numel(), 1) ** 0.5
+    strayed = float((one - other).norm()) / max(float(one.norm()), least)
+    return bool(strayed > TOLERANCE.get(alone[key].dtype, 0.0))
+
+
+def _unmasked(value: torch.Tensor) -> torch.Tensor:
+    wide = value.double()
+    return wide.masked_fill(wide < _MASKED, 0).nan_to_num()
+
+
+def _mark(layout: Layout, found: set[tuple[Key, ...]]) -> Layout:
+    if isinstance(layout, Leaf):
+        return replace(layout, alone=True) if () in found else layout
+    if isinstance(layout, tuple):
+        return tuple(_mark(item, _below(found, index)) for index, item in enumerate(layout))
+    if isinstance(layout, dict):
+        return {name: _mark(item, _below(found, name)) for name, item in layout.items()}
+    return None
+
+
+def _below(found: set[tuple[Key, ...]], key: Key) -> set[tuple[Key, ...]]:
+    return {path[1:] for path in found if path and path[0] == key}
