@@ -14,7 +14,7 @@ import difflib
 import ipaddress
 import os
 import tomllib
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Generic, TypeVar, overload
@@ -94,6 +94,29 @@ class _Setting(Generic[T]):
             raise ConfigError(f"{where}: {error}") from error
 
 
+class _Section:
+    """Settings under the names nnsight has for them: `CONFIG.API.APIKEY`, `CONFIG.APP.REMOTE_LOGGING`."""
+
+    _names: Mapping[str, str]
+
+    def __init__(self, config: Config, **names: str) -> None:
+        self.__dict__.update(_config=config, _names=names)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.__dict__["_config"], self._meant(name))
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        setattr(self.__dict__["_config"], self._meant(name), value)
+
+    def _meant(self, name: str) -> str:
+        if name.startswith("__"):
+            raise AttributeError(name)
+        if name not in self._names:
+            known = ", ".join(f"{here} is CONFIG.{there}" for here, there in self._names.items())
+            raise ConfigError(f"there is no {name} here; {known}; an address has its scheme: https://...")
+        return self._names[name]
+
+
 class Config:
     """The client's settings.
 
@@ -126,6 +149,20 @@ class Config:
             hint = f"; did you mean {close[0]}?" if close else f"; there are {', '.join(sorted(names)[:6])}"
             raise ConfigError(f"CONFIG has no setting {name!r}{hint}")
         object.__setattr__(self, name, value)
+
+    @property
+    def API(self) -> _Section:
+        """nnsight's spellings of the address and the key."""
+        return _Section(self, HOST="HOST", APIKEY="API_KEY")
+
+    @property
+    def APP(self) -> _Section:
+        """nnsight's spelling of the switch for the status line."""
+        return _Section(self, REMOTE_LOGGING="PROGRESS")
+
+    def set_default_api_key(self, key: str) -> None:
+        """Set the key for this process; to keep it, write it into the configuration file."""
+        self.API_KEY = key
 
     def __repr__(self) -> str:
         key = "set" if self.API_KEY else None

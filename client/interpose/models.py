@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, Any, Literal
 
 from .errors import BadArgument
+from .familiar import Familiar, other_options
 from .graph.manifest import Manifest
 from .home import Home
 from .traced import Traced
 from .tracing.execution import Execute, Execution, Options
+from .tracing.handles import aliases
 from .tracing.recorder import Recorder
 from .tracing.tracer import ACTIVE, SESSION, Session, Tracer
 
@@ -21,7 +23,7 @@ if TYPE_CHECKING:
 Batching = Literal["auto", "exclusive"]
 
 
-class LanguageModel(Traced):
+class LanguageModel(Familiar, Traced):
     """A language model, on a server or in this process.
 
     Building one loads nothing: a remote trace needs the server's manifest alone, a local one loads the weights when
@@ -34,6 +36,8 @@ class LanguageModel(Traced):
         dtype: of a local model's weights, as its files say by default; `torch_dtype` is the same.
         revision: of a hub model.
         tokenizer: for a loaded module: its tokenizer.
+        rename: further names of modules: `{"transformer.h": "blocks", "mlp": "feedforward"}`.
+        others: what other libraries take here; what means something else here is refused with a word.
     """
 
     def __init__(
@@ -48,7 +52,10 @@ class LanguageModel(Traced):
         torch_dtype: Any = None,
         revision: str | None = None,
         tokenizer: Any = None,
+        rename: Mapping[str, str | Sequence[str]] | None = None,
+        **others: Any,
     ) -> None:
+        other_options(others)
         chosen = dtype if dtype is not None else torch_dtype
         load = {
             "device": device or device_map,
@@ -56,6 +63,7 @@ class LanguageModel(Traced):
             "revision": revision,
         }
         self._set_up(Home(source, host, api_key, load, tokenizer), ())
+        self.__dict__["_aliases"] = aliases(rename or {})
 
     # -- blocks ------------------------------------------------------------------------------------------------
 
@@ -67,7 +75,10 @@ class LanguageModel(Traced):
         blocking: bool = True,
         timeout: float | None = None,
         batching: Batching = "auto",
-    ) -> Tracer:
+        trace: bool = True,
+        scan: bool = True,
+        validate: bool = True,
+    ) -> Any:
         """Open a block whose reads and writes happen inside one forward of the model.
 
         Args:
@@ -76,8 +87,11 @@ class LanguageModel(Traced):
             blocking: False to go on while it runs; the tracer's `job` then has `status`, `result()`, `cancel()`.
             timeout: seconds it may take.
             batching: "exclusive" to share the forward with nobody, for results bitwise those of a plain forward.
+            trace: False for the model's output right away, without a block.
+            scan, validate: a block is always checked as it is recorded, whatever they say.
         """
-        return self._open(prompt, Options(remote, blocking, timeout, batching))
+        block = self._open(prompt, Options(remote, blocking, timeout, batching))
+        return block if trace else self._result_of(block)
 
     def generate(
         self,
@@ -88,6 +102,7 @@ class LanguageModel(Traced):
         timeout: float | None = None,
         batching: Batching = "auto",
         stream: Callable[[NewText], None] | bool = False,
+        trace: bool = True,
         **options: Any,
     ) -> Any:
         """Open a block around a generation; `t.iter`, `t.all()` choose steps, `t.result` is all token ids.
@@ -97,6 +112,7 @@ class LanguageModel(Traced):
         Args:
             stream: a function that is given each new token as it comes, a `NewText`; or True, to find them among
                 the events of the job of a block with `blocking=False`.
+            trace: False for all token ids right away, without a block.
             options: as of the transformers library: max_new_tokens (20 if not given), do_sample, temperature,
                 top_k, top_p, repetition_penalty, eos_token_id, stop_strings, ...; and `seed`.
         """
@@ -111,7 +127,8 @@ class LanguageModel(Traced):
             tracer.recorder.generate(options)
             return tracer.result.save()
         if not stream:
-            return self._open(prompt, Options(remote, blocking, timeout, batching), generation=options)
+            block = self._open(prompt, Options(remote, blocking, timeout, batching), generation=options)
+            return block if trace else self._result_of(block)
         told = stream if callable(stream) else None
         if told is not None and (not blocking or SESSION.get() is not None):
             raise BadArgument(
@@ -178,6 +195,17 @@ class LanguageModel(Traced):
             owner.execute = rest["execute"]
         tokenize = partial(self._tokenize, options.remote)
         return Tracer(self, owner.recorder, prompt, tokenize, generation=generation, owner=owner)
+
+    @staticmethod
+    def _result_of(block: Tracer) -> Any:
+        with block:
+            return block.result.save()
+
+    def __iter__(self) -> Iterator[Any]:
+        editor: Any = ACTIVE.get()
+        if editor is not None and editor.model is self and not isinstance(editor, Tracer):
+            return iter((editor, self))  # with model.edit() as (tracer, edited):
+        return super().__iter__()
 
     def _tokenize(self, remote: bool, text: str) -> list[int]:
         ids: list[int] = self._home.tokenizer(remote).encode(text)

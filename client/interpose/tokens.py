@@ -108,7 +108,7 @@ class Tokenizer:
         if padding:
             rows, masks = self._pad(rows), self._pad(masks, 0)
         if return_tensors is not None:
-            return Encoding(input_ids=_stack(rows, return_tensors), attention_mask=_stack(masks, return_tensors))
+            return Encoding(input_ids=stack(rows, return_tensors), attention_mask=stack(masks, return_tensors))
         return Encoding(input_ids=rows[0] if single else rows, attention_mask=masks[0] if single else masks)
 
     def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
@@ -211,7 +211,8 @@ def _ids(value: Any) -> list[int]:
     return plain
 
 
-def _stack(rows: list[list[int]], kind: str) -> Any:
+def stack(rows: list[list[int]], kind: str) -> Any:
+    """Rows of ids as a tensor ("pt") or an array ("np"). Raises BadArgument for rows of several lengths."""
     if len({len(row) for row in rows}) > 1:
         raise BadArgument("texts of several lengths make no tensor; pass padding=True")
     array = np.array(rows, dtype=np.int64)

@@ -29,6 +29,7 @@ class Traced(Module):
         edited = self if inplace else type(self).__new__(type(self))
         if not inplace:
             edited._set_up(self._home, self._edits)
+            edited.__dict__["_aliases"] = self._aliases
         return Editor(edited, self._edit_recorder())
 
     def clear_edits(self) -> None:

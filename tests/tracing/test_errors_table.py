@@ -202,9 +202,9 @@ def taking_a_number(model: Any) -> None:
 
 
 @told(errors.ControlFlow, "after the block")
-def an_item(model: Any) -> None:
+def a_python_list(model: Any) -> None:
     with model.trace(ROW):
-        model.output.argmax().item()  # here
+        model.output.argmax(-1).tolist()  # here
 
 
 @told(errors.ControlFlow, "== item")
@@ -385,8 +385,8 @@ def a_body_for_scattered_steps(model: Any) -> None:
 
 @told(errors.BadArgument, "only a generation")
 def tokens_of_a_trace(model: Any) -> None:
-    with model.trace(ROW) as tracer:
-        tracer.result.save()  # here
+    with model.trace(ROW):
+        model.generator.output.save()  # here
 
 
 # -- gradients ---------------------------------------------------------------------------------------------------

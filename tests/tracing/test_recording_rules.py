@@ -117,12 +117,12 @@ def test_shapes_are_known_while_recording(model: Any) -> None:
         float,
         list,
         "{:.2f}".format,
-        lambda x: x.item(),
+        lambda x: x.numpy(),
         lambda x: x.tolist(),
         lambda x: 3 in x,
         math.sqrt,
     ],
-    ids=["bool", "int", "float", "list", "format", "item", "tolist", "in", "math"],
+    ids=["bool", "int", "float", "list", "format", "numpy", "tolist", "in", "math"],
 )
 def test_python_cannot_have_a_value_that_does_not_exist(model: Any, use: Any) -> None:
     with model.trace(ROWS):

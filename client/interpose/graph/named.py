@@ -224,12 +224,8 @@ def _absolute(path: str, owner: str) -> str:
 
 _HEADS_SECOND = (("transpose", 1, 2),)
 
-_LENS: Mapping[str, tuple[str, tuple[View, ...]]] = {
+LENS: Mapping[str, tuple[str, tuple[View, ...]]] = {
     "hook_resid_pre": ("resid_pre", ()),
-    "hook_resid_mid": ("resid_mid", ()),
-    "hook_resid_post": ("resid_post", ()),
-    "hook_attn_out": ("attn_out", ()),
-    "hook_mlp_out": ("mlp_out", ()),
     "attn.hook_q": ("q", ()),
     "attn.hook_k": ("k", ()),
     "attn.hook_v": ("v", ()),
@@ -239,13 +235,17 @@ _LENS: Mapping[str, tuple[str, tuple[View, ...]]] = {
     "attn.hook_pattern": ("pattern", ()),
     "attn.hook_z": ("z", ()),
     "attn.hook_result": ("head_out", ()),
+    "hook_attn_out": ("attn_out", ()),
+    "hook_resid_mid": ("resid_mid", ()),
     "mlp.hook_pre": ("mlp_pre", ()),
     "mlp.hook_pre_linear": ("mlp_pre_linear", ()),
     "mlp.hook_post": ("mlp_post", ()),
     "mlp.hook_expert_weights": ("expert_weights", ()),
     "mlp.hook_expert_indices": ("expert_ids", ()),
+    "hook_mlp_out": ("mlp_out", ()),
+    "hook_resid_post": ("resid_post", ()),
 }
-"""TransformerLens's name within a block -> ours, and the views to its order of dimensions."""
+"""TransformerLens's name within a block -> ours, and the views to its order of dimensions; as a forward goes."""
 
 _LENS_MODEL = {"hook_embed": "embed", "hook_pos_embed": "pos_embed", "unembed": "logits"}
 
@@ -297,7 +297,7 @@ def spelled(text: str) -> Spelled | None:
         return None
     if parts[2] in BLOCK:
         return Spelled(int(parts[1]), parts[2])
-    if parts[2] not in _LENS:
-        raise UnknownPoint(f"{text} is no point of TransformerLens known here; there are {', '.join(_LENS)}")
-    name, views = _LENS[parts[2]]
+    if parts[2] not in LENS:
+        raise UnknownPoint(f"{text} is no point of TransformerLens known here; there are {', '.join(LENS)}")
+    name, views = LENS[parts[2]]
     return Spelled(int(parts[1]), name, views)

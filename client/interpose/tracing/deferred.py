@@ -9,7 +9,7 @@ from ..errors import BadArgument, ControlFlow, ShapeUnknown, UnknownOp
 from ..graph import ops
 from ..graph.values import DTYPES, DType, TensorSpec
 from .bases import Base, View, is_same, is_view, why
-from .gradients import Backward
+from .gradients import Backward, EarlyGradient
 from .notes import note
 from .outside import is_dtype
 from .recorder import Recorder
@@ -18,9 +18,10 @@ from .recorder import Recorder
 class Deferred:
     """A value inside the model that will exist when the block has run.
 
-    Operators, indexing and every operation of the op table record a node. `role` marks the two values whose reading
+    Operators, indexing and every operation of the op table record a node. `role` marks the values whose reading
     has a rule of its own: "block" (a block's output, whose `[0]` is the hidden states, as published notebooks
-    write) and "model" (the model's output, whose `.logits` is itself).
+    write), "rest" (its `[1:]`, which adds nothing to a tuple) and "model" (the model's output, whose `.logits` is
+    itself).
     """
 
     _interpose_deferred: ClassVar[bool] = True
@@ -112,7 +113,15 @@ class Deferred:
                     f"a block's output is its hidden states; row {index} of them is output[0][{index}]"
                 )
             return self._recorder.again(self)
-        return self._recorder.op("getitem", (self, index), {})
+        if self._role == "model":
+            if isinstance(index, str):
+                return getattr(self, index)
+            if type(index) is int:
+                note("output[0] of the model is the first row of its logits; all of them are output.logits")
+        part = self._recorder.op("getitem", (self, index), {})
+        if self._role == "block" and index == slice(1, None):
+            part._role = "rest"
+        return part
 
     def __setitem__(self, index: Any, value: Any) -> None:
         if self._role == "block" and type(index) is int:
@@ -139,6 +148,8 @@ class Deferred:
         """
         if self._role == "block":
             note("a block's saved output is [batch, seq, hidden]: after the block, [0] is its first row")
+        if isinstance(self._root, EarlyGradient):
+            return self._root.keep(self)
         return self._recorder.save(self)
 
     def _become(self, value: Any) -> None:
@@ -147,8 +158,15 @@ class Deferred:
 
     # -- gradients ---------------------------------------------------------------------------------------------
 
-    def backward(self) -> Backward:
-        """Run gradients back from this number; `with loss.backward():` is a block to read and replace them in."""
+    def backward(self, gradient: Any = None, retain_graph: Any = None, create_graph: bool = False) -> Backward:
+        """Run gradients back from this number; `with loss.backward():` is a block to read and replace them in.
+
+        Several backwards of one block need no `retain_graph`.
+        """
+        if gradient is not None:
+            return (self * gradient).sum().backward()  # type: ignore[no-any-return]
+        if create_graph:
+            raise BadArgument("gradients of gradients aren't taken; leave out create_graph=True")
         return self._recorder.gradients.start(self)
 
     def retain_grad(self) -> None:
@@ -199,7 +217,11 @@ class Deferred:
             "it is, repeat by it with t.while_loop(...), or save it and take it after the block"
         )
 
-    __int__ = __float__ = __index__ = __complex__ = item = tolist = numpy = _no_number
+    __int__ = __float__ = __index__ = __complex__ = tolist = numpy = _no_number
+
+    def item(self) -> Any:
+        """The only number in it, still deferred: after the block, saved, a tensor without dimensions."""
+        return self._recorder.op("reshape", (self, ()), {})
 
     def __contains__(self, item: Any) -> bool:
         raise ControlFlow("whether a deferred value contains something isn't known yet; write (x == item).any()")
@@ -242,8 +264,13 @@ class Deferred:
                 return found
         if name in ops.INPLACE:
             return in_place(self, name)
+        if name in _LATER:
+            raise ControlFlow(f"{name} is there after the block; add .save() here to have it then")
         spellings = ops.lookup(name).spellings
         raise UnknownOp(f"tensors have no method {name!r}; it is written {' or '.join(spellings)}")
+
+
+_LATER = ("value",)
 
 
 def in_place(value: Deferred, name: str) -> Callable[..., Any]:
@@ -277,6 +304,10 @@ def _method(name: str) -> Callable[..., Any]:
 
 def _reflected(name: str) -> Callable[..., Any]:
     def method(self: Deferred, other: Any) -> Any:
+        if isinstance(other, tuple):
+            if self._role == "rest":
+                return other  # (hidden,) + block.output[1:], where a block's output is a tuple
+            raise BadArgument("a tuple and a tensor make no tuple; to set a block's output write output = hidden")
         return self._recorder.op(name, (other, self), {})
 
     return method

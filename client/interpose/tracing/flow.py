@@ -68,6 +68,15 @@ def cond(recorder: Recorder, pred: Any, then: Callable[[], Any], otherwise: Call
     return _alike(given, values)
 
 
+@contextmanager
+def branch(recorder: Recorder, pred: Any) -> Iterator[None]:
+    """A block that runs where `pred` holds. Raises BadArgument for a condition that isn't deferred."""
+    if not is_deferred(pred):
+        raise BadArgument("this condition is known already: write a Python if")
+    with _body(recorder, recorder.node("branch", (Ref(recorder.ref(pred)), True))):
+        yield
+
+
 def loop(
     recorder: Recorder,
     count: int,

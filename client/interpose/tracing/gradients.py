@@ -5,8 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from ..errors import BadArgument
+from ..errors import BadArgument, Source
 from ..graph.values import Ref
+from .source import caller
 
 if TYPE_CHECKING:
     from .bases import Value
@@ -32,17 +33,37 @@ class GradientBase:
         self._current = None
 
 
+@dataclass
+class EarlyGradient:
+    """The gradient of a value in the next backward, named before it: all that can be done is to save it."""
+
+    gradients: Gradients
+    target: Value
+
+    def keep(self, gradient: Any) -> Any:
+        self.gradients.early.append((self.target, gradient, caller()))
+        return gradient
+
+    def node(self) -> int:
+        raise BadArgument("gradients exist once a loss runs backward: with loss.backward(): h.grad")
+
+    def write(self, chain: tuple[Any, ...], index: Any, value: Any) -> None:
+        self.node()
+
+
 class Gradients:
     """The gradients asked for in one recorded job.
 
     Attributes:
         backward: the backward node whose gradients `.grad` names.
+        early: values whose gradient was saved before any backward, that gradient, and its line.
         saved: save nodes of retained gradients, and the values they are the gradients of.
     """
 
     def __init__(self, recorder: Recorder) -> None:
         self._recorder = recorder
         self.backward: int | None = None
+        self.early: list[tuple[Value, Any, Source]] = []
         self.saved: list[tuple[int, Any]] = []
         self._retained: list[Any] = []
         self._bases: dict[tuple[int, int], GradientBase] = {}
@@ -59,12 +80,21 @@ class Gradients:
         for value in self._retained:
             gradient = self.of(value)
             self.saved.append((recorder.node("save", (Ref(recorder.ref(gradient)),)), value))
+        early, self.early = self.early, []
+        for value, kept, _ in early:
+            recorder.saved.append((recorder.node("save", (Ref(recorder.ref(self.of(value))),)), kept))
         return Backward(self, self.backward)
+
+    def check(self) -> None:
+        """Raises BadArgument if a gradient is still without a loss when its block ends."""
+        early, self.early = self.early, []
+        for *_, line in early:
+            raise BadArgument("no loss ran backward after this: with loss.backward(): h.grad", source=line)
 
     def of(self, value: Value) -> Any:
         """The gradient of a value in the current backward, deferred."""
         if self.backward is None:
-            raise BadArgument("gradients exist once a loss runs backward: with loss.backward(): h.grad")
+            return self._recorder.make(self._recorder, EarlyGradient(self, value), (), self._recorder.ref(value))
         if getattr(value._root, "computed", False):
             raise BadArgument(
                 "the model doesn't make this tensor itself, so no gradient comes to it; take that of a value it is "

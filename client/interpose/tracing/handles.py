@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -33,6 +34,7 @@ class Module:
     _owner: Model
     _path: str
     _call: int | None
+    _aliases: Mapping[str, Sequence[str]] = {}
 
     def __init__(self, model: Model, path: str, call: int | None = None) -> None:
         self.__dict__.update(_owner=model, _path=path, _call=call)
@@ -61,6 +63,11 @@ class Module:
         info = self._info
         if name in self._manifest.children[self._path]:
             return self._child(name)
+        for target in self._owner._aliases.get(name, ()):
+            if target in self._manifest.children[self._path]:
+                return self._child(target)
+            if not self._path and target.startswith(".") and target[1:] in self._manifest.modules:
+                return Module(self._owner, target[1:])
         if name in COMMON or name in info.points:
             return self.points[name]
         if standard.find(self._manifest, self._path, name) is not None:
@@ -113,6 +120,31 @@ class Module:
         recorder.points.skip(self._path, self._call or 0, value)
         self.points["output"] = value
 
+    def next(self, count: int = 1) -> Module:
+        """The module at the next step of a generation, here and in the lines that follow."""
+        recorder, tracer = self._owner._recording(), _open()
+        step = recorder.step + tracer.ahead[recorder.invoke, self._path]
+        tracer.iter.later(step, count)
+        tracer.ahead[recorder.invoke, self._path] += count
+        return self
+
+    def all(self) -> Any:
+        """Every step of a generation, as `t.all()`: `with model.lm_head.all():`."""
+        self._owner._recording()
+        return _open().all()
+
+    @contextmanager
+    def _own_step(self, recorder: Recorder) -> Iterator[None]:
+        """Where `next` has brought it."""
+        ahead = getattr(_open(), "ahead", None)
+        before = recorder.step
+        if ahead and not recorder.in_steps():
+            recorder.step += ahead[recorder.invoke, self._path]
+        try:
+            yield
+        finally:
+            recorder.step = before
+
     def __repr__(self) -> str:
         from ..draw import draw
 
@@ -149,6 +181,10 @@ class Points:
 
     def __getitem__(self, name: str) -> Any:
         recorder = self._module._owner._recording()
+        with self._module._own_step(recorder):
+            return self._read(recorder, name)
+
+    def _read(self, recorder: Recorder, name: str) -> Any:
         place = self._standard(name)
         if place is not None:
             return standard.read(recorder, place)
@@ -160,12 +196,21 @@ class Points:
 
     def __setitem__(self, name: str, value: Any) -> None:
         recorder = self._module._owner._recording()
+        with self._module._own_step(recorder):
+            self._write(recorder, name, value)
+
+    def _write(self, recorder: Recorder, name: str, value: Any) -> None:
         place = self._standard(name)
         if place is not None:
             standard.replace(recorder, place, value)
             return
         point, role = self._find(name)
-        if role == "block" and isinstance(value, tuple) and len(value) == 1:
+        if (
+            role == "block"
+            and isinstance(value, tuple)
+            and value
+            and not any(part is not None for part in value[1:])
+        ):
             value = value[0]
         layout = walk(recorder.manifest.module(point.module).points[point.name], point.path)
         if isinstance(layout, Leaf):
@@ -228,6 +273,28 @@ class Points:
                     if leaves(layout):
                         return (1, name)
         raise UnknownPoint(f"{info.path or 'the model'} was given no tensor; there is no input to read")
+
+
+def aliases(rename: Mapping[str, str | Sequence[str]]) -> dict[str, tuple[str, ...]]:
+    """New name -> what it stands for: a child's name wherever there is such a child, or "." and a path.
+
+    Raises BadArgument for a new name that is none, such as a path.
+    """
+    found: dict[str, tuple[str, ...]] = {}
+    for target, names in rename.items():
+        for name in [names] if isinstance(names, str) else names:
+            if not name.isidentifier():
+                raise BadArgument(f"rename gives {target!r} a new name, not a path like {name!r}")
+            path = "." + target.strip(".") if "." in target else target
+            found[name] = (*found.get(name, ()), path)
+    return found
+
+
+def _open() -> Any:
+    """The open block."""
+    from .tracer import ACTIVE
+
+    return ACTIVE.get()
 
 
 def _replace_parts(recorder: Recorder, point: Point, layout: Any, value: Any) -> None:

@@ -7,7 +7,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from ..errors import UnknownPoint
-from ..graph.manifest import Layout, walk
+from ..graph.manifest import UNKNOWN, Layout, Leaf, walk
 from ..graph.model import Key, Point
 
 if TYPE_CHECKING:
@@ -76,11 +76,20 @@ class Nest:
         return [(key, self[key]) for key in self._keys()]
 
     def save(self) -> Nest:
-        """Save every tensor in it."""
+        """Save every tensor in it. Not those whose size isn't known: a forward may go without them, as a mask."""
         for key in self._keys():
-            if self._part(key) is not None:
+            part = self._part(key)
+            if part is not None and not (isinstance(part, Leaf) and UNKNOWN in part.dims):
                 self._saved[key] = self[key].save()
         return self
+
+    def first(self) -> Any:
+        """The first tensor that was saved, None without any."""
+        for part in self._saved.values():
+            found = part.first() if isinstance(part, Nest) else part
+            if found is not None:
+                return found
+        return None
 
     def __repr__(self) -> str:
         shown = ", ".join(map(repr, self._keys()))

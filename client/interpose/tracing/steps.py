@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from types import TracebackType
-from typing import TypeAlias
+from typing import Any, NoReturn, TypeAlias
 
-from ..errors import BadArgument
+from ..errors import BadArgument, ControlFlow
 from ..graph.generation import new_tokens
 from .recorder import Recorder
 
@@ -21,6 +21,14 @@ class Iter:
 
     def __getitem__(self, selection: Selection) -> Steps:
         return Steps(self._recorder, selection)
+
+    def later(self, step: int, count: int) -> int:
+        """The step `count` after one. Raises BadArgument if there is none."""
+        steps = self[:]
+        steps._check_apart()
+        if step + count not in steps._numbers():
+            raise BadArgument(f"step {step + count} is outside the {len(steps._numbers())} new tokens asked for")
+        return step + count
 
 
 class Steps:
@@ -63,7 +71,7 @@ class Steps:
         finally:
             self._recorder.step = before
 
-    def __enter__(self) -> Steps:
+    def __enter__(self) -> Steps | int:
         recorder = self._recorder
         self._check_apart()
         self._token = recorder.step, recorder.when
@@ -78,7 +86,17 @@ class Steps:
             recorder.step = 0
         else:
             raise BadArgument("these steps don't follow one another; write for step in t.iter[...]:")
-        return self
+        return numbers[0] if isinstance(self._selection, int) else self
+
+    def _no_number(self, *args: Any) -> NoReturn:
+        raise ControlFlow(
+            "this body is recorded once for all its steps, so it has no step number; for one, write "
+            "for step in t.iter[...]:"
+        )
+
+    __eq__ = __ne__ = __lt__ = __le__ = __gt__ = __ge__ = __index__ = __int__ = __bool__ = _no_number
+    __add__ = __radd__ = __sub__ = __rsub__ = __mul__ = __rmul__ = __mod__ = __contains__ = _no_number
+    __hash__ = object.__hash__
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None

@@ -6,6 +6,7 @@ themselves over to it; when its value comes, the real tensor's content is swappe
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -20,6 +21,16 @@ from .recorder import Recorder
 from .torch_names import function_table
 
 _FUNCTIONS = function_table()
+
+
+DEVICE = torch.device("cpu")
+"""Where values are for the user's code, wherever the model is."""
+
+
+def named_dtype(name: str) -> torch.dtype:
+    """torch's dtype of a name: "float32"."""
+    found: torch.dtype = getattr(torch, name)
+    return found
 
 
 class DeferredTensor(Deferred, torch.Tensor):  # type: ignore[misc, override]
@@ -50,12 +61,11 @@ class DeferredTensor(Deferred, torch.Tensor):  # type: ignore[misc, override]
 
     @property
     def dtype(self) -> torch.dtype:  # type: ignore[override]
-        found: torch.dtype = getattr(torch, self._spec.dtype)
-        return found
+        return named_dtype(self._spec.dtype)
 
     @property
     def device(self) -> torch.device:  # type: ignore[override]
-        return torch.device("cpu")
+        return DEVICE
 
     def __repr__(self, **_: Any) -> str:  # type: ignore[override]
         return Deferred.__repr__(self)
@@ -123,6 +133,11 @@ def become(deferred: torch.Tensor, value: torch.Tensor) -> None:
     torch._C._swap_tensor_impl(deferred, real)
     deferred.__dict__.clear()
     deferred.__class__ = SavedTensor
+
+
+def stacked(values: Sequence[torch.Tensor]) -> torch.Tensor:
+    """Saved values as one plain tensor."""
+    return torch.stack([value.as_subclass(torch.Tensor) for value in values])
 
 
 def _recorder_of(values: Any) -> Recorder:

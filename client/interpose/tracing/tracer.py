@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextvars import ContextVar, Token
 from types import TracebackType
 from typing import Any, Protocol
 
-from ..errors import BadArgument, DeferredError
+from ..errors import BadArgument, DeferredError, InterposeError
 from ..graph.manifest import Manifest
 from ..torch import RECORDER
 from . import flow
-from .cache import Cache, collect
+from .cache import Cache, ModuleCache, collect, collect_modules
 from .execution import Execution, TraceJob
-from .keeping import SavedList
+from .familiar import Backend, Once, unknown
+from .keeping import SavedDict, SavedList, advise
 from .parameters import named, parameter
 from .prompts import Tokenize, to_invoke
 from .recorder import Recorder
@@ -25,6 +27,8 @@ class Model(Protocol):
 
     _output_is_logits: bool
     """Whether the logits among several things it returns stand for all of its output."""
+    _aliases: Mapping[str, Sequence[str]]
+    """The user's own names of modules, and what they stand for."""
 
     def _tree(self) -> Manifest:
         """The manifest names are looked up in: the open block's, else any."""
@@ -66,6 +70,10 @@ class Tracer:
         self._tokenize = tokenize
         self._generation = generation
         self._owner = owner
+        self._last: list[Callable[[], None]] = []
+        """What is recorded when the invoke, or the block, is left."""
+        self.ahead: Counter[tuple[int | None, str]] = Counter()
+        """(invoke, module) -> how many steps `module.next()` went on."""
 
     def __enter__(self) -> Tracer:
         if ACTIVE.get() is not None:
@@ -82,9 +90,19 @@ class Tracer:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         active, recorder = self._tokens
-        ACTIVE.reset(active)
-        RECORDER.reset(recorder)
-        self.recorder.invoke = None
+        advise(error)
+        try:
+            if error is None:
+                self._record_last()
+                self.recorder.gradients.check()
+        except InterposeError:
+            if self._owner is not None:
+                self._owner.abandon()
+            raise
+        finally:
+            ACTIVE.reset(active)
+            RECORDER.reset(recorder)
+            self.recorder.invoke = None
         if error is None and self.recorder.runs[-1].options.get("stream"):
             self.recorder.keep_tokens()
         if self._owner is None:
@@ -93,6 +111,14 @@ class Tracer:
             self._owner.abandon()
         else:
             self._owner.run()
+
+    def __getattr__(self, name: str) -> Any:
+        unknown("a block", name)
+
+    def _record_last(self) -> None:
+        last, self._last = self._last, []
+        for record in last:
+            record()
 
     # -- prompts and steps -------------------------------------------------------------------------------------
 
@@ -116,21 +142,40 @@ class Tracer:
         """Every step of a generation: `with t.all():` records its body once."""
         return self.iter[:]
 
+    def next(self, count: int = 1) -> Tracer:
+        """The lines that follow concern the next step of the generation."""
+        self.recorder.step = self.iter.later(self.recorder.step, count)
+        return self
+
+    def barrier(self, count: int = 0) -> Callable[[], None]:
+        """What does nothing when called: values flow between invokes without waiting for one another."""
+        return lambda: None
+
     @property
     def result(self) -> Any:
-        """All token ids of a generation, [rows, prompt and new tokens]; save it to have them after the block."""
+        """All token ids of a generation, [rows, prompt and new tokens]; save it to have them after the block.
+
+        Of a single forward: the model's output.
+        """
+        if self.recorder.runs[-1].kind != "generate":
+            return self.model.output  # type: ignore[attr-defined]
         return self.recorder.value(self.recorder.node("tokens", invoke=None, when=None))
 
     # -- control -----------------------------------------------------------------------------------------------
 
-    def cond(self, pred: Any, then: Callable[[], Any], otherwise: Callable[[], Any] | None = None) -> Any:
+    def cond(
+        self, pred: Any, then: Callable[[], Any] | None = None, otherwise: Callable[[], Any] | None = None
+    ) -> Any:
         """Run one of two functions' bodies where the model runs, as one deferred value decides.
 
-        Both are recorded; each may read and write hook points that come after the condition is known.
+        Both are recorded; each may read and write hook points that come after the condition is known. Without
+        functions it is a block: `with t.cond(pred):`, perhaps followed by `with t.cond(~pred):`.
 
         Returns:
             What the chosen one returned: None, a value, or several, alike in both.
         """
+        if then is None:
+            return flow.branch(self.recorder, pred)
         return flow.cond(self.recorder, pred, then, otherwise)
 
     def loop(self, count: int, body: Callable[..., Any], *init: Any) -> Any:
@@ -147,7 +192,12 @@ class Tracer:
 
     def stop(self) -> None:
         """Nothing later in the forward is needed: asking for it raises. The stopping itself is automatic."""
+        self._record_last()
         self.recorder.stopped = True
+
+    def apply(self, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        """Call a function here: what it does with deferred values is recorded. `print` is `log`."""
+        return self.log(*args) if function is print else function(*args, **kwargs)
 
     # -- keeping -----------------------------------------------------------------------------------------------
 
@@ -167,12 +217,46 @@ class Tracer:
         """A list whose members are saved: `kept = t.list()`, then `kept.append(value)`."""
         return SavedList(values)
 
-    def cache(self, *patterns: Any) -> Cache:
+    def dict(self, **values: Any) -> SavedDict:
+        """A dict whose values are saved: `kept = t.dict()`, then `kept[name] = value`."""
+        return SavedDict(values)
+
+    def cache(
+        self,
+        *patterns: Any,
+        modules: Sequence[Any] | None = None,
+        include_output: bool = True,
+        include_inputs: bool = False,
+        dtype: Any = None,
+        device: Any = None,
+        detach: bool = True,
+    ) -> Cache | ModuleCache:
         """Save every hook point that matches: `t.cache("transformer.h.*.output", model.lm_head)`.
 
-        Patterns are of the form `module.point`, with `*` for any one part; a module stands for its output.
+        Patterns are of the form `module.point`, with `*` for any one part; a module stands for its output. The
+        values are those of this line.
+
+        Without patterns, whole modules: `modules`, or all of them. Their values are those at the end of the block
+        or invoke, with what is written after this line: `cache["model.transformer.h.0"].output`, or
+        `cache.model.transformer.h[0].output`.
+
+        Args:
+            include_output, include_inputs: which of a module's values to keep.
+            dtype: what to turn single tensors into.
+            device, detach: saved values arrive in this process's memory, and detached, whatever is asked for.
         """
-        return collect(self.model, patterns)
+        if patterns:
+            if modules is not None:
+                raise BadArgument("a cache is of patterns or of modules=[...]")
+            return collect(self.model, patterns)
+        cache, fill = collect_modules(
+            self.model, modules, outputs=include_output, inputs=include_inputs, dtype=dtype
+        )
+        if self.recorder.when is not None:
+            fill()  # the end of the block lies outside this body
+        else:
+            self._last.append(fill)
+        return cache
 
     @property
     def graph(self) -> Any:
@@ -185,6 +269,11 @@ class Tracer:
         if self._owner is None:
             raise DeferredError("the job belongs to the session around this block")
         return self._owner.job
+
+    @property
+    def backend(self) -> Backend:
+        """The job as nnsight names it: `job_id`, `job_status`, and called, the values or None."""
+        return Backend(self)
 
 
 class Invoker:
@@ -203,8 +292,14 @@ class Invoker:
             raise BadArgument("an invoke without a prompt sees the whole batch, and there is none yet")
         return self
 
-    def __exit__(self, *error: object) -> None:
-        self._tracer.recorder.invoke = None
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        try:
+            if error is None:
+                self._tracer._record_last()
+        finally:
+            self._tracer.recorder.invoke = None
 
 
 class Session:
@@ -232,13 +327,24 @@ class Session:
     ) -> None:
         if self._token is not None:
             SESSION.reset(self._token)
+        advise(error)
         if error is not None:
             self._owner.abandon()
         else:
             self._owner.run()
 
     list = Tracer.list
+    dict = Tracer.dict
+    log = Tracer.log
+    apply = Tracer.apply
     graph = Tracer.graph
+
+    def iter(self, items: Iterable[Any]) -> Once:
+        """The items, for a Python loop over them."""
+        return Once(items)
+
+    def __getattr__(self, name: str) -> Any:
+        unknown("a session", name)
 
     @property
     def job(self) -> TraceJob:
