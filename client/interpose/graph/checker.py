@@ -15,19 +15,14 @@ from ..errors import (
     InterposeError,
     InvalidGraph,
     LimitExceeded,
-    ShapeMismatch,
-    UnknownPoint,
     WrongOrder,
 )
 from . import ops
-from .functions import no_such_point
-from .manifest import ATTENTION, BATCH, BATCH_SEQ, EVENT, KEY, SEQ, Leaf, Manifest, leaves, walk
-from .model import Node, Point, Run
+from .manifest import Manifest
+from .model import Node, Run
 from .ops import UNKNOWN
-from .values import DTYPES, Ref, TensorSpec, refs, substitute
-
-Spec: TypeAlias = Any
-"""TensorSpec, UNKNOWN, a tuple or dict of these, or None for what isn't a tensor."""
+from .specs import Spec
+from .values import Ref, TensorSpec, refs, substitute
 
 Moment: TypeAlias = tuple[int, int, int]
 """Run, step, event within the forward. Lexicographic order is time."""
@@ -35,8 +30,6 @@ Moment: TypeAlias = tuple[int, int, int]
 ALWAYS: Moment = (-1, 0, 0)
 LATE = 2**62
 """Stands for the moment of a call that the measured forward never made."""
-
-MAX_CHAIN = 32
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,15 +41,6 @@ class Known:
     bytes: int = 0
     peak: int = 0
     flops: int = 0
-
-
-@dataclass(frozen=True, slots=True)
-class Sizes:
-    """Rows, positions, and positions attention looks back on; None where they change from step to step."""
-
-    rows: int | None
-    seq: int | None
-    key: int | None
 
 
 Handler: TypeAlias = "Callable[[Checker, Node], Known]"
@@ -76,7 +60,6 @@ LOOP_REFUSES = frozenset({"read", "write", "save", "tell", "grad", "set_grad", "
 MAX_NESTING = 8
 MAX_PARTS = 1 << 18
 """Tensors that all ops of a graph which give several may give together: each is described one by one."""
-_FLOATING = frozenset(name for name in DTYPES if name.startswith(("float", "bfloat")))
 
 
 def handles(op: str) -> Callable[[Handler], Handler]:
@@ -190,126 +173,10 @@ class Checker:
         """When the last of some arguments exists."""
         return max((self.known[ref].moment for ref in refs(values)), default=ALWAYS)
 
-    # -- parts -------------------------------------------------------------------------------------------------
-
     def run(self, index: int) -> Run:
         if index >= len(self.runs):
             raise InvalidGraph(f"there is no run {index}")
         return self.runs[index]
-
-    def _sizes(self, node: Node) -> Sizes:
-        """Rows and positions that a node's invoke has at its step; unknown positions inside a body of steps."""
-        if self.symbolic:
-            return Sizes(None, None, None)
-        whole = self.run(node.run)
-        if node.invoke is not None and node.invoke >= len(whole.invokes):
-            raise InvalidGraph(f"run {node.run} has no invoke {node.invoke}")
-        of = whole if node.invoke is None else whole.invokes[node.invoke]
-        rows = whole.rows if node.invoke is None else len(whole.invokes[node.invoke].rows)
-        if any(self.nodes[control].op == "steps" for control in self.scope[node.id]):
-            return Sizes(rows, None, None)
-        if node.point is None or not node.point.step:
-            return Sizes(rows, of.longest, of.longest)
-        keys = of.longest + node.point.step
-        window = self.manifest.window(node.point.module)
-        return Sizes(rows, 1, keys if window is None else min(keys, window))
-
-    def _layout(self, point: Point) -> Any:
-        info = self.manifest.module(point.module)
-        where = point.module or "the model"
-        if point.name not in info.points:
-            raise UnknownPoint(no_such_point(info, point.name, where))
-        moments = info.events.get(EVENT.get(point.name, point.name), ())
-        if moments and point.call >= len(moments):
-            raise UnknownPoint(
-                f"{where} is called {len(moments)} times in a forward; there is no call {point.call}"
-            )
-        try:
-            return walk(info.points[point.name], point.path)
-        except KeyError as error:
-            raise UnknownPoint(f"{point}: nothing is at {error.args[0]!r}") from None
-
-    def _when(self, node: Node, point: Point) -> Moment:
-        moment = self.manifest.moment(point.module, point.name, point.call)
-        bodies = (self.nodes[control] for control in self.scope[node.id])
-        step = next((body.args[0] for body in bodies if body.op == "steps"), point.step)
-        return node.run, step, LATE if moment is None else moment
-
-    def _touch(self, node: Node) -> tuple[Point, Any]:
-        """The node's point and layout; notes what touching it means for sharing a batch."""
-        point = node.point
-        if point is None:
-            raise InvalidGraph(f"{node.op} names no hook point")
-        layout = self._layout(point)
-        if point.step and self.run(node.run).kind != "generate":
-            raise BadArgument("a trace has one forward; steps exist in generate")
-        if point.step and any(self.nodes[control].op == "steps" for control in self.scope[node.id]):
-            raise BadArgument("a body of steps is for all of them; its points name no step of their own")
-        if point.name in ATTENTION:
-            self.attention = True
-        found = leaves(layout)
-        if not found:
-            raise UnknownPoint(f"{point} holds no tensor")
-        if not all(leaf.shared for leaf in found):
-            self.exclusive = True
-        return point, layout
-
-    def read(self, node: Node) -> Known:
-        arity(node, 0)
-        point, layout = self._touch(node)
-        spec = _spec_of(layout, self._sizes(node))
-        return Known(spec, self._when(node, point), bytes=sum(map(nbytes, flat(spec))))
-
-    def write(self, node: Node) -> Known:
-        arity(node, 3)
-        point, layout = self._touch(node)
-        if not isinstance(layout, Leaf):
-            raise BadArgument(f"{point} is a nest; write one of its tensors")
-        if layout.dtype not in _FLOATING:
-            self.exclusive = True
-        chain, index, value = node.args
-        moment = self._when(node, point)
-        ready = self.moment(node.args)
-        if ready > moment and moment[2] != LATE:
-            raise WrongOrder(
-                f"{point} is written with a value that exists only later in the forward; "
-                "write a later point, or take the value from a run before"
-            )
-        spec = _spec_of(layout, self._sizes(node))
-        self.place(spec, chain, index, value)
-        size = nbytes(spec)
-        return Known(None, max(moment, ready), bytes=2 * size, peak=size)
-
-    def update(self, node: Node) -> Known:
-        arity(node, 4)
-        base, chain, index, value = node.args
-        spec = self.tensor(base)
-        self.place(spec, chain, index, value)
-        return Known(spec, self.moment(node.args), bytes=nbytes(spec), peak=nbytes(spec))
-
-    def place(self, spec: Spec, chain: Any, index: Any, value: Any) -> None:
-        """Check that `value` fits where a chain of views and an index lead within a tensor."""
-        if not isinstance(chain, tuple) or len(chain) > MAX_CHAIN:
-            raise InvalidGraph(f"a write's views are a tuple of at most {MAX_CHAIN}")
-        for step in chain:
-            if not isinstance(step, tuple) or not step or not isinstance(step[0], str):
-                raise InvalidGraph("a view in a write is an op and its arguments")
-            op = ops.lookup(step[0])
-            if not op.view:
-                raise InvalidGraph(f"{op.name} is no view: what is written there would be lost")
-            spec = ops.infer(op.name, (spec, *self.specs(step[1:])), {})
-        if isinstance(spec, tuple):
-            raise BadArgument("a write ends in one tensor")
-        given = self.specs(value)
-        if index is None:
-            if isinstance(given, TensorSpec) and isinstance(spec, TensorSpec) and given.shape != spec.shape:
-                raise ShapeMismatch(
-                    f"replaced with shape {list(given.shape)}, where {list(spec.shape)} is expected"
-                )
-            if not isinstance(given, TensorSpec) and given is not UNKNOWN:
-                raise BadArgument("a value is replaced by a tensor")
-        else:
-            ops.infer("setitem", (spec, self.specs(index), given), {})
 
     def specs(self, value: Any) -> Any:
         return substitute(value, self.spec)
@@ -322,56 +189,6 @@ class Checker:
             raise BadArgument("one tensor is expected, not a nest")
         return spec
 
-    def save(self, node: Node) -> Known:
-        arity(node, 1)
-        spec = self.specs(node.args[0])
-        return Known(
-            spec, self.moment(node.args), bytes=sum(nbytes(item) or plain_bytes(item) for item in flat(spec))
-        )
-
-    def tell(self, node: Node) -> Known:
-        if not node.args or len(node.args) > 16:
-            raise BadArgument("one to sixteen values can be logged")
-        return Known(None, self.moment(node.args))
-
-    def attachment(self, node: Node) -> Known:
-        arity(node, 1)
-        sha = node.args[0]
-        spec = self.attachments.get(sha) if isinstance(sha, str) else None
-        if spec is None:
-            raise InvalidGraph("it names an attachment that the graph doesn't list")
-        return Known(spec, ALWAYS, bytes=spec.nbytes)
-
-    def param(self, node: Node) -> Known:
-        arity(node, 2)
-        path, name = node.args
-        if not isinstance(path, str) or not isinstance(name, str):
-            raise BadArgument("a parameter is named by its module's path and its own name")
-        info = self.manifest.module(path)
-        param = info.params.get(name)
-        if param is None:
-            offered = ", ".join(info.params) or "none"
-            raise UnknownPoint(f"{path or 'the model'} has no parameter {name!r}; it has {offered}")
-        return Known(TensorSpec(param.shape, param.dtype), ALWAYS)
-
-    def call(self, node: Node) -> Known:
-        if not node.args or not isinstance(node.args[0], str):
-            raise BadArgument("call takes a module's path and one tensor")
-        arity(node, 2)
-        info = self.manifest.module(node.args[0])
-        given = self.tensor(node.args[1])
-        spec = called_spec(info.points, given)
-        flops = module_flops(self.manifest, info.path, given)
-        return Known(spec, self.moment(node.args), bytes=nbytes(spec), peak=4 * nbytes(spec), flops=flops)
-
-    def attention_mask(self, node: Node) -> Known:
-        arity(node, 0)
-        sizes = self._sizes(node)
-        spec: Spec = UNKNOWN
-        if sizes.rows is not None and sizes.seq is not None:
-            spec = TensorSpec((sizes.rows, sizes.seq), "int64")
-        return Known(spec, (node.run, 0, -1))
-
     def _pure(self, node: Node) -> Known:
         op = ops.lookup(node.op)
         args = self.specs(node.args)
@@ -382,67 +199,6 @@ class Checker:
         if cost is None:
             return Known(spec, moment)
         return Known(spec, moment, cost.kept_bytes, cost.peak_bytes, cost.flops)
-
-
-for _op in ("read", "write", "update", "save", "tell", "attachment", "param", "call", "attention_mask"):
-    handles(_op)(getattr(Checker, _op))
-
-
-def called_spec(points: Mapping[str, Any], given: Spec) -> Spec:
-    """The shape of a module's output for an input other than the model's, where its layout tells.
-
-    Known for modules that keep all dimensions but the last: linear maps, norms, activations.
-    """
-    inputs, output = points.get("inputs"), points.get("output")
-    if not isinstance(given, TensorSpec) or not isinstance(output, Leaf) or not given.shape:
-        return UNKNOWN
-    first = leaves(inputs)[:1]
-    if not first or first[0].dims[:-1] != output.dims[:-1] or not isinstance(output.dims[-1], int):
-        return UNKNOWN
-    if first[0].dims[-1] != given.shape[-1]:
-        raise ShapeMismatch(f"called on a last dimension of {given.shape[-1]}, where it takes {first[0].dims[-1]}")
-    return TensorSpec((*given.shape[:-1], output.dims[-1]), output.dtype)
-
-
-def module_flops(manifest: Manifest, path: str, given: Spec) -> int:
-    """Floating-point operations of a module called on a value: each weight once for each row."""
-    weights = manifest.weights(path)
-    rows = _numel(given.shape[:-1]) if isinstance(given, TensorSpec) else 1
-    return 2 * weights * rows
-
-
-def _numel(shape: Sequence[int]) -> int:
-    return TensorSpec(tuple(shape), "bool").numel
-
-
-def _spec_of(layout: Any, sizes: Sizes) -> Spec:
-    if isinstance(layout, Leaf):
-        if sizes.rows is None or sizes.seq is None:
-            moving = {SEQ, KEY, BATCH_SEQ} | ({BATCH} if sizes.rows is None else set())
-            return UNKNOWN if moving & set(layout.dims) else layout.spec(sizes.rows or 0, 0) or UNKNOWN
-        return layout.spec(sizes.rows, sizes.seq, sizes.key) or UNKNOWN
-    if isinstance(layout, tuple):
-        return tuple(_spec_of(item, sizes) for item in layout)
-    if isinstance(layout, dict):
-        return {name: _spec_of(item, sizes) for name, item in layout.items()}
-    return None
-
-
-def flat(spec: Spec) -> list[Spec]:
-    if isinstance(spec, (tuple, list)):
-        return [leaf for item in spec for leaf in flat(item)]
-    if isinstance(spec, dict):
-        return [leaf for item in spec.values() for leaf in flat(item)]
-    return [spec]
-
-
-def plain_bytes(value: object) -> int:
-    """What a value that is no tensor takes in a save, roughly."""
-    return len(value) if isinstance(value, str) else 8 if isinstance(value, (bool, int, float)) else 0
-
-
-def nbytes(spec: Spec) -> int:
-    return spec.nbytes if isinstance(spec, TensorSpec) else 0
 
 
 def arity(node: Node, count: int) -> None:

@@ -16,10 +16,12 @@ Control nodes own a body, the nodes whose `when` names them:
 from __future__ import annotations
 
 from ..errors import BadArgument, InvalidGraph, LimitExceeded, ShapeMismatch
-from .checker import LATE, Checker, Known, Spec, arity, flat, handles, nbytes
+from .accesses import place
+from .checker import LATE, Checker, Known, arity, handles
 from .generation import new_tokens
 from .model import Node
 from .ops import UNKNOWN
+from .specs import Spec, flat, nbytes
 from .values import Ref, TensorSpec
 
 MAX_TURNS = 100_000
@@ -182,7 +184,7 @@ def grad(checker: Checker, node: Node) -> Known:
 def set_grad(checker: Checker, node: Node) -> Known:
     arity(node, 5)
     spec, moment = _gradient(checker, node)
-    checker.place(spec, *node.args[2:])
+    place(checker, spec, *node.args[2:])
     return Known(None, moment, bytes=nbytes(spec))
 
 

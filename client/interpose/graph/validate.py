@@ -7,7 +7,9 @@ from dataclasses import dataclass
 
 from ..errors import BadArgument, IndexOutOfRange, LimitExceeded
 from . import (
-    control,  # noqa: F401 - its ops take part in the check
+    accesses,  # noqa: F401 - their ops take part in the check
+    control,  # noqa: F401
+    exchange,  # noqa: F401
     ops,
 )
 from .checker import HANDLERS, Checker, Known

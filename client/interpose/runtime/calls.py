@@ -8,9 +8,10 @@ import torch
 from torch import nn
 
 from ..errors import BadArgument, LimitExceeded
-from ..graph.checker import Spec, called_spec, module_flops
+from ..graph.calls import called_spec, module_flops
 from ..graph.limits import Limits
 from ..graph.manifest import Manifest
+from ..graph.specs import Spec
 from .kernels_checks import check_range
 
 

@@ -22,10 +22,13 @@ from .generation import Generation
 from .gradients import run_backwards
 from .independence import Buffers
 from .inputs import ModelInputs, batch_inputs, call_kwargs
-from .interpreter import Interpreter, Sink, World
+from .interpreter import Interpreter
 from .loading import Loaded
 from .plan import compile_graph
 from .rows import Span
+from .sink import Sink
+from .tail import Cut, Tail, measure
+from .world import World
 
 log = logging.getLogger(__name__)
 
@@ -59,6 +62,7 @@ class Engine:
         self.manifest = loaded.manifest
         self._world = World(loaded.modules, torch.device(loaded.device), loaded.manifest)
         self._buffers = Buffers(loaded.model)
+        self._tail: Tail | None = measure(loaded)
 
     def run(self, jobs: Sequence[EngineJob]) -> list[InterposeError | None]:
         """Run jobs to their end, together where they can be.
@@ -155,10 +159,23 @@ class Engine:
             ]
             for part in placed:
                 part.give_mask(inputs.attention_mask)
-            forward = Forward(self.loaded, placed, Span.whole(inputs.input_ids.shape[0], width, width))
-            forward.run(self._kwargs(inputs, plain=any(job.exclusive for job, _ in group)))
+            cut = self._cut(group, inputs)
+            forward = Forward(self.loaded, placed, Span.whole(inputs.input_ids.shape[0], width, width), cut=cut)
+            kwargs = self._kwargs(inputs, plain=any(job.exclusive for job, _ in group))
+            forward.run(kwargs | (cut.argument if cut else {}))
             forward.finish()
             run_backwards([job.gradients for job in dict.fromkeys(job for job, _ in group)])
+
+    def _cut(self, group: Sequence[tuple[Interpreter, int]], inputs: ModelInputs) -> Cut | None:
+        """Drop the logits nobody looks at, in a forward that several runs share."""
+        if len(group) == 1 or self._tail is None or any(job.exclusive for job, _ in group):
+            return None
+        reads = [(job, self._tail.last_only(job.plan, run)) for job, run in group]
+        if any(nodes is None for _, nodes in reads) or not any(nodes for _, nodes in reads):
+            return None
+        for job, nodes in reads:
+            job.narrowed |= nodes or frozenset()
+        return Cut(self._tail, inputs.widths)
 
     def _kwargs(self, inputs: ModelInputs, *, plain: bool) -> dict[str, Any]:
         kwargs: dict[str, Any] = call_kwargs(self.loaded, inputs)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -12,12 +12,14 @@ from ..errors import NotReached
 from ..graph.functions import call_of, calls
 from ..graph.manifest import EVENT
 from ..graph.model import Node
+from .failures import unreached
 from .hooks import hooked
-from .interpreter import Interpreter, unreached
+from .interpreter import Interpreter
 from .loading import Loaded
 from .plan import Place
 from .rows import Span
 from .slots import Touched
+from .tail import Cut
 
 _POINT = {event: name for name, event in EVENT.items()}
 
@@ -31,6 +33,10 @@ class Placed:
     span: Span
     invokes: tuple[Span, ...]
     step: int = 0
+
+    def cut(self, cut: Cut) -> tuple[Span, tuple[Span, ...]]:
+        """Its part, and each invoke's of that, of what a cut leaves."""
+        return cut.part(self.span), tuple(replace(invoke, start=0, length=1) for invoke in self.invokes)
 
     def give_mask(self, mask: torch.Tensor) -> None:
         """Provide the reads of the attention mask, [rows, positions] of the whole batch."""
@@ -74,10 +80,20 @@ class Forward:
     Args:
         whole: the batch.
         complete: run the model to its end even when nobody waits for a point any more.
+        cut: where positions are dropped that nobody looks at.
     """
 
-    def __init__(self, loaded: Loaded, placed: Sequence[Placed], whole: Span, *, complete: bool = False) -> None:
+    def __init__(
+        self,
+        loaded: Loaded,
+        placed: Sequence[Placed],
+        whole: Span,
+        *,
+        complete: bool = False,
+        cut: Cut | None = None,
+    ) -> None:
         self.loaded = loaded
+        self.cut = cut
         self.whole = whole
         self.complete = complete
         self.waiting: dict[Place, list[tuple[Placed, tuple[Node, ...]]]] = {}
@@ -129,10 +145,13 @@ class Forward:
             return value
         layout = self.loaded.manifest.modules[module].points[_POINT.get(event, event)]
         rewritten = (module, event) in self.loaded.rewritten
-        touched = Touched(value, layout, self.whole, rewritten, in_place=event == EVENT["stream"])
+        cut = self.cut if self.cut is not None and self.cut.tail.touches((module, event, call)) else None
+        whole = self.whole if cut is None else cut.whole(self.whole)
+        touched = Touched(value, layout, whole, rewritten, in_place=event == EVENT["stream"])
         for part, nodes in parts:
             if part.job.error is None:
-                part.job.fire(nodes, touched, part.span, part.invokes)
+                span, invokes = (part.span, part.invokes) if cut is None else part.cut(cut)
+                part.job.fire(nodes, touched, span, invokes)
         if not self.complete and all(part.job.error for entries in self.waiting.values() for part, _ in entries):
             raise Enough
         return touched.result()

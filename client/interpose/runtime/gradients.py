@@ -19,6 +19,7 @@ from torch.utils.hooks import RemovableHandle
 
 from ..errors import BadArgument, NotReached, WrongOrder
 from ..graph.model import Node
+from .failures import located
 from .slots import assign
 
 if TYPE_CHECKING:
@@ -154,8 +155,6 @@ class Gradients:
     def _replaced(self, node: Node, gradient: torch.Tensor) -> torch.Tensor:
         chain, index, new = self._job.arguments(node.args[2:])
         fresh = gradient.clone()
-        from .interpreter import located
-
         try:
             assign(fresh, chain, index, new)
         except Exception as error:

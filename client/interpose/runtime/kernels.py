@@ -12,11 +12,11 @@ from torch import Tensor
 
 from ..errors import IndexOutOfRange, InterposeError, OpFailed
 from ..graph.ops import OPS, bind, lookup
-from ..graph.values import DTYPES
+from ..graph.values import DTYPES, TensorSpec
 from . import kernels_checks, kernels_index, kernels_table
 from .kernels_dtypes import TORCH_DTYPES, dtype_name
 
-__all__ = ["KERNELS", "TORCH_DTYPES", "assign", "dtype_name", "execute"]
+__all__ = ["KERNELS", "TORCH_DTYPES", "assign", "described", "dtype_name", "execute"]
 
 assert TORCH_DTYPES.keys() == DTYPES.keys()
 
@@ -91,3 +91,12 @@ def _translated(name: str, error: Exception) -> Exception:
 
 
 assert KERNELS.keys() == OPS.keys()
+
+
+def described(value: Any) -> Any:
+    """Arguments with every tensor replaced by its shape and dtype."""
+    if isinstance(value, torch.Tensor):
+        return TensorSpec(tuple(value.shape), dtype_name(value.dtype))
+    if isinstance(value, (tuple, list)):
+        return type(value)(described(item) for item in value)
+    return value

@@ -29,13 +29,15 @@ from .forward import Forward, place
 from .given import Given
 from .independence import TOLERANCE
 from .inputs import Feeding
-from .interpreter import Interpreter, Sink, World
+from .interpreter import Interpreter
 from .layouts import Size
 from .loading import Loaded
 from .plan import compile_graph
 from .probe import Watch, described_bare
 from .rehearsal import rehearsal
 from .rows import Span
+from .sink import Sink
+from .world import World
 
 MOST_KEPT = 64
 """Kinds of inputs whose measurements are kept."""

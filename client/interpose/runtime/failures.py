@@ -1,0 +1,43 @@
+"""What goes wrong while a graph runs, as this job's own failure, located at a node."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from ..errors import InterposeError, NotReached, OpFailed
+from ..graph.model import Node
+
+if TYPE_CHECKING:
+    from .interpreter import Interpreter
+
+
+class Guard:
+    """A context that turns whatever is raised inside into a job's failure."""
+
+    def __init__(self, job: Interpreter) -> None:
+        self.job = job
+
+    def __enter__(self) -> None:
+        return None
+
+    def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> bool:
+        if isinstance(error, InterposeError):
+            self.job.fail(error)
+        return isinstance(error, InterposeError)
+
+
+def located(error: Exception, node: Node) -> Exception:
+    """The error as one of ours that names the node; torch's own become OpFailed with their first line."""
+    if isinstance(error, InterposeError):
+        return error.at(node.id, node.op, node.source)
+    if isinstance(error, (torch.OutOfMemoryError, torch.AcceleratorError, MemoryError)):
+        return error
+    reason = str(error).strip().split("\n")[0][:300] or type(error).__name__
+    return OpFailed(reason, node=node.id, op=node.op, source=node.source)
+
+
+def unreached(node: Node) -> NotReached:
+    """The error of a node whose point the forward never came to."""
+    return NotReached(f"this forward never came to {node.point}", node=node.id, op=node.op, source=node.source)

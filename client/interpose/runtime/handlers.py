@@ -1,0 +1,103 @@
+"""Ops that concern the model or the job rather than tensors alone: what each does when it runs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from ..errors import BadArgument
+from ..graph.model import Node
+from ..graph.specs import nbytes
+from ..graph.validate import HANDLERS as CHECKED
+from .calls import called, check_call
+from .hooks import no_hooks
+from .kernels import described
+from .loops import truth
+from .plan import ACCESSES, GIVEN, MOMENTS
+from .skipped import SKIPPED
+from .slots import assign
+from .telling import told
+
+if TYPE_CHECKING:
+    from .interpreter import Interpreter
+
+
+def save(job: Interpreter, node: Node, args: tuple[Any, ...]) -> None:
+    job.saves.keep(node, args[0])
+
+
+def tell(job: Interpreter, node: Node, args: tuple[Any, ...]) -> None:
+    job.saves.tell(node, " ".join(map(told, args)))
+
+
+def attachment(job: Interpreter, node: Node, args: tuple[Any, ...]) -> torch.Tensor:
+    return job.attachments[args[0]].to(job.world.device)
+
+
+def param(job: Interpreter, node: Node, args: tuple[Any, ...]) -> torch.Tensor:
+    path, name = args
+    return job.world.modules[path].get_parameter(name).detach()
+
+
+def call(job: Interpreter, node: Node, args: tuple[Any, ...]) -> torch.Tensor:
+    path, value = args
+    check_call(job.world.manifest, job.world.modules[path], path, value, job.limits)
+    if job.unknown(node.id) and isinstance(value, torch.Tensor):
+        spec, flops = called(job.world.manifest, path, described(value))
+        job.afford(5 * nbytes(spec), flops)
+    with no_hooks():
+        output = job.world.modules[path](value)
+    if not isinstance(output, torch.Tensor):
+        raise BadArgument(f"{path} returns no single tensor, so it can't be called on a value")
+    return output
+
+
+def update(job: Interpreter, node: Node, args: tuple[Any, ...]) -> torch.Tensor:
+    base, chain, index, value = args
+    if job.unknown(node.id):
+        job.afford(base.nbytes, 0)
+    fresh: torch.Tensor = base.clone()
+    assign(fresh, chain, index, value)
+    return fresh
+
+
+def branch(job: Interpreter, node: Node, args: tuple[Any, ...]) -> bool:
+    """Whether the body runs; if not, everything in it is skipped."""
+    pred, wanted = args
+    taken = truth(pred) is wanted
+    if not taken:
+        for other in job.plan.moments_within.get(node.id, ()):
+            job.give(other, SKIPPED)
+    return taken
+
+
+def choose(job: Interpreter, node: Node, args: tuple[Any, ...]) -> Any:
+    then, _, one, two = args
+    return one if then else two
+
+
+def backward(job: Interpreter, node: Node, args: tuple[Any, ...]) -> None:
+    job.gradients.ask(node, args[0])
+
+
+def nothing(job: Interpreter, node: Node, args: tuple[Any, ...]) -> None:
+    """Control nodes do nothing themselves."""
+
+
+HANDLERS: Mapping[str, Callable[[Interpreter, Node, tuple[Any, ...]], Any]] = {
+    "save": save,
+    "tell": tell,
+    "attachment": attachment,
+    "param": param,
+    "call": call,
+    "update": update,
+    "steps": nothing,
+    "branch": branch,
+    "choose": choose,
+    "loop": nothing,
+    "backward": backward,
+}
+assert set(HANDLERS) | MOMENTS | {"carry", "turn", "end_loop"} == set(CHECKED)
+assert GIVEN | ACCESSES < MOMENTS

@@ -1,0 +1,20 @@
+"""What a graph may reach of a model."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from ..graph.manifest import Manifest
+
+
+@dataclass(frozen=True, slots=True)
+class World:
+    """What a graph may reach of the model."""
+
+    modules: Mapping[str, nn.Module]
+    device: torch.device
+    manifest: Manifest
