@@ -43,6 +43,13 @@ _GEMMA = _GROUPED | {"head_dim": 24, "query_pre_attn_scalar": 24, "sliding_windo
 _EXPERTS = {"num_experts": 5, "num_experts_per_tok": 2, "moe_intermediate_size": 48}
 _PATTERN = ["sliding_attention", "full_attention", "sliding_attention"]
 
+_VISION = {
+    **{"hidden_size": 48, "num_hidden_layers": 2, "num_attention_heads": 3, "intermediate_size": 80},
+    **{"image_size": 24, "patch_size": 8},
+}
+_TEXT = _WIDE | {"num_hidden_layers": 2, "projection_dim": 40}
+_IMAGE = "<image>"
+
 ARCHITECTURES: dict[str, tuple[str, dict[str, Any]]] = {
     "gpt2": ("GPT2LMHeadModel", {"n_embd": 64, "n_layer": 3, "n_head": 4, "n_inner": 112, "n_positions": 128}),
     "llama": ("LlamaForCausalLM", _GROUPED),
@@ -66,7 +73,51 @@ ARCHITECTURES: dict[str, tuple[str, dict[str, Any]]] = {
     "mamba": ("MambaForCausalLM", {"hidden_size": 64, "num_hidden_layers": 3, "state_size": 8}),
     "mpt": ("MptForCausalLM", {"d_model": 64, "n_layers": 3, "n_heads": 4, "max_seq_len": 128}),
 }
-"""Short name -> class of the model, and the sizes that make it tiny."""
+"""Short name -> class of the model, and the sizes that make it tiny: models that continue or fill in texts."""
+
+BEYOND: dict[str, tuple[str, dict[str, Any]]] = {
+    "mamba2": (
+        "Mamba2ForCausalLM",
+        {
+            **{"hidden_size": 64, "num_hidden_layers": 3, "state_size": 8, "num_heads": 8, "head_dim": 16},
+            **{"n_groups": 2, "chunk_size": 8},
+        },
+    ),
+    "falcon_mamba": ("FalconMambaForCausalLM", {"hidden_size": 64, "num_hidden_layers": 3, "state_size": 8}),
+    "bert_base": ("BertModel", _WIDE),
+    "bert_classes": ("BertForSequenceClassification", _WIDE | {"num_labels": 3}),
+    "roberta": ("RobertaForTokenClassification", _WIDE | {"num_labels": 3, "max_position_embeddings": 130}),
+    "vit": ("ViTModel", _VISION),
+    "vit_classes": ("ViTForImageClassification", _VISION | {"num_labels": 5}),
+    "clip": ("CLIPModel", {"text_config": _TEXT, "vision_config": _VISION, "projection_dim": 40}),
+    "clip_vision": ("CLIPVisionModel", _VISION),
+    "clip_text": ("CLIPTextModel", _TEXT),
+    "llava": (
+        "LlavaForConditionalGeneration",
+        {
+            "text_config": _GROUPED | {"model_type": "llama"},
+            "vision_config": _VISION | {"model_type": "clip_vision_model"},
+            "vision_feature_layer": -1,
+        },
+    ),
+    "gemma3_images": (
+        "Gemma3ForConditionalGeneration",
+        {
+            "text_config": _GEMMA | {"layer_types": _PATTERN},
+            "vision_config": _VISION | {"model_type": "siglip_vision_model", "vision_use_head": False},
+            "mm_tokens_per_image": 9,
+        },
+    ),
+    "qwen2_vl": (
+        "Qwen2VLForConditionalGeneration",
+        {
+            "text_config": _GROUPED
+            | {"rope_parameters": {"rope_type": "default", "mrope_section": [2, 3, 3], "rope_theta": 10000.0}},
+            "vision_config": {"depth": 2, "embed_dim": 48, "hidden_size": 64, "num_heads": 3, "patch_size": 4},
+        },
+    ),
+}
+"""The same for models of other kinds: other heads, images, images and texts, further state spaces."""
 
 _END = {"bos_token": "<|endoftext|>", "eos_token": "<|endoftext|>"}
 _LLAMA = {"bos_token": "<s>", "eos_token": "</s>"}
@@ -80,14 +131,18 @@ _SPECIAL = {
     "opt": {"pad_token": "<pad>", "bos_token": "</s>", "eos_token": "</s>"},
     "bert": _BERT | {"mask_token": "[MASK]"},
 }
-_STARTS = {"llama", "mistral", "mixtral", "gemma2", "gemma3", "opt"}
+_STARTS = {"llama", "mistral", "mixtral", "gemma2", "gemma3", "opt", "llava", "gemma3_images"}
+_SPECIAL |= dict.fromkeys(("bert_base", "bert_classes", "roberta"), _BERT)
+_SPECIAL |= {"clip": _LLAMA, "clip_text": _LLAMA}
+_SPECIAL |= {"llava": _LLAMA | {"image_token": _IMAGE}, "qwen2_vl": _END | {"image_token": _IMAGE}}
+_SPECIAL |= {"gemma3_images": _SPECIAL["gemma3"] | {"image_token": _IMAGE}}
 
 
 def tiny(arch: str, *, dtype: str = "float32", **overrides: Any) -> Path:
     """The folder of a tiny model, named `tiny-<arch>`; made once for each combination of arguments.
 
     Args:
-        arch: a key of `ARCHITECTURES`.
+        arch: a key of `ARCHITECTURES` or `BEYOND`.
         dtype: of the saved weights.
         overrides: fields of the model's config.
     """
@@ -106,17 +161,28 @@ def tiny(arch: str, *, dtype: str = "float32", **overrides: Any) -> Path:
 
 
 def _build(arch: str, dtype: str, overrides: dict[str, Any], folder: Path) -> None:
-    cls_name, sizes = ARCHITECTURES[arch]
+    cls_name, sizes = (ARCHITECTURES | BEYOND)[arch]
     tokenizer = _tokenizer(arch)
     cls = getattr(transformers, cls_name)
     ids = {name: getattr(tokenizer, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
-    config = cls.config_class(**{"vocab_size": len(tokenizer), **ids, **sizes, **overrides})
+    config = cls.config_class(**_sized({**sizes, **overrides}, {"vocab_size": len(tokenizer), **ids}, tokenizer))
     model = cls(config)
     liven(model)
     model.to(getattr(torch, dtype)).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     # For some architectures the library reads a folder with rules of its own; the file should hold what it uses.
     AutoTokenizer.from_pretrained(folder).save_pretrained(folder)
+
+
+def _sized(sizes: dict[str, Any], text: dict[str, Any], tokenizer: Any) -> dict[str, Any]:
+    """A config's fields, with what concerns the vocabulary where the config keeps it."""
+    if "text_config" not in sizes:
+        return {**text, **sizes}
+    image = {}
+    if _IMAGE in tokenizer.get_vocab():
+        token = tokenizer.convert_tokens_to_ids(_IMAGE)
+        image = {"image_token_id": token, "image_token_index": token}
+    return {**sizes, **image, "text_config": {**text, **sizes["text_config"]}}
 
 
 @torch.no_grad()

@@ -83,6 +83,9 @@ def _title(manifest: Manifest) -> str:
 
 def _notes(manifest: Manifest) -> list[str]:
     notes = []
+    if manifest.inputs:
+        given = ", ".join(f"{name} {one}" for name, one in manifest.inputs.items())
+        notes.append(f"Takes {'token ids, and ' if manifest.tokens else ''}{given}")
     if not manifest.attention and not manifest.modules[""].events:
         notes.append("Shapes and hook points are known once it has run")
     if manifest.attention not in ("interpose", ""):

@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from .errors import BadArgument
 from .familiar import Familiar, other_options
+from .graph.generation import OPTIONS
+from .graph.inputs import TOKENS
 from .graph.manifest import Manifest
 from .home import Home
 from .traced import Traced
@@ -78,11 +80,14 @@ class LanguageModel(Familiar, Traced):
         trace: bool = True,
         scan: bool = True,
         validate: bool = True,
+        **inputs: Any,
     ) -> Any:
         """Open a block whose reads and writes happen inside one forward of the model.
 
         Args:
-            prompt: a text, token ids, or a list of either; None to give prompts with `t.invoke(...)`.
+            prompt: a text, token ids, or a list of either; what a tokenizer or processor returns; None to give
+                prompts with `t.invoke(...)`.
+            inputs: tensors that the model takes beside token ids, or in their place: `pixel_values=...`.
             remote: run on the server.
             blocking: False to go on while it runs; the tracer's `job` then has `status`, `result()`, `cancel()`.
             timeout: seconds it may take.
@@ -90,7 +95,7 @@ class LanguageModel(Familiar, Traced):
             trace: False for the model's output right away, without a block.
             scan, validate: a block is always checked as it is recorded, whatever they say.
         """
-        block = self._open(prompt, Options(remote, blocking, timeout, batching))
+        block = self._open(prompt, Options(remote, blocking, timeout, batching), inputs=inputs)
         return block if trace else self._result_of(block)
 
     def generate(
@@ -114,7 +119,8 @@ class LanguageModel(Familiar, Traced):
                 the events of the job of a block with `blocking=False`.
             trace: False for all token ids right away, without a block.
             options: as of the transformers library: max_new_tokens (20 if not given), do_sample, temperature,
-                top_k, top_p, repetition_penalty, eos_token_id, stop_strings, ...; and `seed`.
+                top_k, top_p, repetition_penalty, eos_token_id, stop_strings, ...; and `seed`. Tensors that the
+                model takes beside token ids go by their names here too.
         """
         tracer = ACTIVE.get()
         if tracer is not None and self._is(tracer.model):
@@ -126,8 +132,10 @@ class LanguageModel(Familiar, Traced):
                 raise BadArgument("an edit generates nothing: generate with the edited model")
             tracer.recorder.generate(options)
             return tracer.result.save()
+        inputs = self._taken(options, remote)
         if not stream:
-            block = self._open(prompt, Options(remote, blocking, timeout, batching), generation=options)
+            how = Options(remote, blocking, timeout, batching)
+            block = self._open(prompt, how, generation=options, inputs=inputs)
             return block if trace else self._result_of(block)
         told = stream if callable(stream) else None
         if told is not None and (not blocking or SESSION.get() is not None):
@@ -136,7 +144,13 @@ class LanguageModel(Familiar, Traced):
                 "stream=True and async for event in t.job"
             )
         how = Options(remote, blocking, timeout, batching, told)
-        return self._open(prompt, how, generation={**options, "stream": True})
+        return self._open(prompt, how, generation={**options, "stream": True}, inputs=inputs)
+
+    def _taken(self, options: dict[str, Any], remote: bool) -> dict[str, Any]:
+        """The model's inputs among options, taken out of these."""
+        names = options.keys() - OPTIONS.keys()
+        inputs = {*TOKENS, *self._home.manifest(remote).inputs} if names else set()
+        return {name: options.pop(name) for name in names & inputs}
 
     def session(
         self,
@@ -150,9 +164,9 @@ class LanguageModel(Familiar, Traced):
         options = Options(remote, blocking, timeout, batching)
         return Session(self._execution(options), self)
 
-    def scan(self, prompt: Any = None) -> Tracer:
+    def scan(self, prompt: Any = None, **inputs: Any) -> Tracer:
         """Open a block that runs nothing: shapes, order and errors are told as in a trace."""
-        return self._open(prompt, Options(remote=self._home.prefers_server), execute=None)
+        return self._open(prompt, Options(remote=self._home.prefers_server), execute=None, inputs=inputs)
 
     # -- what it is --------------------------------------------------------------------------------------------
 
@@ -186,15 +200,15 @@ class LanguageModel(Familiar, Traced):
 
     def _open(self, prompt: Any, options: Options, **rest: Any) -> Tracer:
         session = SESSION.get()
-        generation = rest.get("generation")
+        how = {"generation": rest.get("generation"), "inputs": rest.get("inputs")}
         if session is not None:
             tokenize = partial(self._tokenize, session.remote)
-            return Tracer(self, self._joined(session), prompt, tokenize, generation=generation)
+            return Tracer(self, self._joined(session), prompt, tokenize, **how)
         owner = self._execution(options)
         if "execute" in rest:
             owner.execute = rest["execute"]
         tokenize = partial(self._tokenize, options.remote)
-        return Tracer(self, owner.recorder, prompt, tokenize, generation=generation, owner=owner)
+        return Tracer(self, owner.recorder, prompt, tokenize, owner=owner, **how)
 
     @staticmethod
     def _result_of(block: Tracer) -> Any:

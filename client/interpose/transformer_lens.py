@@ -15,7 +15,7 @@ from .errors import BadArgument
 from .lens import ActivationCache, Hook, HookPoint, act_name
 from .models import LanguageModel
 from .tracing.notes import note
-from .tracing.prompts import to_invoke
+from .tracing.prompts import token_rows
 from .tracing.tracer import ACTIVE
 
 __all__ = ["ActivationCache", "HookPoint", "HookedTransformer", "utils"]
@@ -83,17 +83,13 @@ class HookedTransformer(LanguageModel):
 
     def to_string(self, tokens: Any) -> Any:
         """The text of ids [seq], or the texts of [rows, seq]."""
-        rows = to_invoke(tokens, self.tokenizer.encode).rows
+        rows = token_rows(tokens)
         texts = [self.tokenizer.decode(list(row)) for row in rows]
         return texts[0] if getattr(tokens, "ndim", 1) < 2 else texts
 
     def to_str_tokens(self, text: Any, prepend_bos: bool | None = None) -> list[str]:
         """The text of each token of a text, or of ids."""
-        ids = (
-            self._ids(text, prepend_bos)
-            if isinstance(text, str)
-            else to_invoke(text, self.tokenizer.encode).rows[0]
-        )
+        ids = self._ids(text, prepend_bos) if isinstance(text, str) else token_rows(text)[0]
         return [self.tokenizer.decode([token]) for token in ids]
 
     def to_single_token(self, text: str) -> int:

@@ -8,8 +8,9 @@ import pytest
 import torch
 from interpose.graph.manifest import ATTENTION
 from interpose.runtime import attention
+from interpose.runtime.feeding import measure_feeding
 from interpose.runtime.hooks import hooked
-from interpose.runtime.inputs import batch_inputs, measure_feeding
+from interpose.runtime.inputs import batch_inputs
 from models import tiny
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoModelForMaskedLM

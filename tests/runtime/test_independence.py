@@ -7,8 +7,9 @@ from typing import Any
 
 import pytest
 import torch
+from interpose.runtime.feeding import measure_feeding
 from interpose.runtime.independence import Buffers, check, thresholds
-from interpose.runtime.inputs import batch_inputs, measure_feeding, principal, sample_rows
+from interpose.runtime.inputs import batch_inputs, principal, sample_rows
 from interpose.runtime.loading import wrap
 from models import tiny
 from torch import nn
@@ -32,7 +33,7 @@ def scaled(kind: str, **options: Any) -> Any:
 
 
 def verdict(model: Any, longest: int | None = None) -> tuple[bool, str]:
-    return check(model, measure_feeding(model, "cpu"), torch.device("cpu"), longest)
+    return check(model, measure_feeding(model, "cpu"), torch.device("cpu"), longest)[:2]
 
 
 @pytest.mark.parametrize("arch", ["gpt2", "mistral", "gemma3", "mixtral", "bloom", "bert"])

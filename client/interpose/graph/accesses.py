@@ -8,6 +8,7 @@ from ..errors import BadArgument, InvalidGraph, ShapeMismatch, UnknownPoint, Wro
 from . import ops
 from .checker import LATE, Checker, Known, Moment, arity, handles
 from .functions import no_such_point
+from .inputs import counted
 from .manifest import ATTENTION, EVENT, Leaf, leaves, walk
 from .model import Node, Point
 from .ops import UNKNOWN
@@ -132,7 +133,9 @@ def sizes(checker: Checker, node: Node) -> Sizes:
     if any(checker.nodes[control].op == "steps" for control in checker.scope[node.id]):
         return Sizes(rows, None, None)
     if node.point is None or not node.point.step:
-        return Sizes(rows, of.longest, of.longest)
+        seen = whole.invokes if node.invoke is None else (whole.invokes[node.invoke],)
+        images = sum(counted(invoke, checker.manifest.inputs, checker.attachments) for invoke in seen)
+        return Sizes(rows, of.longest, of.longest, images)
     keys = of.longest + node.point.step
     window = checker.manifest.window(node.point.module)
     return Sizes(rows, 1, keys if window is None else min(keys, window))

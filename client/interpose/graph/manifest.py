@@ -15,11 +15,15 @@ from functools import cached_property
 from typing import Any, TypeAlias
 
 from ..errors import InvalidGraph, UnknownModule
+from .inputs import BATCH as BATCH
+from .inputs import IMAGE as IMAGE
+from .inputs import SEQ as SEQ
+from .inputs import Input, decode_inputs, encode_inputs
 from .named import Offers, Refusals, decode_named, encode_named
 from .values import DTYPES, TensorSpec
 
-BATCH, SEQ, KEY, BATCH_SEQ, UNKNOWN = "batch", "seq", "key", "batch*seq", "?"
-DIMS = (BATCH, SEQ, KEY, BATCH_SEQ, UNKNOWN)
+KEY, BATCH_SEQ, UNKNOWN = "key", "batch*seq", "?"
+DIMS = (BATCH, SEQ, KEY, BATCH_SEQ, IMAGE, UNKNOWN)
 
 EVENT = {"output": "exit", "inputs": "enter", "stream": "stream"}
 """The event of a module's call at which a point of that name exists; other names are their own event.
@@ -47,16 +51,16 @@ class Leaf:
     @property
     def by_rows(self) -> bool:
         """Whether every value in it belongs to one row, and which."""
-        return self.dims.count(BATCH) + self.dims.count(BATCH_SEQ) == 1 and UNKNOWN not in self.dims
+        return sum(map(self.dims.count, (BATCH, BATCH_SEQ, IMAGE))) == 1 and UNKNOWN not in self.dims
 
     @property
     def shared(self) -> bool:
         """Whether jobs that touch it may share a batch."""
         return self.by_rows and not self.alone
 
-    def spec(self, batch: int, seq: int, key: int | None = None) -> TensorSpec | None:
-        """The tensor for so many rows and positions, or None if a dimension is unknown."""
-        sizes = {BATCH: batch, SEQ: seq, KEY: seq if key is None else key, BATCH_SEQ: batch * seq}
+    def spec(self, batch: int, seq: int, key: int | None = None, images: int = 0) -> TensorSpec | None:
+        """The tensor for so many rows, positions and images, or None if a dimension is unknown."""
+        sizes = {BATCH: batch, SEQ: seq, KEY: seq if key is None else key, BATCH_SEQ: batch * seq, IMAGE: images}
         shape = []
         for dim in self.dims:
             if dim == UNKNOWN:
@@ -104,7 +108,15 @@ class Manifest:
     architecture: class name of the model.
     dtype: of the weights.
     modules: path -> module, in tree order; "" first.
-    blocks: paths of the decoder (or encoder) blocks, in order.
+    blocks: paths of the decoder (or encoder) blocks, in order; of a model that writes text beside images, those
+        that write; none where several lists are on a par.
+    towers: every list of blocks, by the path of the list, of a model with more than one.
+    tokens: whether it takes token ids.
+    inputs: the tensors it takes beside token ids, or in their place.
+    image_token, image_tokens: the id that holds an image's place in a prompt, and how many places an image takes, 0
+        where that differs.
+    even_rows: why rows of one run must be equally long, "" if they needn't: it looks at a row's first position,
+        which padding on the left would move.
     vocab: token ids are below this.
     positions: most positions a row may have, None for no bound.
     attention: "interpose" if the attention inside can be read, else why not; "" where nobody looked for any.
@@ -140,6 +152,17 @@ class Manifest:
     refused: Refusals = field(default_factory=dict)
     roles: Mapping[str, str] = field(default_factory=dict)
     windows: Mapping[str, int] = field(default_factory=dict)
+    towers: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    tokens: bool = True
+    inputs: Mapping[str, Input] = field(default_factory=dict)
+    image_token: int | None = None
+    image_tokens: int = 0
+    even_rows: str = ""
+
+    @cached_property
+    def stream(self) -> frozenset[str]:
+        """The blocks of every list."""
+        return frozenset(self.blocks).union(*self.towers.values())
 
     def module(self, path: str) -> ModuleInfo:
         """The module at a path. Raises UnknownModule with the nearest names."""
@@ -271,13 +294,15 @@ def encode_manifest(manifest: Manifest) -> dict[str, Any]:
         "modules": modules,
         "layouts": [json.loads(layout) for layout in table],
         "named": encode_named(manifest.named),
+        "towers": {path: list(blocks) for path, blocks in manifest.towers.items()},
+        "inputs": encode_inputs(manifest.inputs),
     }
 
 
 _PLAIN = (
     *("model", "revision", "architecture", "dtype", "vocab", "positions", "attention", "row_independent"),
     *("row_note", "tokenizer", "tokenizer_config", "config", "versions", "limits"),
-    *("refused", "roles", "windows"),
+    *("refused", "roles", "windows", "tokens", "image_token", "image_tokens", "even_rows"),
 )
 
 
@@ -301,8 +326,10 @@ def decode_manifest(plain: Mapping[str, Any]) -> Manifest:
             blocks=tuple(plain["blocks"]),
             modules=modules,
             named=decode_named(plain["named"]),
+            towers={path: tuple(blocks) for path, blocks in plain["towers"].items()},
+            inputs=decode_inputs(plain["inputs"]),
         )
-        if "" not in found.children or not set(found.blocks) <= set(modules):  # children: parents all exist
+        if "" not in found.children or not found.stream <= set(modules):  # children: parents all exist
             raise ValueError("blocks that are no modules")
         return found
     except (KeyError, TypeError, ValueError, IndexError, AttributeError) as error:

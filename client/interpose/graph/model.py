@@ -6,7 +6,7 @@ Everything here is frozen data. `codec` gives the plain form, `validate` says wh
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal, TypeAlias
 
 from ..errors import Source
@@ -73,7 +73,7 @@ class Invoke:
     """One prompt, or list of prompts, or named tensors.
 
     Attributes:
-        rows: token ids, one tuple a row, unpadded.
+        rows: token ids, one tuple a row, unpadded; empty tuples for a model that takes none.
         tensors: names of further model inputs -> SHA-256 of the attachment; first dimension: rows.
         text: the prompts as written, where there were any. For people; never run.
     """
@@ -103,6 +103,11 @@ class Run:
     def longest(self) -> int:
         return max((invoke.longest for invoke in self.invokes), default=0)
 
+    @property
+    def given(self) -> frozenset[str]:
+        """Names of what is given beside token ids."""
+        return frozenset(name for invoke in self.invokes for name in invoke.tensors)
+
 
 @dataclass(frozen=True, slots=True)
 class Graph:
@@ -112,6 +117,21 @@ class Graph:
     nodes: tuple[Node, ...] = ()
     attachments: Mapping[str, TensorSpec] = field(default_factory=dict)
 
+    def renamed(self, names: Mapping[str, str]) -> Graph:
+        """The graph with its attachments under other names."""
+        nodes = tuple(
+            replace(node, args=(names[node.args[0]],)) if node.op == "attachment" else node for node in self.nodes
+        )
+        runs = tuple(
+            replace(run, invokes=tuple(_renamed(invoke, names) for invoke in run.invokes)) if run.given else run
+            for run in self.runs
+        )
+        return Graph(runs, nodes, {names[key]: spec for key, spec in self.attachments.items()})
+
     @property
     def saves(self) -> tuple[Node, ...]:
         return tuple(node for node in self.nodes if node.op == "save")
+
+
+def _renamed(invoke: Invoke, names: Mapping[str, str]) -> Invoke:
+    return replace(invoke, tensors={name: names[key] for name, key in invoke.tensors.items()})

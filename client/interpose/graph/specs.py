@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
-from .manifest import BATCH, BATCH_SEQ, KEY, SEQ, Leaf
+from .manifest import BATCH, BATCH_SEQ, IMAGE, KEY, SEQ, Leaf
 from .ops import UNKNOWN
 from .values import DTYPES, TensorSpec
 
@@ -17,20 +17,21 @@ FLOATING = frozenset(name for name in DTYPES if name.startswith(("float", "bfloa
 
 @dataclass(frozen=True, slots=True)
 class Sizes:
-    """Rows, positions, and positions attention looks back on; None where they change from step to step."""
+    """Rows, positions, positions attention looks back on, and images; None where they change from step to step."""
 
     rows: int | None
     seq: int | None
     key: int | None
+    images: int = 0
 
 
 def spec_of(layout: Any, sizes: Sizes) -> Spec:
     """What a layout holds for so many rows and positions; UNKNOWN where they decide and aren't known."""
     if isinstance(layout, Leaf):
         if sizes.rows is None or sizes.seq is None:
-            moving = {SEQ, KEY, BATCH_SEQ} | ({BATCH} if sizes.rows is None else set())
+            moving = {SEQ, KEY, BATCH_SEQ, IMAGE} | ({BATCH} if sizes.rows is None else set())
             return UNKNOWN if moving & set(layout.dims) else layout.spec(sizes.rows or 0, 0) or UNKNOWN
-        return layout.spec(sizes.rows, sizes.seq, sizes.key) or UNKNOWN
+        return layout.spec(sizes.rows, sizes.seq, sizes.key, sizes.images) or UNKNOWN
     if isinstance(layout, tuple):
         return tuple(spec_of(item, sizes) for item in layout)
     if isinstance(layout, dict):

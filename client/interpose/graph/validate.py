@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from ..errors import BadArgument, IndexOutOfRange, LimitExceeded
@@ -15,10 +15,11 @@ from . import (
 from .checker import HANDLERS, Checker, Known
 from .footprint import Footprint
 from .generation import check_options, new_tokens
+from .inputs import alone, check_inputs
 from .limits import Limits
-from .manifest import Manifest
+from .manifest import Manifest, leaves
 from .model import Graph, Node, Run
-from .values import refs
+from .values import TensorSpec, refs
 
 HEAVY_FLOPS = 10**12
 """A graph that computes more than this by itself shares no batch: its mates would wait, and be charged, for it."""
@@ -44,10 +45,10 @@ def validate(graph: Graph, manifest: Manifest, limits: Limits, *, batching: str 
     """
     limits.check("nodes", len(graph.nodes))
     for run in graph.runs:
-        check_run(run, manifest)
+        check_run(run, manifest, graph.attachments)
         limits.check("new_tokens", new_tokens(run))
     # The model's cache holds new tokens just as it holds the prompt's.
-    limits.check("tokens", sum(run.rows * (run.longest + new_tokens(run)) for run in graph.runs))
+    limits.check("tokens", sum(run.rows * _longest(run, manifest) for run in graph.runs))
     for spec in graph.attachments.values():
         limits.check("attachment_bytes", spec.nbytes)
     attached = sum(spec.nbytes for spec in graph.attachments.values())
@@ -70,13 +71,14 @@ def validate(graph: Graph, manifest: Manifest, limits: Limits, *, batching: str 
             kind=kinds.pop() if len(kinds) == 1 else "mixed",
             runs=len(graph.runs),
             rows=max((run.rows for run in graph.runs), default=0),
-            longest=max((run.longest + new_tokens(run) for run in graph.runs), default=0),
+            longest=max((_longest(run, manifest) for run in graph.runs), default=0),
             attention=checker.attention,
             gradients=checker.gradients,
             exclusive=checker.exclusive
             or batching == "exclusive"
             or not manifest.row_independent
-            or flops > HEAVY_FLOPS,
+            or flops > HEAVY_FLOPS
+            or any(alone(run, manifest.inputs) for run in graph.runs),
             result_bytes=result,
             memory_bytes=memory,
             flops=flops,
@@ -84,19 +86,21 @@ def validate(graph: Graph, manifest: Manifest, limits: Limits, *, batching: str 
     )
 
 
-def check_run(run: Run, manifest: Manifest) -> None:
-    """Token ids against the vocabulary, lengths against the model's positions, options of a generation."""
+def check_run(run: Run, manifest: Manifest, attachments: Mapping[str, TensorSpec]) -> None:
+    """Token ids against the vocabulary, lengths against the model's positions, options of a generation, inputs."""
     if run.kind == "generate":
         check_options(run.options)
     elif run.options:
         raise BadArgument("a trace has no options")
-    if any(invoke.tensors for invoke in run.invokes):
-        raise BadArgument("inputs beside token ids aren't taken yet")
+    if not run.rows:
+        raise BadArgument("nothing to run: no prompt was given")
     for invoke in run.invokes:
         for row in invoke.rows:
-            if not row:
+            if not row and manifest.tokens:
                 raise BadArgument("a prompt has no tokens")
-            if manifest.vocab is not None and max(row) >= manifest.vocab:
+            if row and not manifest.tokens:
+                raise BadArgument(f"{manifest.model} takes no tokens; it takes {', '.join(manifest.inputs)}")
+            if row and manifest.vocab is not None and max(row) >= manifest.vocab:
                 raise IndexOutOfRange(f"token id {max(row)} is outside the vocabulary of {manifest.vocab}")
     asked = run.longest + new_tokens(run)
     if manifest.positions is not None and asked > manifest.positions:
@@ -105,8 +109,21 @@ def check_run(run: Run, manifest: Manifest) -> None:
             f"a prompt of {run.longest} tokens{new}, where {manifest.model} has {manifest.positions} positions",
             details={"limit": "positions", "asked": asked, "allowed": manifest.positions},
         )
-    if not run.rows:
-        raise BadArgument("nothing to run: no prompt was given")
+    if manifest.even_rows and len({len(row) for invoke in run.invokes for row in invoke.rows}) > 1:
+        raise BadArgument(f"prompts of different lengths can't share a run here: {manifest.even_rows}")
+    check_inputs(run, manifest, attachments)
+
+
+def _longest(run: Run, manifest: Manifest) -> int:
+    """Positions of a row, new tokens included; of a model that takes none, those it makes of an image."""
+    made = (manifest.modules[blocks[0]].points.get("output") for blocks in _lists(manifest))
+    sizes = [leaf.dims[1] for layout in made for leaf in leaves(layout)[:1] if len(leaf.dims) > 2]
+    fixed = max((size for size in sizes if isinstance(size, int)), default=1) if manifest.inputs else 1
+    return max(run.longest + new_tokens(run), fixed if any(i.tensors for i in run.invokes) else 1)
+
+
+def _lists(manifest: Manifest) -> list[Sequence[str]]:
+    return [blocks for blocks in (manifest.blocks, *manifest.towers.values()) if blocks]
 
 
 def _times(graph: Graph, scope: Sequence[int]) -> int:

@@ -23,7 +23,9 @@ def listing(graph: Graph, names: Mapping[int, str], parameters: Mapping[str, str
         for index, invoke in enumerate(run.invokes):
             text = " | ".join(map(repr, invoke.text)) or "token ids"
             sizes = ", ".join(str(len(row)) for row in invoke.rows[:8]) + (", ..." if len(invoke.rows) > 8 else "")
-            yield f"  invoke {index}: {text if len(text) <= 80 else text[:77] + '...'} ({sizes} tokens)"
+            given = "".join(f" {name}={_spec(graph, key)}" for name, key in invoke.tensors.items())
+            about = f"{text if len(text) <= 80 else text[:77] + '...'} ({sizes} tokens)" if invoke.longest else ""
+            yield f"  invoke {index}:{' ' * bool(about)}{about}{given}"
     by_key = {key: name for name, key in parameters.items()}
     depths: dict[int, int] = {}
     for node in graph.nodes:
@@ -33,8 +35,7 @@ def listing(graph: Graph, names: Mapping[int, str], parameters: Mapping[str, str
 
 def _line(node: Node, graph: Graph, names: Mapping[int, str], parameters: Mapping[str, str]) -> str:
     if node.op == "attachment" and node.args:
-        spec = graph.attachments.get(str(node.args[0]))
-        shape = f"{spec.dtype}{list(spec.shape)}" if spec else "?"
+        shape = _spec(graph, str(node.args[0]))
         name = parameters.get(str(node.args[0]))
         return f"%{node.id} = param({name!r}, {shape})" if name else f"%{node.id} = attachment({shape})"
     if node.op == "read":
@@ -50,6 +51,11 @@ def _line(node: Node, graph: Graph, names: Mapping[int, str], parameters: Mappin
     if node.op == "getitem" and len(node.args) == 2:
         shown[1] = f"[{_item(node.args[1])}]"
     return f"%{node.id} = {node.op}({', '.join(shown)})"
+
+
+def _spec(graph: Graph, key: str) -> str:
+    spec = graph.attachments.get(key)
+    return f"{spec.dtype}{list(spec.shape)}" if spec else "?"
 
 
 def _where(node: Node, runs: int) -> str:

@@ -19,7 +19,7 @@ from ..graph.manifest import Manifest
 from ..graph.model import Graph, Invoke
 from ..tracing.execution import Options
 from ..tracing.notes import note
-from ..tracing.prompts import to_invoke
+from ..tracing.prompts import Prompt, to_prompt
 from ..tracing.recorder import Recorder
 from ..wire.tensors import NUMPY, Backend, Encoded, decode_tensor, encode_tensor, is_tensor
 from .file import Origin, Parts, content_hash, plain_form, read, write
@@ -123,9 +123,11 @@ class Program(Parts):
             raise BadArgument("a program runs on a model without edits: those it was recorded with are part of it")
         home = model._home
         manifest: Manifest = home.manifest(remote)
-        graph = self._prompted(model, manifest, prompt, prompts, remote)
+        graph, given = self._prompted(model, manifest, prompt, prompts, remote)
         graph = moved(graph, self.origin.blocks, manifest.blocks, layers or {})
-        tensors = {**self.tensors, **self._set(parameters)}
+        tensors = {**self.tensors, **self._set(parameters), **given}
+        dropped = set().union(*(invoke.tensors.values() for invoke in self.prompts)) - _used(graph)
+        tensors = {key: tensor for key, tensor in tensors.items() if key not in dropped}
         graph = replace(graph, attachments={key: tensor.spec for key, tensor in tensors.items()})
         if manifest.revision != self.origin.revision:
             note(f"the program was recorded on another revision of a model, {self.origin.model}")
@@ -137,8 +139,8 @@ class Program(Parts):
 
     def _prompted(
         self, model: LanguageModel, manifest: Manifest, prompt: Any, prompts: Sequence[Any] | None, remote: bool
-    ) -> Graph:
-        """The graph with the prompts it is to run on."""
+    ) -> tuple[Graph, dict[str, Encoded]]:
+        """The graph with the prompts it is to run on, and the tensors that came with them."""
         old = self.prompts
         if prompt is not None:
             if prompts is not None or len(old) != 1:
@@ -150,9 +152,23 @@ class Program(Parts):
             prompts = [list(invoke.text) if other and invoke.text else invoke for invoke in old]
         if len(prompts) != len(old):
             raise BadArgument(f"the program has {len(old)} prompts, not {len(prompts)}")
-        new = iter([to_invoke(item, lambda text: model._tokenize(remote, text)) for item in prompts])
+        tensors: dict[str, Encoded] = {}
+        new = iter([self._invoke(item, model, manifest, tensors, remote) for item in prompts])
         runs = (replace(run, invokes=tuple(next(new) for _ in run.invokes)) for run in self.graph.runs)
-        return replace(self.graph, runs=tuple(runs))
+        return replace(self.graph, runs=tuple(runs)), tensors
+
+    def _invoke(
+        self, prompt: Any, model: LanguageModel, manifest: Manifest, tensors: dict[str, Encoded], remote: bool
+    ) -> Invoke:
+        """A prompt as an invoke; its tensors come to `tensors`. An invoke of the program stays as it is."""
+        if isinstance(prompt, Invoke):
+            return prompt
+        made: Prompt = to_prompt(prompt, lambda text: model._tokenize(remote, text), manifest)
+        names = {}
+        for name, tensor in made.tensors.items():
+            names[name] = f"{len(self.tensors) + len(tensors):064x}"
+            tensors[names[name]] = _copied(encode_tensor(tensor))
+        return replace(made.invoke, tensors=names)
 
     def _set(self, parameters: Mapping[str, Any]) -> dict[str, Encoded]:
         """The attachments of parameters that are given other values."""
@@ -193,16 +209,20 @@ def _backend(remote: bool) -> Backend:
 
 def _portable(graph: Graph, keys: Mapping[str, str]) -> Graph:
     """The graph with its attachments' own names, and with file names for paths."""
+    renamed = graph.renamed(keys)
     nodes = tuple(
-        replace(
-            node,
-            args=(keys[node.args[0]],) if node.op == "attachment" else node.args,
-            source=None if node.source is None else replace(node.source, file=_file_name(node.source.file)),
-        )
-        for node in graph.nodes
+        node
+        if node.source is None
+        else replace(node, source=replace(node.source, file=_file_name(node.source.file)))
+        for node in renamed.nodes
     )
-    specs = {key: graph.attachments[old] for old, key in keys.items()}
-    return replace(graph, nodes=nodes, attachments=specs)
+    return replace(renamed, nodes=nodes)
+
+
+def _used(graph: Graph) -> set[str]:
+    """Keys of the attachments that a graph uses."""
+    nodes = {node.args[0] for node in graph.nodes if node.op == "attachment"}
+    return nodes.union(*(invoke.tensors.values() for run in graph.runs for invoke in run.invokes))
 
 
 def _printable(line: str) -> str:

@@ -54,11 +54,16 @@ def _eager(module: nn.Module) -> Callable[..., Any]:
 
 def _attention(default: str) -> Callable[..., Any]:
     def attention(
-        module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, **kwargs: Any
+        module: nn.Module,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attention_mask: Tensor | None = None,  # some models give it by this name
+        **kwargs: Any,
     ) -> Any:
         scope = CURRENT.get()
         with nullcontext() if scope is None else scope.veil():
-            return called(scope, module, query, key, value, mask, **kwargs)
+            return called(scope, module, query, key, value, attention_mask, **kwargs)
 
     def called(
         scope: Scope | None,

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
+from itertools import product
 from typing import Any
 
 import torch
@@ -18,10 +19,12 @@ from ..graph.manifest import ATTENTION, EVENT, Layout, Leaf, ModuleInfo, walk
 from ..graph.model import Key
 from . import nests
 from .attention import READABLE
+from .feeding import examples, places
 from .functions import watchable
 from .hooks import hooked
 from .independence import TOLERANCE
-from .inputs import Feeding, batch_inputs, sample_rows
+from .inputs import Feeding
+from .pieces import joined
 from .rows import Span, View
 
 _POINT = {event: point for point, event in EVENT.items()}
@@ -37,6 +40,7 @@ class _Row:
     """A visitor that keeps the first row's part of every tensor of floats whose layout says which that is."""
 
     modules: Mapping[str, ModuleInfo]
+    part: Span
     whole: Span
     attention: bool
     seen: dict[tuple[Place, int], torch.Tensor] = field(default_factory=dict)
@@ -49,7 +53,6 @@ class _Row:
     def visit(self, module: str, event: str, call: int, value: Any) -> Any:
         point = _POINT.get(event, event)
         layout = self.modules[module].points.get(point)
-        span = Span(0, 1, 0, SHORT, 0, SHORT)
         for path, tensor in nests.tensors(value) if self.attention == (event in ATTENTION) else ():
             try:
                 leaf = walk(layout, path)
@@ -58,7 +61,7 @@ class _Row:
             if isinstance(leaf, Leaf) and leaf.by_rows and tensor.is_floating_point():
                 place = (module, point, path)
                 try:
-                    self.seen[place, call] = View(leaf, span, self.whole).cut(tensor).clone()
+                    self.seen[place, call] = View(leaf, self.part, self.whole).cut(tensor).clone()
                 except ShapeMismatch:
                     self.odd.add(place)
         return value
@@ -73,22 +76,28 @@ def marked(
     device: torch.device,
     attention: str,
 ) -> dict[str, ModuleInfo]:
-    """`infos` with the tensors marked that a row's neighbours change. Runs the model twice, or four times.
+    """`infos` with the tensors marked that a row's neighbours change. Runs the model a few times.
 
     Raises whatever the model's forward raises.
     """
-    rows = sample_rows(model, [SHORT, LONG])
+    cases = [examples(model, feeding, [SHORT, LONG])]
+    if feeding.image_token is not None:
+        more = places(model, feeding)
+        cases.append(examples(model, feeding, [SHORT + more, LONG + more], [1, 1]))
     names = {module: path for path, module in modules.items()}
     watched = {path: None for path, module in modules.items() if watchable(module)}
     found: set[Place] = set()
-    for looking in (False, True) if attention == READABLE else (False,):
+    ways = (False, True) if attention == READABLE else (False,)
+    for looking, (short, long) in product(ways, cases):
         seen = []
-        for runs in ([rows[:1]], [rows[:1], rows[1:]]):
-            inputs = batch_inputs(runs, device)
+        for runs in ([[short]], [[short], [long]]):
+            inputs = joined(runs, feeding.inputs, device)
             kwargs: dict[str, Any] = feeding.kwargs(inputs)
             if "use_cache" in feeding.accepts:
                 kwargs["use_cache"] = False  # as the engine's
-            visitor = _Row(infos, Span.whole(len(runs), max(inputs.widths), max(inputs.widths)), looking)
+            width, images = max(inputs.widths), len(short.tensors.get(feeding.images, ()))
+            part = Span(0, 1, 0, inputs.widths[0], 0, inputs.widths[0], 0, images)
+            visitor = _Row(infos, part, Span.whole(len(runs), width, width, images * len(runs)), looking)
             with hooked(modules, names, visitor, watched):
                 model(**kwargs)
             seen.append(visitor.seen)

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from transformers import DynamicCache, PretrainedConfig
 
 from .independence import rope_settings
-from .inputs import Feeding
+from .inputs import Feeding, text_config
 from .layouts import dtype_name
 
 _FIGURES = {
@@ -37,7 +37,8 @@ def versions() -> dict[str, str]:
 def figures(model: nn.Module) -> dict[str, Any]:
     """A config's figures for people."""
     config = getattr(model, "config", None)
-    found = {name: getattr(config, attribute, None) for name, attribute in _FIGURES.items()}
+    text = text_config(model)
+    found = {name: getattr(config, at, getattr(text, at, None)) for name, at in _FIGURES.items()}
     known = {name: value for name, value in found.items() if isinstance(value, (int, str))}
     return {**known, "parameters": sum(param.numel() for param in model.parameters())}
 
@@ -57,7 +58,7 @@ def windows(model: nn.Module, blocks: Sequence[str]) -> dict[str, int]:
 def longest_row(model: nn.Module, feeding: Feeding) -> int | None:
     """Most positions a row may have, None for no bound the config knows of."""
     config = getattr(model, "config", None)
-    longest = getattr(config, "max_position_embeddings", None)
+    longest = getattr(text_config(model), "max_position_embeddings", None) if feeding.ids else None
     if not isinstance(longest, int) or longest <= 0:
         return None
     # Dynamic scaling is there to go beyond the trained length, by a factor.

@@ -13,7 +13,8 @@ from typing import Any
 
 import torch
 
-from ..errors import InternalError, InterposeError, OutOfMemory
+from ..errors import BadArgument, InternalError, InterposeError, OutOfMemory
+from ..graph.inputs import counted
 from ..graph.limits import UNLIMITED, Limits
 from ..graph.model import Graph
 from ..graph.validate import Report, validate
@@ -21,9 +22,10 @@ from .forward import Forward, place, starts
 from .generation import Generation
 from .gradients import run_backwards
 from .independence import Buffers
-from .inputs import ModelInputs, batch_inputs, call_kwargs
+from .inputs import ModelInputs, call_kwargs
 from .interpreter import Interpreter
 from .loading import Loaded
+from .pieces import check_given, joined, pieces
 from .plan import compile_graph
 from .rows import Span
 from .sink import Sink
@@ -107,6 +109,7 @@ class Engine:
     def _start(self, job: EngineJob) -> Interpreter | InterposeError:
         try:
             report = job.report or validate(job.graph, self.manifest, job.limits)
+            check_given(job.graph, job.attachments, self.manifest)
             started = Interpreter(
                 compile_graph(job.graph),
                 report.known,
@@ -127,7 +130,7 @@ class Engine:
     def _runs(self, jobs: Sequence[Interpreter]) -> None:
         """Run level by level: the runs of a level, of all jobs, need nothing of one another."""
         for level in range(max((len(job.plan.levels) for job in jobs), default=0)):
-            shared: dict[tuple[str, bool, bool], list[tuple[Interpreter, int]]] = {}
+            shared: dict[tuple[str, bool, bool, frozenset[str]], list[tuple[Interpreter, int]]] = {}
             for job in jobs:
                 for run in job.plan.levels[level] if level < len(job.plan.levels) else ():
                     if job.plan.idle(run):
@@ -135,7 +138,8 @@ class Engine:
                     if job.exclusive:
                         self._forward([(job, run)])
                     else:
-                        key = job.plan.graph.runs[run].kind, job.plan.attention(run), bool(job.plan.backwards)
+                        own = job.plan.graph.runs[run]
+                        key = own.kind, job.plan.attention(run), bool(job.plan.backwards), own.given
                         shared.setdefault(key, []).append((job, run))
             for group in shared.values():
                 self._forward(group)
@@ -144,27 +148,43 @@ class Engine:
         group = [(job, run) for job, run in group if job.error is None]
         if not group:
             return
-        runs = [job.plan.graph.runs[run] for job, run in group]
-        rows = [[row for invoke in run.invokes for row in invoke.rows] for run in runs]
         with self._buffers, _gradients(*(job for job, _ in group)):
-            if runs[0].kind == "generate":
-                Generation(self.loaded, group, rows).run()
-                return
-            inputs = batch_inputs(rows, self._world.device)
-            width = inputs.input_ids.shape[1]
-            firsts = starts([run.rows for run in runs])
-            placed = [
-                place(job, run, Span(first, len(own), 0, length, 0, length))
-                for (job, run), first, own, length in zip(group, firsts, rows, inputs.widths, strict=True)
-            ]
-            for part in placed:
-                part.give_mask(inputs.attention_mask)
-            cut = self._cut(group, inputs)
-            forward = Forward(self.loaded, placed, Span.whole(inputs.input_ids.shape[0], width, width), cut=cut)
-            kwargs = self._kwargs(inputs, plain=any(job.exclusive for job, _ in group))
-            forward.run(kwargs | (cut.argument if cut else {}))
-            forward.finish()
-            run_backwards([job.gradients for job in dict.fromkeys(job for job, _ in group)])
+            try:
+                self._feed(group)
+            except (ValueError, RuntimeError, IndexError, TypeError) as error:
+                (job, run), *others = group
+                if others or not job.plan.graph.runs[run].given or isinstance(error, torch.OutOfMemoryError):
+                    raise
+                job.fail(BadArgument(f"the model doesn't run on these inputs: {_first_line(error)}"))
+
+    def _feed(self, group: Sequence[tuple[Interpreter, int]]) -> None:
+        runs = [job.plan.graph.runs[run] for job, run in group]
+        fed = [pieces(run, job.attachments) for run, (job, _) in zip(runs, group, strict=True)]
+        if runs[0].kind == "generate":
+            Generation(self.loaded, group, fed).run()
+            return
+        inputs = joined(fed, self.manifest.inputs, self._world.device)
+        rows, width = inputs.input_ids.shape
+        images = [
+            [counted(invoke, self.manifest.inputs, job.plan.graph.attachments) for invoke in run.invokes]
+            for run, (job, _) in zip(runs, group, strict=True)
+        ]
+        where = zip(starts([run.rows for run in runs]), starts(list(map(sum, images))), strict=True)
+        placed = [
+            place(job, run, Span(row, own.rows, 0, length, 0, length, image, sum(counts)), images=counts)
+            for (job, run), (row, image), own, counts, length in zip(
+                group, where, runs, images, inputs.widths, strict=True
+            )
+        ]
+        for part in placed:
+            part.give_mask(inputs.attention_mask)
+        whole = Span.whole(rows, width, width, sum(map(sum, images)))
+        cut = self._cut(group, inputs)
+        forward = Forward(self.loaded, placed, whole, cut=cut)
+        kwargs = self._kwargs(inputs, plain=any(job.exclusive for job, _ in group))
+        forward.run(kwargs | (cut.argument if cut else {}))
+        forward.finish()
+        run_backwards([job.gradients for job in dict.fromkeys(job for job, _ in group)])
 
     def _cut(self, group: Sequence[tuple[Interpreter, int]], inputs: ModelInputs) -> Cut | None:
         """Drop the logits nobody looks at, in a forward that several runs share."""
@@ -189,3 +209,7 @@ class Engine:
 def _gradients(*jobs: Interpreter) -> torch.set_grad_enabled:
     """Tracks what is computed if a job asked for gradients; such jobs share forwards with their like."""
     return torch.set_grad_enabled(any(job.plan.backwards for job in jobs))
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().partition("\n")[0][:200] or type(error).__name__

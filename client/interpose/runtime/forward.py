@@ -50,14 +50,18 @@ class Placed:
                 )
 
 
-def place(job: Interpreter, run: int, span: Span, step: int = 0) -> Placed:
-    """A run placed in a forward: invokes follow one another by rows, each ends where its run ends."""
+def place(job: Interpreter, run: int, span: Span, step: int = 0, images: Sequence[int] = ()) -> Placed:
+    """A run placed in a forward: invokes follow one another by rows and images, each ends where its run ends."""
     invokes = job.plan.graph.runs[run].invokes
+    images = images or [0] * len(invokes)
+    firsts = zip(starts([len(invoke.rows) for invoke in invokes]), starts(images), strict=True)
     parts = []
-    for row, invoke in zip(starts([len(invoke.rows) for invoke in invokes]), invokes, strict=True):
+    for (row, image), invoke, count in zip(firsts, invokes, images, strict=True):
         keys = invoke.longest + step
         length = invoke.longest if not step else 1
-        parts.append(Span(row, len(invoke.rows), span.length - length, length, span.keys - keys, keys))
+        parts.append(
+            Span(row, len(invoke.rows), span.length - length, length, span.keys - keys, keys, image, count)
+        )
     return Placed(job, run, span, tuple(parts), step)
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import secrets
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
 
@@ -22,6 +22,7 @@ from .forward import Forward, Placed, place, starts
 from .inputs import FILL, positions
 from .interpreter import Interpreter
 from .loading import Loaded
+from .pieces import Piece, joined
 from .rows import Span
 
 _OURS = ("seed", "stop_strings", "stream")
@@ -69,7 +70,7 @@ class Row:
 
 @dataclass
 class Growing:
-    """One job's run: its rows, and where they lie in the batch."""
+    """One job's run: its rows, where they and its images lie in the batch, and how many images each invoke has."""
 
     job: Interpreter
     run: int
@@ -78,6 +79,8 @@ class Growing:
     most: int
     rows: list[Row]
     pad: int
+    image: int = 0
+    images: Sequence[int] = ()
     steps: int = 0
     over: bool = False
     last: int | None = field(init=False)
@@ -117,18 +120,26 @@ class Generation:
     """Several runs that generate together. Their rows are padded on the left to the longest."""
 
     def __init__(
-        self, loaded: Loaded, group: Sequence[tuple[Interpreter, int]], rows: Sequence[Sequence[Sequence[int]]]
+        self, loaded: Loaded, group: Sequence[tuple[Interpreter, int]], fed: Sequence[Sequence[Piece]]
     ) -> None:
+        rows = [[row for piece in run for row in piece.rows] for run in fed]
         self._loaded = loaded
         self._model: Any = loaded.model
         self._device = loaded.device
         self._width = max(len(row) for own in rows for row in own)
         self._count = sum(map(len, rows))
-        firsts = starts([len(own) for own in rows])
+        # Padded on the left alone, as the rows are here.
+        self._tensors = joined(
+            [[piece for run in fed for piece in run]], loaded.feeding.inputs, self._device
+        ).tensors
+        name = loaded.feeding.images
+        images = [[len(piece.tensors.get(name, ())) for piece in run] for run in fed]
+        self._images = sum(map(sum, images))
+        places = zip(starts([len(own) for own in rows]), starts(list(map(sum, images))), images, strict=True)
         self._parts = []
-        for (job, run), first, own in zip(group, firsts, rows, strict=True):
+        for (job, run), (first, image, counts), own in zip(group, places, rows, strict=True):
             with job.guard():
-                self._parts.append(self._growing(job, run, first, own))
+                self._parts.append(replace(self._growing(job, run, first, own), image=image, images=counts))
         self._all = [row for own in rows for row in own]
 
     def run(self) -> None:
@@ -139,9 +150,9 @@ class Generation:
         mask = torch.tensor(
             [[0] * (self._width - len(row)) + [1] * len(row) for row in self._all], device=self._device
         )
-        state: dict[str, Any] = {"attention_mask": mask, "use_cache": True}
-        if self._loaded.feeding.offset is not None:
-            state["position_ids"] = positions(mask) + self._loaded.feeding.offset
+        state: dict[str, Any] = {"attention_mask": mask, "use_cache": True, **self._tensors}
+        if self._loaded.feeding.states(self._tensors):
+            state["position_ids"] = positions(mask) + (self._loaded.feeding.offset or 0)
         step = 0
         while any(not part.over for part in self._parts):
             inputs = self._model.prepare_inputs_for_generation(
@@ -158,14 +169,15 @@ class Generation:
         for part in self._parts:
             if not part.over:
                 placed.append(self._place(part, mask, step))
-        whole = Span.whole(self._count, length, self._width + step)
+        whole = Span.whole(self._count, length, self._width + step, 0 if step else self._images)
         forward = Forward(self._loaded, placed, whole, complete=True)
         output = forward.run({**inputs, "return_dict": True})
         forward.finish()
         return output
 
     def _place(self, part: Growing, mask: Tensor, step: int) -> Placed:
-        placed = place(part.job, part.run, part.span(self._width, step), step)
+        span = replace(part.span(self._width, step), image=part.image, images=sum(part.images))
+        placed = place(part.job, part.run, span, step, part.images)
         if step == 0:
             placed.give_mask(mask)
         with part.job.guard():

@@ -8,12 +8,19 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from types import TracebackType
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from .inputs import Feeding, batch_inputs, principal, sample_rows, vocabulary
+from ..errors import ShapeMismatch
+from ..graph.manifest import BATCH, BATCH_SEQ, IMAGE, SEQ, UNKNOWN, Layout, Leaf
+from ..graph.model import Key
+from . import nests
+from .feeding import examples, places
+from .inputs import Feeding, principal, vocabulary
+from .pieces import Piece, joined
+from .rows import Span, View
 
 TOLERANCE = {torch.float64: 1e-8, torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 5e-2}
 """Largest difference at one position, in norm and relative, that reassociation of sums may explain."""
@@ -25,6 +32,9 @@ _THRESHOLDS = ("original_max_position_embeddings", "sliding_window", "attention_
 _SHORT, _LONG, _LONGEST = 12, 24, 4096
 _FLOPS = {"cpu": 4e10, "cuda": 4e13}
 """What one row of the check may cost, by kind of device."""
+
+_REMEMBERS = {"rope_deltas"}
+"""State kept by modules without buffers: where the last images moved the positions after them."""
 
 _STATE_BYTES = 16 << 20
 """Larger buffers are weights by another name; copying them would double a quantized model."""
@@ -38,7 +48,9 @@ class Buffers:
     """
 
     def __init__(self, model: nn.Module) -> None:
-        self._modules = [_State(module) for module in model.modules() if module._buffers]
+        self._modules = [
+            _State(module) for module in model.modules() if module._buffers or _REMEMBERS & {*vars(module)}
+        ]
 
     def restore(self) -> None:
         for module in self._modules:
@@ -129,39 +141,75 @@ def thresholds(config: Any) -> list[int]:
     return sorted(set(search(config.to_dict(), (*_THRESHOLDS, *extra))))
 
 
+class Verdict(NamedTuple):
+    """Whether rows are independent; a note for people: what differed, or what was checked; and why rows of one run
+    must be equally long, if they must."""
+
+    independent: bool
+    note: str
+    even_rows: str = ""
+
+
 @torch.no_grad()
-def check(model: nn.Module, feeding: Feeding, device: torch.device, longest: int | None) -> tuple[bool, str]:
-    """Compare a short prompt alone, beside a longer one, after one, and padded.
+def check(
+    model: nn.Module, feeding: Feeding, device: torch.device, longest: int | None, layout: Layout = None
+) -> Verdict:
+    """Compare a short prompt alone, beside a longer one, after one, and padded; with images where it takes any.
 
     Args:
         longest: most positions a row may have; thresholds beyond it don't matter.
-
-    Returns:
-        Whether rows are independent, and a note for people: what differed, or what was checked.
+        layout: of the model's output; without one its principal tensor is [rows, positions, ...].
     """
-    if not feeding.tokens:
-        return False, f"not checked: {feeding.note}"
+    if not feeding.works:
+        return Verdict(False, f"not checked: {feeding.note}")
+    mixing = [path for path, leaf in _leaves(layout) if _mixes(leaf)]
+    if mixing:
+        return Verdict(False, f"its output {mixing[0][-1]} has a value for every pair of a row and an image")
     config = getattr(model, "config", None)
     limit = longest or 1 << 62
     reachable = [length for length in thresholds(config) if length < limit]
     affordable = min(_affordable(model, device), limit)
     lengths = sorted({min(_LONG, limit), *(min(2 * at, affordable) for at in reachable if at < affordable)})
     short = max(2, min([_SHORT, *(at - 1 for at in reachable), limit]))
+    trials = [examples(model, feeding, [short, length]) for length in lengths if feeding.ids]
+    if not feeding.ids:
+        trials = [examples(model, feeding, [0, 0])]
+    elif feeding.image_token is not None:
+        length = places(model, feeding)
+        trials.append(examples(model, feeding, [length + 4, length + 9], [1, 1]))
     buffers = Buffers(model)
-    strayed = 0.0
-    for length in lengths:
-        trial = _Trial(model, feeding, device, buffers, sample_rows(model, [short, length]))
+    strayed, even_rows = 0.0, ""
+    for pair in trials:
+        trial = _Trial(model, feeding, device, buffers, pair, layout)
         reason = trial.differs()
         if reason:
-            return False, reason
+            return Verdict(False, reason)
         strayed = max(strayed, trial.strayed)
-    precise = torch.finfo(trial.alone.dtype).bits >= 32 if trial.alone.is_floating_point() else False
+        even_rows = even_rows or trial.moved_by_padding()
+    first = trial.alone[0]
+    precise = torch.finfo(first.dtype).bits >= 32 if first.is_floating_point() else False
     unchecked = [at for at in reachable if at >= affordable or not precise]
     if unchecked and length_bound(config):
         note = f"its positions depend on the longest row from {unchecked[0]} tokens on, more than could be checked"
-        return False, note
-    beside = " and ".join(map(str, lengths))
-    return True, f"checked beside rows of {beside} tokens: company moves results by {strayed:.0e} at most"
+        return Verdict(False, note)
+    beside = f"rows of {' and '.join(map(str, lengths))} tokens" if feeding.ids else "another row"
+    return Verdict(True, f"checked beside {beside}: company moves results by {strayed:.0e} at most", even_rows)
+
+
+def _leaves(layout: Layout, path: tuple[Key, ...] = ()) -> Iterator[tuple[tuple[Key, ...], Leaf]]:
+    if isinstance(layout, Leaf):
+        yield path, layout
+    items: Any = ()
+    if isinstance(layout, dict):
+        items = layout.items()
+    elif isinstance(layout, tuple):
+        items = enumerate(layout)
+    for key, item in items:
+        yield from _leaves(item, (*path, key))
+
+
+def _mixes(leaf: Leaf) -> bool:
+    return sum(map(leaf.dims.count, (BATCH, BATCH_SEQ, IMAGE))) > 1 and UNKNOWN not in leaf.dims
 
 
 def _affordable(model: nn.Module, device: torch.device) -> int:
@@ -181,37 +229,82 @@ class _Trial:
         feeding: Feeding,
         device: torch.device,
         buffers: Buffers,
-        rows: list[list[int]],
+        pair: Sequence[Piece],
+        layout: Layout,
     ) -> None:
         self._model, self._feeding, self._device, self._buffers = model, feeding, device, buffers
-        self._short, self._long = rows
+        self._short, self._long = pair
+        self._layout = layout
         with buffers:
-            self.alone = self._run([[self._short]])[0]
+            self.alone = self._run([[self._short]], 0)
         self.strayed = 0.0
 
-    def _run(self, runs: list[list[list[int]]]) -> Tensor:
-        return principal(self._model(**self._feeding.kwargs(batch_inputs(runs, self._device))))
+    def _run(self, runs: list[list[Piece]], start: int) -> list[Tensor]:
+        """The first row's part of all outputs that belong to rows; its tokens begin at `start`."""
+        inputs = joined(runs, self._feeding.inputs, self._device)
+        output = self._model(**self._feeding.kwargs(inputs))
+        rows, width = inputs.input_ids.shape
+        count = self._images(self._short)
+        whole = Span.whole(rows, width, width, sum(self._images(piece) for run in runs for piece in run))
+        length = len(runs[0][0].rows[0])
+        part = Span(0, 1, start, length, start, length, 0, count)
+        return [View(leaf, part, whole).cut(tensor) for leaf, tensor in self._outputs(output)]
+
+    def _images(self, piece: Piece) -> int:
+        found = piece.tensors.get(self._feeding.images)
+        return 0 if found is None else len(found)
+
+    def _outputs(self, output: Any) -> list[tuple[Leaf, Tensor]]:
+        found = []
+        for path, leaf in _leaves(self._layout):
+            if leaf.by_rows:
+                try:
+                    tensor = nests.at(output, path)
+                except LookupError:
+                    continue
+                found += [(leaf, tensor)] if isinstance(tensor, Tensor) else []
+        if found:
+            return found
+        tensor = principal(output)
+        return [(Leaf((BATCH, SEQ, *tensor.shape[2:]), "float32"), tensor)]
 
     def differs(self) -> str:
         """What company changes the short row, or ""."""
-        short, long = len(self._short), len(self._long)
+        here, there = self._named(self._short), self._named(self._long)
         with self._buffers:
-            if not self._same(self._run([[self._short], [self._long]])[0, :short]):
-                return f"a row of {short} tokens changes beside one of {long}"
+            if not self._same([[self._short], [self._long]]):
+                return f"a row of {here} changes beside one of {there}"
         with self._buffers:
-            if not self._same(self._run([[self._short, self._long]])[0, long - short :]):
-                return f"a row of {short} tokens changes when it is padded on the left to {long}"
-        with self._buffers:
-            self._run([[self._long]])
-            if not self._same(self._run([[self._short]])[0]):
-                return f"a row of {short} tokens changes after one of {long}"
+            self._model(**self._feeding.kwargs(joined([[self._long]], self._feeding.inputs, self._device)))
+            if not self._same([[self._short]]):
+                return f"a row of {here} changes after one of {there}"
         return ""
 
-    def _same(self, found: Tensor) -> bool:
-        if found.shape != self.alone.shape:
+    def moved_by_padding(self) -> str:
+        """What padding on the left changes, or ""."""
+        short, long = len(self._short.rows[0]), len(self._long.rows[0])
+        if short == long:
+            return ""
+        with self._buffers:
+            if not self._same([[self._short, self._long]], long - short):
+                return f"a row of {short} tokens changes when it is padded on the left to {long}"
+        return ""
+
+    def _named(self, piece: Piece) -> str:
+        return f"{len(piece.rows[0])} tokens" if self._feeding.ids else "images"
+
+    def _same(self, runs: list[list[Piece]], start: int = 0) -> bool:
+        try:
+            found = self._run(runs, start)
+        except ShapeMismatch:
+            return False
+        return len(found) == len(self.alone) and all(map(self._close, found, self.alone))
+
+    def _close(self, found: Tensor, alone: Tensor) -> bool:
+        if found.shape != alone.shape:
             return False
         # By norm, as single figures of a deep model in half precision stray further.
-        expected = self.alone.double()
+        expected = alone.double()
         strayed = (found.double() - expected).norm(dim=-1) / expected.norm(dim=-1).clamp(min=1e-30)
         self.strayed = max(self.strayed, float(strayed.max()))
         return bool((strayed <= TOLERANCE.get(found.dtype, 0.0)).all())

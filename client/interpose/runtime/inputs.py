@@ -1,10 +1,9 @@
-"""What a model is fed: token rows of several runs in one padded batch, and the arguments its forward takes."""
+"""What a model is fed: rows of several runs in one padded batch, and the arguments its forward takes."""
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import torch
@@ -12,6 +11,10 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from ..errors import BadArgument
+from ..graph.inputs import IMAGE, Input
+
+_IDS = ("token_id", "image_token_index", "video_token_index")
+"""How a config's names of special tokens end."""
 
 FILL = 0
 """The token in padded places. Any id will do, as the mask hides it; this one every vocabulary has."""
@@ -26,6 +29,7 @@ class ModelInputs:
         widths: for each run the length of its span, which starts at position 0 of the batch.
         rows: for each run how many rows it has, in order.
         padded: whether any place holds no token.
+        tensors: what is given beside token ids, by name.
     """
 
     input_ids: Tensor
@@ -34,6 +38,7 @@ class ModelInputs:
     widths: tuple[int, ...]
     rows: tuple[int, ...]
     padded: bool
+    tensors: Mapping[str, Tensor] = field(default_factory=dict)
 
 
 def batch_inputs(rows: Sequence[Sequence[Sequence[int]]], device: torch.device | str = "cpu") -> ModelInputs:
@@ -43,12 +48,13 @@ def batch_inputs(rows: Sequence[Sequence[Sequence[int]]], device: torch.device |
     token; runs are padded on the right to the longest run, which no causal row can see.
 
     Args:
-        rows: for each run its rows of token ids.
+        rows: for each run its rows of token ids; all of them empty for a model that takes none.
 
     Raises:
-        BadArgument: there is no row, or one has no token.
+        BadArgument: there is no row, or one has no token while others do.
     """
-    if not any(rows) or not all(row for run in rows for row in run):
+    lengths = [len(row) for run in rows for row in run]
+    if not lengths or (0 in lengths and any(lengths)):
         raise BadArgument("a prompt without tokens can't be run; give at least one token a row")
     widths = tuple(max(map(len, run), default=0) for run in rows)
     total = max(widths)
@@ -59,9 +65,9 @@ def batch_inputs(rows: Sequence[Sequence[Sequence[int]]], device: torch.device |
             left, right = width - len(row), total - width
             ids.append([FILL] * left + list(row) + [FILL] * right)
             mask.append([0] * left + [1] * len(row) + [0] * right)
-    attention_mask = torch.tensor(mask, dtype=torch.int64, device=device)
+    attention_mask = torch.tensor(mask, dtype=torch.int64, device=device).view(len(lengths), total)
     return ModelInputs(
-        input_ids=torch.tensor(ids, dtype=torch.int64, device=device),
+        input_ids=torch.tensor(ids, dtype=torch.int64, device=device).view(len(lengths), total),
         attention_mask=attention_mask,
         position_ids=positions(attention_mask),
         widths=widths,
@@ -85,18 +91,31 @@ class Feeding:
             once for all rows.
         offset: what it adds to positions before its table, so what we must add when we give them (RoBERTa counts
             from its padding id); None if it takes no positions from outside.
-        note: why it doesn't run on token ids alone, "" if it does.
+        note: why nothing is known to run it on, "" if something is.
+        ids: whether it takes token ids.
+        inputs: the tensors it takes beside them, or in their place.
+        image_token, image_tokens: the id that holds an image's place, and how many places one image takes; 0 where
+            that differs from image to image.
     """
 
     accepts: frozenset[str]
     offset: int | None = None
     note: str = ""
     stated: bool = False
+    ids: bool = True
+    inputs: Mapping[str, Input] = field(default_factory=dict)
+    image_token: int | None = None
+    image_tokens: int = 0
 
     @property
-    def tokens(self) -> bool:
-        """Whether it runs on token ids alone."""
+    def works(self) -> bool:
+        """Whether we know what to run it on."""
         return not self.note
+
+    @property
+    def images(self) -> str:
+        """The input that holds images, which belong to rows by the place of their tokens; "" without one."""
+        return next((name for name, one in self.inputs.items() if one.dims[0] == IMAGE), "")
 
     def kwargs(self, inputs: ModelInputs) -> dict[str, Tensor]:
         """The keyword arguments of the forward for a batch.
@@ -104,12 +123,20 @@ class Feeding:
         Without padding the result is bitwise that of what a tokenizer would give; with padding the positions are
         stated too, as most models would count padded places.
         """
-        kwargs = {"input_ids": inputs.input_ids}
+        kwargs = dict(inputs.tensors)
+        if not self.ids:
+            return kwargs
+        kwargs["input_ids"] = inputs.input_ids
         if "attention_mask" in self.accepts:
             kwargs["attention_mask"] = inputs.attention_mask
-        if (inputs.padded or self.stated) and self.offset is not None:
-            kwargs["position_ids"] = inputs.position_ids + self.offset
+        if (inputs.padded or self.stated) and self.states(inputs.tensors):
+            kwargs["position_ids"] = inputs.position_ids + (self.offset or 0)
         return kwargs
+
+    def states(self, tensors: Mapping[str, Tensor]) -> bool:
+        """Whether positions may be stated: not where the model makes its own of the images' sizes."""
+        own = any(self.inputs[name].free for name in tensors if name in self.inputs)
+        return self.offset is not None and not own
 
 
 class Fed(Protocol):
@@ -124,64 +151,44 @@ def call_kwargs(loaded: Fed, inputs: ModelInputs) -> dict[str, Tensor]:
     return loaded.feeding.kwargs(inputs)
 
 
-@torch.no_grad()
-def measure_feeding(model: nn.Module, device: torch.device | str) -> Feeding:
-    """What `model` wants: read from its signature, the position offset found by comparing runs."""
-    accepts = frozenset(inspect.signature(model.forward).parameters)
-    feeding = Feeding(accepts)
-    if "input_ids" not in accepts:
-        return Feeding(accepts, note="its forward takes no input_ids")
-    pad = getattr(getattr(model, "config", None), "pad_token_id", None)
-    inputs = batch_inputs([sample_rows(model, [6])], device)
-    plain = feeding.kwargs(inputs)
-    try:
-        expected = principal(model(**plain)).float()
-    except Exception as error:  # noqa: BLE001 - a model's own forward may raise anything, and loading goes on
-        return Feeding(accepts, note=f"its forward fails on token ids alone: {error}")
-    if "position_ids" not in accepts:
-        return feeding
-    for offset in (0, *([pad + 1] if isinstance(pad, int) else [])):
-        given = principal(model(**plain, position_ids=inputs.position_ids + offset)).float()
-        if torch.allclose(given, expected, rtol=1e-3, atol=1e-4 * float(expected.abs().max())):
-            stated = torch.equal(given, expected) and _looks_up_once(model, device, feeding)
-            return Feeding(accepts, offset, stated=stated)
-    return feeding
-
-
-def _looks_up_once(model: nn.Module, device: torch.device | str, feeding: Feeding) -> bool:
-    """Whether some table of the model is looked up for one row, where there are several."""
-    found: list[int] = []
-
-    def watch(module: nn.Module, args: Any, output: Any) -> None:
-        found.append(len(output))
-
-    handles = [m.register_forward_hook(watch) for m in model.modules() if isinstance(m, nn.Embedding)]
-    try:
-        model(**feeding.kwargs(batch_inputs([sample_rows(model, [3, 3])], device)))
-    finally:
-        for handle in handles:
-            handle.remove()
-    return 1 in found
-
-
 def vocabulary(model: nn.Module) -> int | None:
     """How many token ids a model takes, None if it takes none."""
     if not isinstance(model, PreTrainedModel):
         return None
-    table = getattr(model.get_input_embeddings(), "weight", None)
-    return len(table) if isinstance(table, Tensor) else None
+    try:
+        table = getattr(model.get_input_embeddings(), "weight", None)
+    except (AttributeError, NotImplementedError):
+        table = None
+    if isinstance(table, Tensor) and table.dim() == 2:
+        return len(table)
+    size = getattr(text_config(model), "vocab_size", None)
+    return size if isinstance(size, int) else None
+
+
+def text_config(model: nn.Module) -> Any:
+    """The part of a model's config that concerns text."""
+    config = getattr(model, "config", None)
+    text = getattr(config, "get_text_config", None)
+    return text() if callable(text) else config
 
 
 def sample_rows(model: nn.Module, lengths: Sequence[int]) -> list[list[int]]:
     """Rows of ordinary token ids to try a model on: fixed, scattered, no special token of its config among them."""
-    config = getattr(model, "config", None)
-    named = [value for name, value in vars(config).items() if name.endswith("token_id")] if config else []
-    special = {token for value in named for token in (value if isinstance(value, (list, tuple)) else (value,))}
+    special = {
+        token
+        for config in {id(c): c for c in (getattr(model, "config", None), text_config(model))}.values()
+        for token in _special(config)
+    }
     ordinary = [token for token in range(min(vocabulary(model) or 64, 4096)) if token not in special]
     return [
         [ordinary[(31 * row + 17 * place * (row + 1) + 7) % len(ordinary)] for place in range(length)]
         for row, length in enumerate(lengths)
     ]
+
+
+def _special(config: Any) -> list[Any]:
+    named = [value for name, value in vars(config).items() if name.endswith(_IDS)] if config else []
+    return [token for value in named for token in (value if isinstance(value, (list, tuple)) else (value,))]
 
 
 def principal(output: Any) -> Tensor:

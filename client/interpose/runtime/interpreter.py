@@ -112,7 +112,7 @@ class Interpreter:
         with self.guard():
             self.check_wanted()
             values = RunValues(touched, span)
-            whole = Span.whole(span.rows, span.length, span.keys)
+            whole = span.itself
             views = [whole if node.invoke is None else invokes[node.invoke] for node in nodes]
             for node, view in zip(nodes, views, strict=True):
                 if node.op == "read" and node.id in self.plan.gradients and not self.skips(node):

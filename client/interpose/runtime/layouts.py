@@ -12,7 +12,7 @@ from typing import Any, TypeAlias
 
 from torch import Tensor
 
-from ..graph.manifest import BATCH, BATCH_SEQ, KEY, SEQ, UNKNOWN, Layout, Leaf
+from ..graph.manifest import BATCH, BATCH_SEQ, IMAGE, KEY, SEQ, UNKNOWN, Layout, Leaf
 from ..graph.values import DTYPES
 
 MAX_DEPTH = 7
@@ -20,11 +20,12 @@ MAX_DEPTH = 7
 
 @dataclass(frozen=True, slots=True)
 class Size:
-    """Of one run: rows, new positions, and positions attention can look back on (`key`)."""
+    """Of one run: rows, new positions, positions attention can look back on (`key`), and images."""
 
     batch: int
     seq: int
     key: int
+    images: int = 0
 
     @property
     def decoding(self) -> bool:
@@ -102,6 +103,7 @@ _MEASURES: Mapping[str, Callable[[Size], int]] = {
     SEQ: lambda size: size.seq,
     KEY: lambda size: size.key,
     BATCH_SEQ: lambda size: size.batch * size.seq,
+    IMAGE: lambda size: size.images,
 }
 
 

@@ -15,7 +15,9 @@ from transformers import AutoConfig, AutoTokenizer, PretrainedConfig
 from ..errors import ConfigError, ModelUnavailable
 from ..graph.manifest import Manifest
 from . import attention, describe, independence, named
-from .inputs import Feeding, batch_inputs, measure_feeding, sample_rows, vocabulary
+from .feeding import examples, measure_feeding, places
+from .inputs import Feeding, vocabulary
+from .pieces import joined
 from .probe import probe
 
 _DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16, "float64": torch.float64}
@@ -110,15 +112,22 @@ def wrap(model: nn.Module, name: str, tokenizer: Any = None) -> Loaded:
     device = next((param.device for param in model.parameters() if not param.is_meta), torch.device("cpu"))
     feeding = measure_feeding(model, device)
     batches = []
-    if feeding.tokens:
-        runs = ([[5]], [[6, 4], [3]])
-        rows = [[sample_rows(model, lengths) for lengths in run] for run in runs]
-        batches = [feeding.kwargs(batch_inputs(run, device)) for run in rows]
+    if feeding.works:
+        runs = [examples(model, feeding, lengths) for lengths in ([5], [6, 4], [3])]
+        batches = [feeding.kwargs(joined(part, feeding.inputs, device)) for part in (runs[:1], runs[1:])]
+        if feeding.image_token is not None:
+            batches.append(
+                feeding.kwargs(
+                    joined([examples(model, feeding, [4 + places(model, feeding)], [1])], feeding.inputs, device)
+                )
+            )
     readable = attention.install(model, batches)
     measured = probe(model, modules, feeding, device, readable)
     longest = describe.longest_row(model, feeding)
-    alone = (False, f"not checked: {measured.note}")
-    independent, note = alone if measured.note else independence.check(model, feeding, device, longest)
+    verdict = independence.Verdict(False, f"not checked: {measured.note}")
+    if not measured.note:
+        layout = measured.modules[""].points.get("output")
+        verdict = independence.check(model, feeding, device, longest, layout)
     file, file_config = describe.tokenizer(tokenizer)
     manifest = Manifest(
         model=name,
@@ -127,11 +136,17 @@ def wrap(model: nn.Module, name: str, tokenizer: Any = None) -> Loaded:
         dtype=describe.weights_dtype(model),
         modules=measured.modules,
         blocks=measured.blocks,
-        vocab=vocabulary(model),
+        towers=measured.towers,
+        vocab=vocabulary(model) if feeding.ids else None,
         positions=longest,
         attention=measured.attention,
-        row_independent=independent,
-        row_note=note,
+        row_independent=verdict.independent,
+        row_note=verdict.note,
+        even_rows=verdict.even_rows,
+        tokens=feeding.ids,
+        inputs=feeding.inputs,
+        image_token=feeding.image_token,
+        image_tokens=feeding.image_tokens,
         tokenizer=hashlib.sha256(file).hexdigest() if file else None,
         tokenizer_config=file_config,
         config=describe.figures(model),

@@ -16,17 +16,22 @@ import torch
 from torch import nn
 
 from ..graph.functions import call_of
-from ..graph.manifest import ATTENTION, BATCH, EVENT, KEY, SEQ, Layout, Leaf, ModuleInfo, Param, leaves
+from ..graph.manifest import ATTENTION, BATCH, EVENT, IMAGE, KEY, SEQ, Layout, Leaf, ModuleInfo, Param, leaves
 from ..graph.values import DTYPES
 from . import company, nests
 from .attention import READABLE
+from .feeding import examples, places
 from .functions import Made, watchable
 from .hooks import hooked
-from .inputs import Feeding, ModelInputs, batch_inputs, positions, sample_rows
+from .inputs import Feeding, ModelInputs, positions
 from .layouts import Seen, Size, derive, dtype_name, observe
+from .pieces import Piece, joined
 
 SIZES = ((2, 5), (3, 5), (2, 7))
 """Rows and positions of the runs. Constants, rows, positions and their product vary differently over them."""
+
+IMAGES = ((2, 5, (2, 1)), (3, 5, (1, 2, 1)), (2, 7, (1, 2)))
+"""Rows, positions beside those of images, and images of each row: their numbers vary as nothing else does."""
 
 PAST = 2
 """Positions before the decode step: few, so that no sliding window ends between them."""
@@ -41,6 +46,7 @@ class Measured:
     """Attributes:
     modules: path -> module, in tree order.
     blocks: paths of the blocks that carry the residual stream.
+    towers: every list of such blocks by the list's path, if there are several.
     rewritten: (path, event) where the model later writes over what it handed out.
     first_only: modules whose forward calls other functions in a generation's later steps.
     attention: what `Manifest.attention` says.
@@ -53,6 +59,7 @@ class Measured:
     note: str = ""
     rewritten: frozenset[tuple[str, str]] = frozenset()
     first_only: frozenset[str] = frozenset()
+    towers: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
 
 
 @dataclass
@@ -130,20 +137,59 @@ class _Prober:
     feeding: Feeding
     device: torch.device
 
-    def forward(self, batch: int, seq: int, *, padded: bool = False, attention: bool = False) -> _Recorder:
+    def forward(
+        self,
+        batch: int,
+        seq: int,
+        images: Sequence[int] | None = None,
+        *,
+        padded: bool = False,
+        attention: bool = False,
+    ) -> _Recorder:
+        """One run; `images` of each row, where the model sees any, whose places come to the positions."""
+        feeding = self.feeding
+        if images is not None:
+            seq += max(images) * places(self.watch.model, feeding)
         lengths = [seq - row if padded else seq for row in range(batch)]
-        inputs = batch_inputs([sample_rows(self.watch.model, lengths)], self.device)
-        size = Size(batch, seq, seq)
-        kwargs: dict[str, Any] = self.feeding.kwargs(inputs)
-        if "use_cache" in self.feeding.accepts:
+        pieces = examples(self.watch.model, feeding, lengths, images)
+        inputs = joined([pieces], feeding.inputs, self.device)
+        size = Size(batch, seq, seq, len(inputs.tensors.get(feeding.images, ())))
+        kwargs: dict[str, Any] = feeding.kwargs(inputs)
+        if "use_cache" in feeding.accepts:
             kwargs["use_cache"] = False  # as the engine's
         return self.watch.record(size, kwargs, attention=attention)[0]
+
+    def runs(self, *, attention: bool = False) -> _Recorder:
+        """Every kind of forward; returns the one that comes by most modules."""
+        required = any(one.required for one in self.feeding.inputs.values())
+        last = None
+        if not required or not self.feeding.images:
+            sizes = (*SIZES, *SIZES) if self.feeding.ids and not attention else SIZES
+            for index, size in enumerate(sizes):
+                padded = index >= len(SIZES)
+                found = self.forward(*size, padded=padded, attention=attention)
+                last = last if padded else found
+        if self.feeding.image_token is not None or self.feeding.images:
+            last = self._seeing(last, attention=attention)
+        assert last is not None
+        return last
+
+    def _seeing(self, plain: _Recorder | None, *, attention: bool) -> _Recorder:
+        last = [self.forward(*size, attention=attention) for size in IMAGES][-1]
+        for size in () if attention else IMAGES:
+            self.forward(*size, padded=True)
+        if plain is not None and not _within(plain.order, last.order):
+            raise ValueError("it calls its modules in another order where there are images")
+        return last
 
     def decode(self, *, attention: bool = False) -> None:
         """One step with a cache, where query and key lengths differ. Nothing for models without a cache."""
         batch = 3
-        rows = sample_rows(self.watch.model, [PAST + 1] * batch)
-        before = batch_inputs([[row[:PAST] for row in rows]], self.device)
+        pieces = examples(self.watch.model, self.feeding, [PAST + 1] * batch)
+        if pieces[0].tensors:
+            return
+        rows = [list(piece.rows[0]) for piece in pieces]
+        before = joined([[Piece([row[:PAST]]) for row in rows]], {}, self.device)
         kwargs: dict[str, Any] = self.feeding.kwargs(before) | {"use_cache": True}
         _, output = self.watch.record(Size(batch, PAST, PAST), kwargs, attention=attention)
         cache = getattr(output, "past_key_values", None)
@@ -167,20 +213,18 @@ def probe(
         modules: path -> module, "" first.
         attention: what `attention.install` said.
     """
-    if not feeding.tokens:
+    if not feeding.works:
         return Measured(described_bare(modules), attention=attention, note=feeding.note)
     watch = Watch(model, modules)
     prober = _Prober(watch, feeding, device)
     try:
-        plain = [prober.forward(*size) for size in SIZES][-1]
-        for size in SIZES:
-            prober.forward(*size, padded=True)
+        plain = prober.runs()
         caches = {"past_key_values", "use_cache"} <= feeding.accepts
         if caches:
             prober.decode()
         looking = None
         if attention == READABLE:
-            looking = [prober.forward(*size, attention=True) for size in SIZES][-1]
+            looking = prober.runs(attention=True)
             if caches:
                 prober.decode(attention=True)
     except Exception as error:  # noqa: BLE001 - a model's own forward may raise anything, and loading goes on
@@ -191,18 +235,26 @@ def probe(
         attention = _readable(plain, looking)
         order = looking.order if attention == READABLE else order
     found = company.marked(model, modules, watch.described(order), feeding, device, attention)
+    lists = _lists(found, modules)
     return Measured(
         _stand_ins(found, modules),
-        _blocks(found, modules),
+        _chosen(lists, found),
         attention,
         rewritten=frozenset(watch.rewritten),
         first_only=watch.made.first_only(),
+        towers=lists if len(lists) > 1 else {},
     )
 
 
 def described_bare(modules: Mapping[str, nn.Module]) -> dict[str, ModuleInfo]:
     """What is known of modules without running them."""
     return {path: _bare(path, module) for path, module in modules.items()}
+
+
+def _within(order: Sequence[tuple[str, str]], of: Sequence[tuple[str, str]]) -> bool:
+    """Whether one order of events is another with some left out; calls of functions aside, which may vary."""
+    rest = iter([at for at in of if not call_of(at[1])])
+    return all(at in rest for at in order if not call_of(at[1]))
 
 
 def _bare(path: str, module: nn.Module) -> ModuleInfo:
@@ -263,15 +315,34 @@ def _stand_ins(found: Mapping[str, ModuleInfo], modules: Mapping[str, nn.Module]
     return result
 
 
-def _blocks(found: Mapping[str, ModuleInfo], modules: Mapping[str, nn.Module]) -> tuple[str, ...]:
-    """The longest list of modules which follow one another, each from hidden states to hidden states."""
-    best: tuple[str, ...] = ()
+def _lists(found: Mapping[str, ModuleInfo], modules: Mapping[str, nn.Module]) -> dict[str, tuple[str, ...]]:
+    """Lists of modules that follow one another, each from hidden states to hidden states; none within another."""
+    lists: dict[str, tuple[str, ...]] = {}
     for path, module in modules.items():
-        if isinstance(module, nn.ModuleList):
+        if isinstance(module, nn.ModuleList) and not any(path.startswith(f"{other}.") for other in lists):
             items = tuple(f"{path}.{name}" if path else name for name, _ in module.named_children())
-            if len(items) > len(best) and _stream(found, items):
-                best = items
-    return best
+            if items and _stream(found, items):
+                lists[path] = items
+    return lists
+
+
+def _chosen(lists: Mapping[str, tuple[str, ...]], found: Mapping[str, ModuleInfo]) -> tuple[str, ...]:
+    """The list that `layers` means: the longest, of one kind of input; of a model that writes, those that do.
+
+    None where a model has one list for texts and one for images, and nothing that says which is meant.
+    """
+    kinds: dict[bool, tuple[str, ...]] = {}
+    for items in lists.values():
+        hidden = _hidden(found[items[0]], "output") or ()
+        text = SEQ in hidden
+        if len(items) > len(kinds.get(text, ())):
+            kinds[text] = items
+    if len(kinds) < 2:
+        return next(iter(kinds.values()), ())
+    output = found[""].points.get("output")
+    logits = output.get("logits") if isinstance(output, dict) else None
+    writes = isinstance(logits, Leaf) and SEQ in logits.dims
+    return kinds[True] if writes else ()
 
 
 def _stream(found: Mapping[str, ModuleInfo], items: Sequence[str]) -> bool:
@@ -286,10 +357,15 @@ def _stream(found: Mapping[str, ModuleInfo], items: Sequence[str]) -> bool:
 
 
 def _hidden(info: ModuleInfo, point: str) -> tuple[int | str, ...] | None:
-    """Dimensions of the hidden states [batch, seq, hidden] that come first in a point, if they do.
+    """Dimensions of the hidden states that come first in a point: [batch, seq, hidden], [images, patches, hidden].
 
     Their dtype may change on the way: some models carry the stream in float32 beside half-precision weights.
     """
     first = next(iter(leaves(info.points.get(point))), None)
-    fits = first is not None and first.dims[:2] == (BATCH, SEQ) and len(first.dims) == 3
+    fits = first is not None and len(first.dims) == 3 and _places(first.dims)
     return first.dims if first is not None and fits else None
+
+
+def _places(dims: tuple[int | str, ...]) -> bool:
+    """Whether two dimensions count rows and their positions, or images and their patches."""
+    return dims[:2] == (BATCH, SEQ) or (dims[0] in (BATCH, IMAGE) and isinstance(dims[1], int))

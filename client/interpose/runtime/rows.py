@@ -12,13 +12,13 @@ from dataclasses import dataclass
 import torch
 
 from ..errors import ShapeMismatch
-from ..graph.manifest import BATCH, BATCH_SEQ, KEY, SEQ, Leaf
+from ..graph.manifest import BATCH, BATCH_SEQ, IMAGE, KEY, SEQ, Leaf
 
 
 @dataclass(frozen=True, slots=True)
 class Span:
-    """A part of a batch: rows [row, row + rows), positions [start, start + length), and of the positions attention
-    looks back on, which a cache makes more, [key, key + keys)."""
+    """A part of a batch: rows [row, row + rows), positions [start, start + length), of the positions attention
+    looks back on, which a cache makes more, [key, key + keys), and images [image, image + images)."""
 
     row: int
     rows: int
@@ -26,10 +26,17 @@ class Span:
     length: int
     key: int
     keys: int
+    image: int = 0
+    images: int = 0
 
     @classmethod
-    def whole(cls, rows: int, length: int, keys: int) -> Span:
-        return cls(0, rows, 0, length, 0, keys)
+    def whole(cls, rows: int, length: int, keys: int, images: int = 0) -> Span:
+        return cls(0, rows, 0, length, 0, keys, 0, images)
+
+    @property
+    def itself(self) -> Span:
+        """All of this part, relative to it."""
+        return Span.whole(self.rows, self.length, self.keys, self.images)
 
     def within(self, outer: Span) -> Span:
         """This part, given relative to another, in terms of what that one is given in."""
@@ -40,6 +47,8 @@ class Span:
             self.length,
             outer.key + self.key,
             self.keys,
+            outer.image + self.image,
+            self.images,
         )
 
 
@@ -70,7 +79,7 @@ class View:
         if of.length == 1 and KEY in dims and len(dims) == tensor.dim():
             keys = min(keys, tensor.shape[dims.index(KEY)])  # a cache with a window lets go of the oldest
         gone = of.keys - keys
-        sizes = {BATCH: of.rows, SEQ: of.length, KEY: keys, BATCH_SEQ: of.rows * of.length}
+        sizes = {BATCH: of.rows, SEQ: of.length, KEY: keys, BATCH_SEQ: of.rows * of.length, IMAGE: of.images}
         if len(dims) != tensor.dim() or any(
             size != sizes.get(str(dim), size) for dim, size in zip(dims, tensor.shape, strict=True)
         ):
@@ -86,6 +95,8 @@ class View:
         for place, dim in enumerate(dims):
             if dim == BATCH:
                 tensor = tensor.narrow(place, span.row, span.rows)
+            elif dim == IMAGE:
+                tensor = tensor.narrow(place, span.image, span.images)
             elif dim == SEQ:
                 tensor = tensor.narrow(place, span.start, span.length)
             elif dim == KEY:

@@ -172,7 +172,7 @@ class RunValues:
         return slot
 
     def _within(self, leaf: Leaf, invoke: Span) -> View:
-        return View(leaf, invoke, Span.whole(self.span.rows, self.span.length, self.span.keys))
+        return View(leaf, invoke, self.span.itself)
 
 
 def fitted(value: torch.Tensor, like: torch.Tensor) -> torch.Tensor:

@@ -15,9 +15,11 @@ import torch
 
 from ..graph.model import Node
 from ..graph.values import Ref
+from .feeding import examples
 from .hooks import no_hooks
-from .inputs import batch_inputs, principal, sample_rows
+from .inputs import principal
 from .loading import Loaded
+from .pieces import joined
 from .plan import Place, Plan
 from .rows import Span
 
@@ -89,9 +91,10 @@ class Cut:
 def measure(loaded: Loaded) -> Tail | None:
     """The tail of a model whose forward keeps the positions it is told to, proved on a short run; None without."""
     head = loaded.manifest.roles.get("unembed")
-    if head is None or ARGUMENT not in loaded.feeding.accepts or not loaded.feeding.tokens:
+    if head is None or ARGUMENT not in loaded.feeding.accepts or not (loaded.feeding.works and loaded.feeding.ids):
         return None
-    kwargs = loaded.feeding.kwargs(batch_inputs([sample_rows(loaded.model, [6, 6])], loaded.device))
+    inputs = joined([examples(loaded.model, loaded.feeding, [6, 6])], loaded.feeding.inputs, loaded.device)
+    kwargs = loaded.feeding.kwargs(inputs)
     with no_hooks():
         whole = principal(loaded.model(**kwargs))
         for keep in (1, torch.tensor([2, 5], device=loaded.device)):

@@ -27,6 +27,7 @@ class Attachments:
         self.specs: dict[str, TensorSpec] = {}
         self.tensors: dict[str, Any] = {}
         self._attached: dict[int, tuple[Any, int, int]] = {}
+        self._kept: list[tuple[Any, int]] = []
 
     def plain(self, value: Any) -> Any:
         """An argument as the user wrote it, in the vocabulary of graphs. Tensors from outside are attached."""
@@ -60,16 +61,24 @@ class Attachments:
         """The node of a tensor from outside."""
         known = self._attached.get(id(tensor))
         if known is None or not self._as_attached(tensor):
-            # A provisional name: a digest is only worth its time where the tensor has to travel.
-            key = f"{len(self.tensors):064x}"
-            self.specs[key], self.tensors[key] = spec_of(tensor), snapshot(tensor)
+            key = self._hold(tensor)
             node = self._recorder.node("attachment", (key,), invoke=None, when=None)
             known = self._attached[id(tensor)] = tensor, version_of(tensor), node
         return known[2]
 
+    def keep(self, tensor: Any) -> str:
+        """The key of a tensor that no node names: an input of a prompt."""
+        self._kept.append((tensor, version_of(tensor)))
+        return self._hold(tensor)
+
+    def _hold(self, tensor: Any) -> str:
+        key = f"{len(self.tensors):064x}"  # a digest is only worth its time where the tensor has to travel
+        self.specs[key], self.tensors[key] = spec_of(tensor), snapshot(tensor)
+        return key
+
     def check_unchanged(self) -> None:
         """Raises BadArgument if a tensor was changed after the line that used it."""
-        for tensor, version, _ in self._attached.values():
+        for tensor, version in [*self._kept, *(entry[:2] for entry in self._attached.values())]:
             if version_of(tensor) != version:
                 raise BadArgument("a tensor from outside was changed in the block after it was used; use a clone")
 

@@ -251,7 +251,7 @@ class Points:
 
     def _output(self, point: Point, info: ModuleInfo) -> tuple[Point, str]:
         layout = info.points["output"]
-        if point.module in self._module._manifest.blocks:
+        if point.module in self._module._manifest.stream:
             path: tuple[Key, ...] = (0,) if isinstance(layout, tuple) else ()
             return replace(point, path=path), "block"
         logits = self._module._owner._output_is_logits and isinstance(layout, dict) and layout.get("logits")

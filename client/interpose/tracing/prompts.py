@@ -2,36 +2,118 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from itertools import compress
 from typing import Any, TypeAlias
 
 import numpy as np
 
-from ..errors import BadArgument
+from ..errors import BadArgument, ShapeMismatch
+from ..graph.inputs import SEQ, TOKENS, check_values
+from ..graph.manifest import Manifest
 from ..graph.model import Invoke
 
 Tokenize: TypeAlias = Callable[[str], list[int]]
 
 
-def to_invoke(prompt: Any, tokenize: Tokenize) -> Invoke:
-    """An invoke of a prompt.
+@dataclass(frozen=True)
+class Prompt:
+    """What one invoke runs on.
+
+    Attributes:
+        invoke: its rows; its tensors aren't named yet.
+        tensors: those given beside token ids, or in their place, by the name of the input.
+    """
+
+    invoke: Invoke
+    tensors: Mapping[str, Any] = field(default_factory=dict)
+
+
+def to_prompt(
+    prompt: Any, tokenize: Tokenize, manifest: Manifest, given: Mapping[str, Any] | None = None
+) -> Prompt:
+    """What a user wrote, as what a model takes.
 
     Args:
-        prompt: a text, token ids, or a list of either; an integer tensor or array [seq] or [batch, seq]; or what a
-            tokenizer returns: a mapping with `input_ids` and perhaps `attention_mask`, whose padding is taken off.
+        prompt: a text, token ids, or a list of either; an integer tensor or array [seq] or [batch, seq]; for a
+            model that takes one tensor and no ids, that tensor; or what a tokenizer or processor returns: a mapping
+            of inputs by name, whose padding is taken off. None if `given` says all.
         tokenize: text -> ids, special tokens added as the model expects them.
+        given: further inputs by name.
 
     Raises:
-        BadArgument: it is none of these, or has no tokens.
+        BadArgument: it is none of these, has no tokens, or names an input the model doesn't take.
     """
-    if isinstance(prompt, Invoke):
-        return prompt
-    text = _texts(prompt)
-    if text:
-        return _checked(Invoke(tuple(tuple(tokenize(line)) for line in text), text=text))
+    inputs = dict(given or {})
     if isinstance(prompt, Mapping) or hasattr(prompt, "input_ids"):
-        return _from_mapping(prompt)
-    return _checked(Invoke(_rows(prompt)))
+        inputs = {**dict(prompt), **inputs}
+    elif prompt is not None and not manifest.tokens:
+        if len(manifest.inputs) != 1:
+            raise BadArgument(f"{manifest.model} takes inputs by name: {', '.join(manifest.inputs)}")
+        inputs = {next(iter(manifest.inputs)): prompt, **inputs}
+    elif prompt is not None:
+        text = _texts(prompt)
+        rows = tuple(tuple(tokenize(line)) for line in text) if text else token_rows(prompt)
+        return _with_tensors(Invoke(rows, text=text), inputs, manifest, None)
+    mask = inputs.pop("attention_mask", None) if manifest.tokens else None
+    rows = token_rows(inputs.pop("input_ids", None)) if manifest.tokens else ((),) * _count(inputs)
+    return _with_tensors(Invoke(rows), inputs, manifest, _kept(rows, mask))
+
+
+def _count(inputs: Mapping[str, Any]) -> int:
+    """How many rows there are, from inputs of a model that takes no ids."""
+    shape = next((tuple(tensor.shape) for tensor in inputs.values() if hasattr(tensor, "shape")), ())
+    return shape[0] if shape else 0
+
+
+def _kept(rows: tuple[tuple[int, ...], ...], mask: Any) -> list[list[bool]] | None:
+    """Which places of each row hold tokens; None for all."""
+    if mask is None:
+        return None
+    keep = [list(map(bool, row)) for row in token_rows(mask)]
+    if [len(row) for row in keep] != [len(row) for row in rows]:
+        raise BadArgument("attention_mask has another shape than input_ids")
+    return keep
+
+
+def _with_tensors(
+    invoke: Invoke, tensors: Mapping[str, Any], manifest: Manifest, keep: list[list[bool]] | None
+) -> Prompt:
+    if keep is not None:
+        rows = (compress(row, flags) for row, flags in zip(invoke.rows, keep, strict=True))
+        invoke = Invoke(tuple(map(tuple, rows)), text=invoke.text)
+    _check(invoke, manifest)
+    made = {}
+    for name, tensor in tensors.items():
+        if name not in manifest.inputs:
+            takes = [*(TOKENS if manifest.tokens else ()), *manifest.inputs]
+            raise BadArgument(f"{manifest.model} takes no input {name!r}; it takes {', '.join(takes)}")
+        one = manifest.inputs[name]
+        if not hasattr(tensor, "shape"):
+            tensor = np.asarray(tensor)
+        if SEQ in one.dims and len(one.dims) == 2:
+            tensor = _aligned(name, tensor, invoke, keep)
+        if one.below is not None and math.prod(tensor.shape):
+            check_values(name, one, int(tensor.min()), int(tensor.max()))
+        made[name] = tensor
+    return Prompt(invoke, made)
+
+
+def _aligned(name: str, tensor: Any, invoke: Invoke, keep: list[list[bool]] | None) -> np.ndarray[Any, Any]:
+    """Figures of each token, [rows, longest], padded on the left as the rows are."""
+    values = np.asarray(tensor.detach().cpu() if hasattr(tensor, "detach") else tensor)
+    values = values[None] if values.ndim == 1 else values
+    width = len(keep[0]) if keep else invoke.longest
+    if values.shape != (len(invoke.rows), width):
+        raise ShapeMismatch(f"{name} has shape {list(values.shape)}, where {[len(invoke.rows), width]} is expected")
+    if keep is None and any(len(row) != width for row in invoke.rows):
+        raise BadArgument(f"{name} beside rows of different lengths needs the attention_mask that padded them")
+    made = np.zeros((len(invoke.rows), invoke.longest), values.dtype)
+    for index, row in enumerate(invoke.rows):
+        made[index, invoke.longest - len(row) :] = values[index][np.array(keep[index])] if keep else values[index]
+    return made
 
 
 def _texts(prompt: Any) -> tuple[str, ...]:
@@ -42,25 +124,8 @@ def _texts(prompt: Any) -> tuple[str, ...]:
     return ()
 
 
-def _from_mapping(prompt: Any) -> Invoke:
-    given = dict(prompt)
-    rows = _rows(given.pop("input_ids", None))
-    mask = given.pop("attention_mask", None)
-    given.pop("token_type_ids", None)
-    if given:
-        raise BadArgument(f"inputs beside input_ids and attention_mask aren't taken yet: {', '.join(given)}")
-    if mask is not None:
-        keep = _rows(mask)
-        if [len(row) for row in keep] != [len(row) for row in rows]:
-            raise BadArgument("attention_mask has another shape than input_ids")
-        rows = tuple(
-            tuple(token for token, real in zip(row, flags, strict=True) if real)
-            for row, flags in zip(rows, keep, strict=True)
-        )
-    return _checked(Invoke(rows))
-
-
-def _rows(ids: Any) -> tuple[tuple[int, ...], ...]:
+def token_rows(ids: Any) -> tuple[tuple[int, ...], ...]:
+    """Rows of token ids, from ids, a list of rows, or an integer tensor or array. Raises BadArgument."""
     if hasattr(ids, "detach"):
         ids = ids.detach().cpu().numpy()
     if isinstance(ids, np.ndarray):
@@ -80,9 +145,8 @@ def _whole(value: Any) -> bool:
     return isinstance(value, (int, np.integer))
 
 
-def _checked(invoke: Invoke) -> Invoke:
-    if not invoke.rows or not all(invoke.rows):
-        raise BadArgument("a prompt has no tokens")
+def _check(invoke: Invoke, manifest: Manifest) -> None:
+    if not invoke.rows or (manifest.tokens and not all(invoke.rows)):
+        raise BadArgument("a prompt has no tokens" if manifest.tokens else "nothing to run: no rows were given")
     if any(token < 0 for row in invoke.rows for token in row):
         raise BadArgument("a token id is negative")
-    return invoke

@@ -9,6 +9,7 @@ from typing import Any
 from ..errors import NotSaved
 from ..graph import ops
 from ..graph.generation import check_options
+from ..graph.inputs import check_inputs
 from ..graph.manifest import Manifest
 from ..graph.model import Graph, Invoke, Node, Run, RunKind
 from ..graph.ops.declare import MANY
@@ -25,6 +26,7 @@ from .keeping import StepValues
 from .nests import Several
 from .outside import is_deferred
 from .points import Points
+from .prompts import Prompt
 from .source import caller
 from .views import shares
 
@@ -86,6 +88,14 @@ class Recorder:
         run = self.runs[-1]
         self.runs[-1] = replace(run, invokes=(*run.invokes, invoke))
         return len(run.invokes)
+
+    def add_prompt(self, prompt: Prompt) -> int:
+        """Add an invoke and its tensors; returns its index. Raises what is wrong with them."""
+        names = {name: self.attachments.keep(tensor) for name, tensor in prompt.tensors.items()}
+        invoke = replace(prompt.invoke, tensors=names)
+        run = self.runs[-1]
+        check_inputs(replace(run, invokes=(*run.invokes, invoke)), self.manifest, self.attachments.specs)
+        return self.add_invoke(invoke)
 
     def in_steps(self) -> bool:
         """Whether what comes next runs once a step."""
@@ -227,5 +237,6 @@ class Recorder:
         moved = len(before) - len(self.nodes)
         ids = {old - moved: new for old, new in renumbered.items() if old >= moved}
         used = {node.args[0] for node in nodes if node.op == "attachment"}
+        used |= {key for run in self.runs for invoke in run.invokes for key in invoke.tensors.values()}
         graph = Graph(tuple(self.runs), nodes, {key: specs[key] for key in used})
         return graph, {key: tensors[key] for key in used}, ids

@@ -46,7 +46,7 @@ def find(manifest: Manifest, owner: str, name: str) -> Place | None:
     found = manifest.named.get(owner, {}).get(name)
     if found is not None:
         return Place(owner, name, found, views)
-    if name in (BLOCK if owner in manifest.blocks else () if owner else MODEL):
+    if name in (BLOCK if owner in manifest.stream else () if owner else MODEL):
         reason = refusal(manifest.refused, owner, name) or "nothing is known of this model's inside"
         raise UnknownPoint(f"{owner or manifest.model} has no {name}: {reason}")
     return None
@@ -261,6 +261,8 @@ def attribute(model: Module, name: str) -> Any:
     manifest = model._manifest
     if name == LAYERS and manifest.blocks:
         return Blocks(model)
+    if name in (LAYERS, *SERIES) and manifest.towers and not manifest.blocks:
+        raise UnknownPoint(f"{manifest.model} has several lists of blocks; say which: {', '.join(manifest.towers)}")
     if name in SERIES:
         return Series(model, SERIES[name])
     if name == "project_on_vocab":

@@ -10,6 +10,7 @@ from typing import Any, Protocol
 
 from ..errors import BadArgument, DeferredError, InterposeError
 from ..graph.manifest import Manifest
+from ..graph.model import Invoke
 from ..torch import RECORDER
 from . import flow
 from .cache import Cache, ModuleCache, collect, collect_modules
@@ -17,7 +18,7 @@ from .execution import Execution, TraceJob
 from .familiar import Backend, Once, unknown
 from .keeping import SavedDict, SavedList, advise
 from .parameters import named, parameter
-from .prompts import Tokenize, to_invoke
+from .prompts import Tokenize, to_prompt
 from .recorder import Recorder
 from .steps import Iter, Steps
 
@@ -52,6 +53,7 @@ class Tracer:
     Args:
         generation: the options of a generation, None for a single forward.
         owner: runs the graph when this block is left; None inside a session, which runs it.
+        inputs: tensors beside the prompt, by name.
     """
 
     def __init__(
@@ -63,10 +65,12 @@ class Tracer:
         *,
         generation: Mapping[str, Any] | None = None,
         owner: Execution | None = None,
+        inputs: Mapping[str, Any] | None = None,
     ) -> None:
         self.model = model
         self.recorder = recorder
         self._prompt = prompt
+        self._inputs = inputs or {}
         self._tokenize = tokenize
         self._generation = generation
         self._owner = owner
@@ -81,8 +85,8 @@ class Tracer:
         self.recorder.start_run()
         if self._generation is not None:
             self.recorder.generate(self._generation)
-        if self._prompt is not None:
-            self.recorder.invoke = self.recorder.add_invoke(to_invoke(self._prompt, self._tokenize))
+        if self._given:
+            self.recorder.invoke = self._add(self._prompt, self._inputs)
         self._tokens = ACTIVE.set(self), RECORDER.set(self.recorder)
         return self
 
@@ -122,11 +126,20 @@ class Tracer:
 
     # -- prompts and steps -------------------------------------------------------------------------------------
 
-    def invoke(self, prompt: Any = None) -> Invoker:
+    def invoke(self, prompt: Any = None, **inputs: Any) -> Invoker:
         """One more prompt (or list of prompts) of the same run; without one, the whole batch of the others."""
-        if self._prompt is not None:
+        if self._given:
             raise BadArgument("this trace has its prompt already; open it without one to add invokes")
-        return Invoker(self, prompt)
+        return Invoker(self, prompt, inputs)
+
+    @property
+    def _given(self) -> bool:
+        return self._prompt is not None or bool(self._inputs)
+
+    def _add(self, prompt: Any, inputs: Mapping[str, Any]) -> int:
+        if isinstance(prompt, Invoke):
+            return self.recorder.add_invoke(prompt)
+        return self.recorder.add_prompt(to_prompt(prompt, self._tokenize, self.recorder.manifest, inputs))
 
     @property
     def attention_mask(self) -> Any:
@@ -279,15 +292,15 @@ class Tracer:
 class Invoker:
     """One prompt's part of a run: what is read and written inside concerns its rows alone."""
 
-    def __init__(self, tracer: Tracer, prompt: Any) -> None:
-        self._tracer, self._prompt = tracer, prompt
+    def __init__(self, tracer: Tracer, prompt: Any, inputs: Mapping[str, Any]) -> None:
+        self._tracer, self._prompt, self._inputs = tracer, prompt, inputs
 
     def __enter__(self) -> Invoker:
         recorder = self._tracer.recorder
         if recorder.invoke is not None:
             raise BadArgument("invokes don't nest; leave this one first")
-        if self._prompt is not None:
-            recorder.invoke = recorder.add_invoke(to_invoke(self._prompt, self._tracer._tokenize))
+        if self._prompt is not None or self._inputs:
+            recorder.invoke = self._tracer._add(self._prompt, self._inputs)
         elif not recorder.runs[-1].invokes:
             raise BadArgument("an invoke without a prompt sees the whole batch, and there is none yet")
         return self

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import replace
 from typing import Any
 
 from ..graph.model import Graph
@@ -13,8 +12,4 @@ from .tensors import encode_tensor
 def addressed(graph: Graph, tensors: Mapping[str, Any]) -> tuple[Graph, dict[str, Any]]:
     """The graph with its attachments' provisional names replaced by content ids, and the tensors by content id."""
     names = {key: encode_tensor(tensor).sha for key, tensor in tensors.items()}
-    nodes = tuple(
-        replace(node, args=(names[node.args[0]],)) if node.op == "attachment" else node for node in graph.nodes
-    )
-    specs = {names[key]: spec for key, spec in graph.attachments.items()}
-    return replace(graph, nodes=nodes, attachments=specs), {names[key]: tensor for key, tensor in tensors.items()}
+    return graph.renamed(names), {names[key]: tensor for key, tensor in tensors.items()}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -12,6 +13,7 @@ from ...graph.manifest import Leaf, ModuleInfo
 from ...graph.model import Point
 from ...graph.named import Named
 from ..hooks import no_hooks
+from ..pieces import Piece
 from .block import factor
 from .checks import Identity
 from .families import Family
@@ -38,10 +40,20 @@ def whole(
         return Named(Point(str(path), "output")) if fits else reason
 
     def below(name: str) -> str | None:
-        return (f"{base}.{name}" if base else name) if name else None
+        """Beside the list of blocks, or beside the module that holds it."""
+        places = (base, base.rpartition(".")[0])
+        paths = [f"{place}.{name}" if place else name for place in places]
+        return next((path for path in paths if path in infos), None) if name else None
 
-    yield "embed", of(embedding(model, found), "its embedding makes no single tensor")
-    positions = "it has no table of positions: they come in by rotation or slopes inside attention"
+    def positioned(one: Named | str) -> Named | str:
+        fits = isinstance(one, str) or _dims(infos, one) == 3
+        return one if fits else "its embedding makes no [row, position, hidden] tensor"
+
+    yield "embed", positioned(of(embedding(model, found), "its embedding makes no single tensor"))
+    positions = (
+        family.says.get("pos_embed")
+        or "it has no table of positions: they come in by rotation or slopes inside attention"
+    )
     yield "pos_embed", of(_position(family, base), positions if not family.pos_embed else "its table isn't called")
     yield (
         "final_norm",
@@ -52,6 +64,11 @@ def whole(
         yield "logits", Named(Point("", "output", ("logits",)))
     else:
         yield "logits", "this model has no head that makes logits"
+
+
+def _dims(infos: Mapping[str, ModuleInfo], named: Named) -> int:
+    layout = infos[named.point.module].points.get("output")
+    return len(layout.dims) if isinstance(layout, Leaf) else 0
 
 
 def embedding(model: nn.Module, found: Callable[[Any], str | None]) -> str | None:
@@ -72,19 +89,23 @@ def _position(family: Family, base: str) -> str | None:
 # -- identities of the whole model -------------------------------------------------------------------------------
 
 
-def ends(loaded: Loaded, family: Family, config: Any, row: Sequence[int]) -> Iterator[Identity]:
-    """How the blocks hang together, and what comes before the first and after the last."""
-    manifest, modules = loaded.manifest, loaded.modules
-    first, last = (manifest.blocks[0], "resid_pre"), (manifest.blocks[-1], "resid_post")
-    for before, after in zip(manifest.blocks, manifest.blocks[1:], strict=False):
+def chain(blocks: Sequence[str]) -> Iterator[Identity]:
+    """How the blocks hang together."""
+    for before, after in pairwise(blocks):
         says = "a block's resid_pre is the resid_post of the one before"
         yield Identity(says, (after, "resid_pre"), ((before, "resid_post"),), lambda v: [v["resid_post"]])
+
+
+def ends(loaded: Loaded, family: Family, config: Any, sample: Piece) -> Iterator[Identity]:
+    """What comes before the first block and after the last; of images only the latter."""
+    manifest, modules = loaded.manifest, loaded.modules
+    first, last = (manifest.blocks[0], "resid_pre"), (manifest.blocks[-1], "resid_post")
     points = manifest.named.get("", {})
-    if "embed" in points:
+    if "embed" in points and manifest.tokens:
         table = modules[points["embed"].point.module]
-        ids = torch.tensor([list(row)], device=loaded.device)
+        ids = torch.tensor([list(row) for row in sample.rows], device=loaded.device)
         yield Identity("embed is a look-up of the tokens", ("", "embed"), (), lambda v: [_quiet(table, ids)])
-    if "embed" in points and family.name:
+    if "embed" in points and family.name and manifest.tokens:
         parts = tuple(name for name in ("embed", "pos_embed") if name in points)
         start = _Start(loaded, family, config)
         yield Identity(
@@ -97,6 +118,8 @@ def ends(loaded: Loaded, family: Family, config: Any, row: Sequence[int]) -> Ite
         norm = modules[points["final_norm"].point.module]
         says = "final_norm is the norm of the last resid_post"
         yield Identity(says, ("", "final_norm"), (last,), lambda v: [_quiet(norm, v["resid_post"])])
+    if not manifest.tokens:
+        return
     end = _End(loaded, family, config)
     source = ("", "final_norm") if "final_norm" in points else last
     yield Identity(f"logits are the unembedding of {source[1]}", ("", "logits"), (source,), end)

@@ -266,6 +266,54 @@ BERT = Family(
     says={"final_norm": "its last block's output is normalised already; read resid_post"},
 )
 
+_CLASS = "its positions are one parameter of its embeddings, added to patches and class token at once"
+
+VIT = replace(
+    LLAMA,
+    name="vit",
+    types=("vit", "deit"),
+    attn="attention",
+    q="attention.q_proj",
+    k="attention.k_proj",
+    v="attention.v_proj",
+    out="attention.o_proj",
+    attn_norm=("layernorm_before",),
+    mid="layernorm_after",
+    mlp_norm=("layernorm_after",),
+    pre="mlp.fc1",
+    linear="",
+    down="mlp.fc2",
+    final_norm="layernorm",
+    says={"pos_embed": _CLASS},
+)
+
+CLIP = replace(
+    LLAMA,
+    name="clip",
+    types=("clip_text_model", "siglip_text_model"),
+    out="self_attn.out_proj",
+    attn_norm=("layer_norm1",),
+    mid="layer_norm2",
+    mlp_norm=("layer_norm2",),
+    pre="mlp.fc1",
+    linear="",
+    down="mlp.fc2",
+    pos_embed="embeddings.position_embedding",
+    final_norm="final_layer_norm",
+)
+
+CLIP_VISION = replace(
+    CLIP,
+    name="clip_vision",
+    types=("clip_vision_model", "siglip_vision_model"),
+    pos_embed="",
+    final_norm="",
+    says={
+        "pos_embed": "its table of positions is looked up once for all images; read its module",
+        "final_norm": "its last norm sees the first position alone in some models of the family; read its module",
+    },
+)
+
 _MIXER = "this family has no attention and no MLP: each block is one state-space mixer"
 
 MAMBA = Family(
@@ -287,7 +335,25 @@ MAMBA = Family(
     says={"attention": _MIXER, "mlp": _MIXER},
 )
 
-FAMILIES = (LLAMA, GEMMA2, OLMO2, PHI3, GPT2, PHI, COHERE, NEOX, FALCON, BLOOM, MPT, OPT, BERT, MAMBA)
+FAMILIES = (
+    LLAMA,
+    GEMMA2,
+    OLMO2,
+    PHI3,
+    GPT2,
+    PHI,
+    COHERE,
+    NEOX,
+    FALCON,
+    BLOOM,
+    MPT,
+    OPT,
+    BERT,
+    VIT,
+    CLIP,
+    CLIP_VISION,
+    MAMBA,
+)
 
 
 def find(kind: str, has: Callable[[str], bool]) -> Family | None:

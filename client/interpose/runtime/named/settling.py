@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -12,11 +12,13 @@ from torch import Tensor, nn
 from ...errors import InterposeError
 from ...graph.manifest import Manifest, ModuleInfo
 from ...graph.named import BLOCK, MODEL, Named, encode_named
-from ..inputs import batch_inputs, sample_rows
+from ..feeding import examples, places
+from ..inputs import text_config
+from ..pieces import Piece, joined
 from .block import Block, figure
 from .build import build
 from .checks import Bench
-from .ends import ends, whole
+from .ends import chain, ends, whole
 from .families import MAMBA, Family, find
 from .sheet import Name
 from .verify import Trial
@@ -38,46 +40,88 @@ _NORMS = ("norm", "ln_f", "final_layernorm", "final_layer_norm", "norm_f")
 """What norms after the last block are called, to be tried where no entry says."""
 
 
+@dataclass(frozen=True)
+class Tower:
+    """One list of blocks while its points are found.
+
+    Attributes:
+        sample: what it is tried on.
+        main: whether it is the list that `layers` means, so that the model's own points hang together with it.
+    """
+
+    blocks: Sequence[Block]
+    family: Family
+    config: Any
+    sample: Piece
+    main: bool
+
+
 @torch.no_grad()
 def settle(loaded: Loaded) -> Loaded:
     """The model with those named points in its manifest that hold, and the reasons of the rest."""
     manifest = loaded.manifest
-    if not manifest.blocks or not loaded.feeding.tokens:
+    if not manifest.stream or not loaded.feeding.works:
         reason = (
-            "it has no list of blocks that hand on hidden states" if loaded.feeding.tokens else loaded.feeding.note
+            "it has no list of blocks that hand on hidden states" if loaded.feeding.works else loaded.feeding.note
         )
         return _kept(loaded, {}, {"": dict.fromkeys((*MODEL, *BLOCK), reason)}, {})
-    config = _config(loaded.model)
-    family = _family(loaded, config)
-    blocks = [
-        build(Block(path, family, config, manifest.modules, loaded.modules, manifest.attention))
-        for path in manifest.blocks
-    ]
+    towers = [_tower(loaded, paths) for paths in manifest.towers.values() or (manifest.blocks,)]
+    blocks = [block for tower in towers for block in tower.blocks]
     named: dict[str, dict[str, Named]] = {"": {}, **{block.path: block.named for block in blocks}}
     refused: dict[str, dict[str, str]] = {"": {}, **{block.path: block.refused for block in blocks}}
-    for name, found in whole(loaded.model, family, _base(manifest), manifest.modules):
+    for name, found in _whole(loaded, towers):
         if isinstance(found, Named):
             named[""][name] = found
         else:
             refused[""][name] = found
     trying = _kept(loaded, named, refused, {})
-    for (owner, name), reason in _failures(trying, blocks, family, config).items():
-        del named[owner][name]
-        refused[owner][name] = reason
+    for tower in towers:
+        for (owner, name), reason in _failures(trying, tower).items():
+            del named[owner][name]
+            refused[owner][name] = reason
     return _kept(loaded, named, refused, _roles(loaded.model, named))
 
 
-def _config(model: nn.Module) -> Any:
-    config: Any = getattr(model, "config", None)
-    text = getattr(config, "get_text_config", None)
-    return text() if callable(text) else config
+def _tower(loaded: Loaded, paths: tuple[str, ...]) -> Tower:
+    manifest, feeding = loaded.manifest, loaded.feeding
+    main = paths == manifest.blocks
+    config = text_config(loaded.model) if main else _config(loaded, paths[0])
+    family = _family(loaded, paths[0], config)
+    blocks = [
+        build(Block(path, family, config, manifest.modules, loaded.modules, manifest.attention)) for path in paths
+    ]
+    images = [1] if not main and feeding.image_token is not None else None
+    length = LENGTH + (places(loaded.model, feeding) if images else 0)
+    (sample,) = examples(loaded.model, feeding, [length], images)
+    return Tower(blocks, family, config, sample, main)
 
 
-def _family(loaded: Loaded, config: Any) -> Family:
-    first = loaded.manifest.blocks[0]
+def _config(loaded: Loaded, path: str) -> Any:
+    """The config of a block: that of the first module in it which has one, else the model's."""
+    inside = (module for name, module in loaded.modules.items() if f"{name}.".startswith(f"{path}."))
+    found = next((config for module in inside if (config := getattr(module, "config", None)) is not None), None)
+    return found if found is not None else text_config(loaded.model)
+
+
+def _whole(loaded: Loaded, towers: Sequence[Tower]) -> Iterator[tuple[str, Named | str]]:
+    """The model's own points, or why there is none."""
+    tower = next((tower for tower in towers if tower.main), None)
+    if tower is not None:
+        yield from whole(loaded.model, tower.family, _base(loaded.manifest), loaded.manifest.modules)
+        return
+    for name in MODEL:
+        yield (
+            name,
+            f"it has several lists of blocks, {', '.join(loaded.manifest.towers)}; their modules' points are there",
+        )
+
+
+def _family(loaded: Loaded, first: str, config: Any) -> Family:
     found = find(getattr(config, "model_type", ""), lambda name: f"{first}.{name}" in loaded.modules)
     if found is not None:
         return found
+    if first not in loaded.manifest.blocks:
+        return GENERIC
     base = _base(loaded.manifest)
     norms = (name for name in _NORMS if (f"{base}.{name}" if base else name) in loaded.modules)
     return replace(GENERIC, final_norm=next(norms, ""))
@@ -130,24 +174,32 @@ def _streams(modules: Mapping[str, ModuleInfo], named: Mapping[str, Mapping[str,
     return found
 
 
-def _failures(loaded: Loaded, blocks: Sequence[Block], family: Family, config: Any) -> Mapping[Name, str]:
+def _failures(loaded: Loaded, tower: Tower) -> Mapping[Name, str]:
     from ..engine import Engine  # it runs what is loaded, and this is part of loading
 
-    (row,) = sample_rows(loaded.model, [LENGTH])
     manifest = loaded.manifest
-    rotations = _rotations(loaded, blocks, row)
-    identities = [identity for block in blocks for identity in Bench(block, rotations.get(block.path)).identities()]
-    identities += ends(loaded, family, config, row)
-    points = {(owner, name): point for owner, points in manifest.named.items() for name, point in points.items()}
+    rotations = _rotations(loaded, tower)
+    benches = [Bench(block, rotations.get(block.path)) for block in tower.blocks]
+    identities = [identity for bench in benches for identity in bench.identities()]
+    identities += chain([block.path for block in tower.blocks])
+    if tower.main:
+        identities += ends(loaded, tower.family, tower.config, tower.sample)
+    owners = {block.path for block in tower.blocks} | ({""} if tower.main else set())
+    points = {
+        (owner, name): point
+        for owner, points in manifest.named.items()
+        if owner in owners
+        for name, point in points.items()
+    }
     there = [
         identity
         for identity in identities
         if identity.output in points and all(name in points for name in identity.inputs)
     ]
-    kinds = _kinds(manifest)
+    kinds = [[owner for owner in kind if owner in owners] for kind in _kinds(manifest)]
     dtype = getattr(torch, manifest.dtype, torch.float32)
-    experts = figure(config, "num_local_experts", "num_experts", "n_routed_experts") or 2
-    trial = Trial(Engine(loaded), row, points, there, dtype, kinds, experts)
+    experts = figure(tower.config, "num_local_experts", "num_experts", "n_routed_experts") or 2
+    trial = Trial(Engine(loaded), tower.sample, points, there, dtype, list(filter(None, kinds)), experts)
     try:
         trial.run()
     except InterposeError as error:
@@ -164,11 +216,11 @@ def _kinds(manifest: Manifest) -> list[list[str]]:
     return list(found.values())
 
 
-def _rotations(loaded: Loaded, blocks: Sequence[Block], row: Sequence[int]) -> dict[str, tuple[Tensor, Tensor]]:
-    """Block -> the cosines and sines its attention is given on a row, where it is given any."""
+def _rotations(loaded: Loaded, tower: Tower) -> dict[str, tuple[Tensor, Tensor]]:
+    """Block -> the cosines and sines its attention is given on the sample, where it is given any."""
     found: dict[str, tuple[Tensor, Tensor]] = {}
     handles = []
-    for block in blocks:
+    for block in tower.blocks:
         if not block.has(block.family.attn):
             continue
 
@@ -179,7 +231,8 @@ def _rotations(loaded: Loaded, blocks: Sequence[Block], row: Sequence[int]) -> d
 
         handles.append(block.module(block.family.attn).register_forward_pre_hook(watch, with_kwargs=True))
     try:
-        loaded.model(**loaded.feeding.kwargs(batch_inputs([[list(row)]], loaded.device)))
+        inputs = joined([[tower.sample]], loaded.feeding.inputs, loaded.device)
+        loaded.model(**loaded.feeding.kwargs(inputs))
     finally:
         for handle in handles:
             handle.remove()

@@ -11,7 +11,9 @@ from ...errors import InterposeError
 from ...graph.model import Graph, Invoke, Node, Point, Run
 from ...graph.named import Effect, Named, View, perform, sized
 from ...graph.trim import trimmed
-from ...graph.values import Ref
+from ...graph.values import Ref, TensorSpec
+from ..layouts import dtype_name
+from ..pieces import Piece
 
 Name: TypeAlias = tuple[str, str]
 """Owner and name of a point."""
@@ -24,8 +26,8 @@ class Sheet:
         cause: node -> the named point it was made for.
     """
 
-    def __init__(self, row: Sequence[int]) -> None:
-        self.row = tuple(row)
+    def __init__(self, sample: Piece) -> None:
+        self.sample = sample
         self.invokes = 0
         self.cause: dict[int, Name] = {}
         self._nodes: list[Node] = []
@@ -64,10 +66,14 @@ class Sheet:
 
         nodes, renumbered = trimmed(self._nodes)
         self.cause = {renumbered[node]: name for node, name in self.cause.items() if node in renumbered}
-        graph = Graph((Run("trace", tuple(Invoke((self.row,)) for _ in range(self.invokes))),), nodes)
+        names = {name: f"{index:064x}" for index, name in enumerate(self.sample.tensors)}
+        tensors = {names[name]: tensor for name, tensor in self.sample.tensors.items()}
+        invoke = Invoke(tuple(map(tuple, self.sample.rows)), names)
+        specs = {key: TensorSpec(tuple(tensor.shape), dtype_name(tensor)) for key, tensor in tensors.items()}
+        graph = Graph((Run("trace", (invoke,) * self.invokes),), nodes, specs)
         sink = _Kept()
         error: InterposeError | None
-        (error,) = engine.run([EngineJob(graph, {}, sink, exclusive=True)])
+        (error,) = engine.run([EngineJob(graph, tensors, sink, exclusive=True)])
         if error is not None:
             raise error
         return {key: sink.values[renumbered[node]] for key, node in self._wanted.items()}

@@ -12,6 +12,7 @@ from torch import Tensor
 from ...errors import InterposeError
 from ...graph.named import Named
 from ...graph.values import Ref
+from ..pieces import Piece
 from .checks import Identity, unmasked
 from .sheet import Name, Sheet
 
@@ -33,6 +34,7 @@ class Trial:
 
     Attributes:
         engine: runs graphs on the model.
+        sample: one row to try them on.
         points: all of them by owner and name; those that fail leave.
         identities: what must hold between them.
         dtype: of the model's weights, which decides how exactly.
@@ -42,7 +44,7 @@ class Trial:
     """
 
     engine: Any
-    row: Sequence[int]
+    sample: Piece
     points: dict[Name, Named]
     identities: Sequence[Identity]
     dtype: torch.dtype
@@ -86,7 +88,7 @@ class Trial:
 
     def _captured(self, wanted: set[Name]) -> Mapping[Name, Tensor]:
         while True:
-            sheet = Sheet(self.row)
+            sheet = Sheet(self.sample)
             invoke = sheet.invoke()
             for name in (name for name in self.points if name in wanted):
                 sheet.keep(invoke, name, sheet.read(invoke, name, self.points[name]))
@@ -131,7 +133,7 @@ class Trial:
 
     def _written(self, names: Sequence[Name]) -> tuple[Sheet, dict[int, Name]]:
         """A sheet whose first row is untouched, and each other writes one point: row -> point."""
-        sheet = Sheet(self.row)
+        sheet = Sheet(self.sample)
         sheet.invoke()
         plan = {sheet.invoke(): name for name in names}
         needed: set[Name] = {self._end}
@@ -172,7 +174,8 @@ class Trial:
         # One of several may stay, as a single expert's normalised weight does.
         if tried and not tried & moved:
             return f"a write doesn't move {' or '.join(sorted(at for _, at in tried))}"
-        if name != self._end and self._end not in moved:
+        after = name[1] == "final_norm" and self._end[1] == "resid_post"  # of a model without a head
+        if name != self._end and self._end not in moved and not after:
             return "a write doesn't move the model's output"
         return ""
 
