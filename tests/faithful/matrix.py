@@ -471,7 +471,7 @@ def makes_no_tensor(at: At) -> bool:
 
 
 def lies_flat(at: At) -> bool:
-    """Whether rows and positions are one dimension there, which an edit, that has no prompt yet, can't tell apart."""
+    """Whether rows and positions are one there, which an edit, that has no prompt yet, can't tell apart."""
     return at.inside and at.name in HANDS[at.arch][1] and HANDS[at.arch][1][at.name].flat
 
 
