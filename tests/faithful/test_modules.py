@@ -451,6 +451,24 @@ def test_modules_are_called_on_values_and_skipped() -> None:
     assert not torch.equal(expected, plain)
 
 
+def test_a_module_called_on_another_size_than_the_models() -> None:
+    net = nn.Sequential(nn.AvgPool1d(2), nn.Tanh())
+    model: Any = Model(net)
+    longer = randomly(3, 5, 12)
+    with model.trace(randomly(2, 5, 8)):
+        pooled = model[0](longer).save()
+    same(pooled, net[0](longer))
+
+
+def test_calls_of_functions_are_cached_by_pattern() -> None:
+    net, (args, kwargs) = make("convolutional")
+    model: Any = Model(net)
+    with model.trace(*args, **kwargs) as tracer:
+        cache = tracer.cache("gelu_*.output", "bn.output")
+    assert list(cache) == ["gelu_0.output", "bn.output"]
+    same(cache["gelu_0.output"], functional.gelu(functional.relu(cache["bn.output"])))
+
+
 def test_conditions_loops_and_caches() -> None:
     net, (args, _) = make("residual")
     model: Any = Model(net)

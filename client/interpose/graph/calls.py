@@ -23,6 +23,8 @@ def called_spec(points: Mapping[str, Any], given: Spec) -> Spec:
     first = leaves(inputs)[:1]
     if not first or first[0].dims[:-1] != output.dims[:-1] or not isinstance(output.dims[-1], int):
         return UNKNOWN
+    if not any(isinstance(dim, str) for dim in output.dims):
+        return UNKNOWN  # of sizes that were seen once, none is known to be the module's own
     if first[0].dims[-1] != given.shape[-1]:
         raise ShapeMismatch(f"called on a last dimension of {given.shape[-1]}, where it takes {first[0].dims[-1]}")
     return TensorSpec((*given.shape[:-1], output.dims[-1]), output.dtype)

@@ -31,26 +31,26 @@ def collect(model: Model, patterns: Sequence[Any]) -> Cache:
 
     cache = Cache()
     for pattern in patterns:
-        names = [f"{pattern._path}.output"] if isinstance(pattern, Module) else list(_matching(model, pattern))
+        names = {f"{pattern._path}.output": (pattern._path, "output")} if isinstance(pattern, Module) else {}
+        names = names or dict(_matching(model, pattern))
         if not names:
             raise UnknownPoint(f"no hook point matches {pattern!r}; one is named like transformer.h.0.output")
-        for name in names:
-            path, _, point = name.rpartition(".")
+        for name, (path, point) in names.items():
             if name not in cache:
-                place = standard.find(model._tree(), "", name)
-                module, point = (Module(model, ""), name) if place is not None else (Module(model, path), point)
-                cache[name] = module.points[point].save()
+                cache[name] = Module(model, path).points[point].save()
     return cache
 
 
-def _matching(model: Model, pattern: str) -> Iterator[str]:
+def _matching(model: Model, pattern: str) -> Iterator[tuple[str, tuple[str, str]]]:
+    """Names that match, each with its module's path and the point's name there."""
     wanted = pattern.split(".")
     tree = model._tree()
-    own = (".".join(filter(None, (path, point))) for path, info in tree.modules.items() for point in info.points)
-    for name in (*own, *standard.every(tree)):
+    own = ((path, point) for path, info in tree.modules.items() for point in info.points)
+    for path, point in (*own, *(("", name) for name in standard.every(tree))):
+        name = f"{path}.{point}" if path else point
         parts = name.split(".")
         if len(parts) == len(wanted) and all(map(fnmatch.fnmatchcase, parts, wanted)):
-            yield name
+            yield name, (path, point)
 
 
 class ModuleCache(dict[str, "Kept"]):
