@@ -82,7 +82,9 @@ class HookedTransformer(LanguageModel):
         return stack(rows, "pt" if importlib.util.find_spec("torch") else "np")
 
     def to_string(self, tokens: Any) -> Any:
-        """The text of ids [seq], or the texts of [rows, seq]."""
+        """The text of one id or of ids [seq], or the texts of [rows, seq]."""
+        if isinstance(tokens, int) or getattr(tokens, "ndim", None) == 0:
+            return str(self.tokenizer.decode(tokens))
         rows = token_rows(tokens)
         texts = [self.tokenizer.decode(list(row)) for row in rows]
         return texts[0] if getattr(tokens, "ndim", 1) < 2 else texts

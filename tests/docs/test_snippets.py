@@ -101,5 +101,6 @@ def test_files_that_are_named_exist(document: Path) -> None:
     text = document.read_text()
     for name in re.findall(r"`([a-z_]+(?:/[a-z_]+)*(?:\.py|/))`", text):
         assert any((root / name).exists() for root in CODE_ROOTS), name
-    for link in re.findall(r"\]\(([^)#:]+)\)", text):
+    prose = re.sub(r"^```.*?^```$", "", text, flags=re.M | re.S)
+    for link in re.findall(r"\]\(([^)#:]+)\)", re.sub("`[^`]*`", "", prose)):
         assert (document.parent / link).exists(), link

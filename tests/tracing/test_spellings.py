@@ -356,6 +356,16 @@ def test_next(model: Any, tokens: Tensor) -> None:
     assert (zeroth, then) == ((1, 5, 64), (1, 1, 64))
 
 
+def test_a_loop_over_steps_ends_where_it_stops(model: Any, tokens: Tensor) -> None:
+    with model.generate(ROW, max_new_tokens=3) as tracer:
+        picks = nnsight.save([])
+        for _ in tracer.all():
+            picks.append(model.output.logits[0, -1].argmax(dim=-1))
+            if len(picks) == 2:
+                tracer.stop()
+    assert [int(pick) for pick in picks] == tokens[0, len(ROW) : -1].tolist()
+
+
 def test_the_number_of_a_step(model: Any) -> None:
     with model.generate(ROW, max_new_tokens=3) as tracer:
         with tracer.iter[1] as step:

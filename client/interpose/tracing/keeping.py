@@ -78,6 +78,11 @@ class SavedList(list[Any]):
         self.extend(values)
         return self
 
+    @property
+    def value(self) -> SavedList:
+        """The list itself: notebooks read `.value` of what was saved."""
+        return self
+
     def save(self) -> SavedList:
         """Nothing more to do: its members are saved as they come."""
         return self
@@ -115,6 +120,11 @@ class SavedDict(dict[Any, Any]):
         if key not in self:
             self[key] = default
         return self[key]
+
+    @property
+    def value(self) -> SavedDict:
+        """The dict itself: notebooks read `.value` of what was saved."""
+        return self
 
     def save(self) -> SavedDict:
         """Nothing more to do: its values are saved as they come."""

@@ -68,6 +68,8 @@ class Steps:
             for step in self._numbers():
                 self._recorder.step = step
                 yield step
+                if self._recorder.stopped:
+                    return
         finally:
             self._recorder.step = before
 
