@@ -168,3 +168,30 @@ def test_a_fork_has_connections_of_its_own(open_model: Callable[..., Any]) -> No
             found = model.output.sum().save()
         os._exit(0 if torch.equal(found, expected) else 1)
     assert os.waitpid(child, 0)[1] == 0
+
+
+def test_short_jobs_wait_for_one_step_of_a_long_generation(open_model: Callable[..., Any]) -> None:
+    """A forward comes between two steps, a short generation joins, and the long one still gets its own tokens."""
+    model = open_model("tiny-llama")
+    prompt, short = list(range(5, 12)), list(range(9, 14))
+
+    def long() -> Any:
+        with model.generate(prompt, max_new_tokens=110, eos_token_id=-1, remote=True, blocking=False) as tracer:
+            norms = [model.layers[1].resid_post[:, -1].norm().save() for _ in tracer.iter[:]]
+            tokens = tracer.result.save()
+        return tracer.job, tokens, norms
+
+    with model.generate(short, max_new_tokens=3, remote=True) as tracer:
+        alone = tracer.result.save()
+    jobs = [long() for _ in range(3)]
+    with model.trace(short, remote=True):
+        model.logits.save()
+    with model.generate(short, max_new_tokens=3, remote=True) as tracer:
+        tokens = tracer.result.save()
+    unfinished = [job.status for job, _, _ in jobs if job.status != "completed"]
+    assert torch.equal(tokens, alone)
+    for job, _, _ in jobs:
+        job.result()
+    assert all(torch.equal(jobs[0][1], other) for _, other, _ in jobs)
+    assert all(abs(float(one) - float(two)) < 1e-3 for one, two in zip(jobs[0][2], jobs[2][2], strict=True))
+    assert unfinished, "the long ones were done too soon to show anything"

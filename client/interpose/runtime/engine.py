@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 
@@ -19,7 +19,7 @@ from ..graph.limits import UNLIMITED, Limits
 from ..graph.model import Graph
 from ..graph.validate import Report, validate
 from .forward import Forward, place, starts
-from .generation import Generation
+from .generation import Begun, Generation
 from .gradients import run_backwards
 from .independence import Buffers
 from .inputs import ModelInputs, call_kwargs
@@ -56,8 +56,21 @@ class EngineJob:
     seeds: dict[tuple[int, int], int] = field(default_factory=dict)
 
 
+class Company(Protocol):
+    """Who else comes while a generation is under way. Called on the engine's thread, between its steps."""
+
+    def pause(self, *, joinable: bool) -> None:
+        """Time for other work, other calls of the engine's `run` included. `joinable`: whether any can join."""
+
+    def arrivals(self) -> Sequence[EngineJob]:
+        """Jobs of one generation each that join now."""
+
+    def ended(self, job: EngineJob, error: InterposeError | None) -> None:
+        """A job is over; the others go on."""
+
+
 class Engine:
-    """One loaded model. Not reentrant: one call of `run` at a time."""
+    """One loaded model. Called from one thread; `run` may be called within `host`, between two steps."""
 
     def __init__(self, loaded: Loaded) -> None:
         self.loaded = loaded
@@ -75,9 +88,28 @@ class Engine:
         with torch.no_grad():
             return self._together(jobs)
 
+    def host(self, jobs: Sequence[EngineJob], company: Company) -> None:
+        """Run generations that others join while they are under way; jobs of one run each, none of them exclusive.
+
+        The end of each, also of those that joined, is told to `company` as it comes. It may call `run` meanwhile.
+        """
+        with torch.no_grad():
+            hosting = Hosting(self, company)
+            try:
+                begun = hosting.begin(jobs)
+                if begun:
+                    with self._buffers:
+                        Generation(self.loaded, self._tail, hosting).run(begun)
+            except Exception as error:  # noqa: BLE001 - whatever a model raises for all, each has its own run next
+                log.warning("a shared generation failed (%s); its jobs run apart", type(error).__name__)
+            # Those that generate nothing, or must run again.
+            left = hosting.left
+            for job, outcome in zip(left, self._together(left) if left else [], strict=True):
+                company.ended(job, outcome)
+
     def _together(self, jobs: Sequence[EngineJob]) -> list[InterposeError | None]:
         try:
-            started = [self._start(job) for job in jobs]
+            started = [self.start(job) for job in jobs]
             running = [job for job in started if isinstance(job, Interpreter)]
             try:
                 self._runs(running)
@@ -106,7 +138,7 @@ class Engine:
         half = len(jobs) // 2
         return [*self._together(jobs[:half]), *self._together(jobs[half:])]
 
-    def _start(self, job: EngineJob) -> Interpreter | InterposeError:
+    def start(self, job: EngineJob) -> Interpreter | InterposeError:
         try:
             report = job.report or validate(job.graph, self.manifest, job.limits)
             check_given(job.graph, job.attachments, self.manifest)
@@ -161,7 +193,8 @@ class Engine:
         runs = [job.plan.graph.runs[run] for job, run in group]
         fed = [pieces(run, job.attachments) for run, (job, _) in zip(runs, group, strict=True)]
         if runs[0].kind == "generate":
-            Generation(self.loaded, group, fed).run()
+            begun = [(job, run, own) for (job, run), own in zip(group, fed, strict=True)]
+            Generation(self.loaded, self._tail).run(begun)
             return
         inputs = joined(fed, self.manifest.inputs, self._world.device)
         rows, width = inputs.input_ids.shape
@@ -204,6 +237,43 @@ class Engine:
         # One forward reads no cache; without one its keys and values die with their layer. They also lie otherwise
         # in memory, which changes last bits.
         return kwargs | {"use_cache": False}
+
+
+class Hosting:
+    """The jobs of one hosted generation: which run is whose."""
+
+    def __init__(self, engine: Engine, company: Company) -> None:
+        self._engine = engine
+        self._company = company
+        self._jobs: dict[Interpreter, EngineJob] = {}
+        self._left: list[EngineJob] = []
+
+    @property
+    def left(self) -> list[EngineJob]:
+        """Jobs whose end nobody was told."""
+        return [*self._left, *self._jobs.values()]
+
+    def begin(self, jobs: Sequence[EngineJob]) -> list[Begun]:
+        begun: list[Begun] = []
+        for job in jobs:
+            started = self._engine.start(job)
+            if isinstance(started, InterposeError):
+                self._company.ended(job, started)
+            elif started.plan.idle(0) or started.plan.graph.runs[0].given:
+                self._left.append(job)
+            else:
+                self._jobs[started] = job
+                begun.append((started, 0, pieces(started.plan.graph.runs[0], job.attachments)))
+        return begun
+
+    def pause(self, *, joinable: bool) -> None:
+        self._company.pause(joinable=joinable)
+
+    def arrivals(self) -> list[Begun]:
+        return self.begin(self._company.arrivals())
+
+    def ended(self, job: Interpreter) -> None:
+        self._company.ended(self._jobs.pop(job), job.error)
 
 
 def _gradients(*jobs: Interpreter) -> torch.set_grad_enabled:

@@ -1,260 +1,227 @@
 """Generating tokens: a decode loop over the model's own forward and cache, every step open to interventions.
 
-What to do with the logits is the transformers library's: its processors, its defaults, its order. Each row has its
-own processors and its own random generator, so what it gets doesn't depend on its neighbours.
+Where the model's cache keeps every position, jobs come and go between steps: new ones have their prompts run apart
+and are put beside the others, those that are done make room.
 """
 
 from __future__ import annotations
 
-import secrets
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
-from functools import cached_property
-from typing import Any
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol, TypeAlias
 
 import torch
-from tokenizers import Tokenizer
 from torch import Tensor
 
-from ..errors import BadArgument, JobCancelled, OpFailed
-from ..graph.generation import new_tokens
+from ..errors import JobCancelled
+from . import caches
 from .forward import Forward, Placed, place, starts
+from .growing import Grower, Growing
 from .inputs import FILL, positions
 from .interpreter import Interpreter
 from .loading import Loaded
 from .pieces import Piece, joined
 from .rows import Span
+from .tail import ARGUMENT, Tail
 
-_OURS = ("seed", "stop_strings", "stream")
+Begun: TypeAlias = tuple[Interpreter, int, Sequence[Piece]]
+"""A job, its run, and what that is given."""
+
+_TEXT = frozenset({"attention_mask", "position_ids", "use_cache", "past_key_values"})
+"""All that is kept from step to step where there is nothing but text."""
+
+
+class Visitors(Protocol):
+    """Who comes and goes while a generation runs. Asked between its steps."""
+
+    def pause(self, *, joinable: bool) -> None:
+        """Time for others. `joinable`: whether any can join."""
+
+    def arrivals(self) -> Sequence[Begun]:
+        """Runs that join now."""
+
+    def ended(self, job: Interpreter) -> None:
+        """A run is over while others go on."""
 
 
 @dataclass
-class Row:
-    """One text that grows. `ids` [1, length], without padding."""
+class Cohort:
+    """Rows that share a cache, padded on the left to one width.
 
+    Attributes:
+        ids: [rows, width], the tokens chosen last included.
+        state: what the model's own methods keep from step to step.
+    """
+
+    parts: list[Growing]
     ids: Tensor
-    processors: Any
-    generator: torch.Generator | None
-    ends: frozenset[int]
-    sample: bool
-    stops: tuple[str, ...]
-    tokenizer: Tokenizer | None
-    prompt: int = 0
-    ended: bool = False
+    state: dict[str, Any]
 
-    def __post_init__(self) -> None:
-        self.prompt = self.ids.shape[1]
+    @property
+    def rows(self) -> int:
+        return len(self.ids)
 
-    def choose(self, logits: Tensor) -> int:
-        """The next token for logits [1, vocabulary]; the row has it from now on."""
-        scores = self.processors(self.ids, logits.to(torch.float32, copy=True))
-        if self.sample:
-            chances = torch.softmax(scores, -1)
-            # On a GPU the kernel that draws would end the process.
-            if not bool(torch.isfinite(chances).all()):
-                raise OpFailed("nothing can be drawn: the logits hold nan, or nothing but -inf")
-            chosen = torch.multinomial(chances, 1, generator=self.generator)
-        else:
-            chosen = scores.argmax(-1, keepdim=True)
-        self.ids = torch.cat([self.ids, chosen], dim=1)
-        token = int(chosen.item())
-        self.ended = token in self.ends or self._stopped()
-        return token
+    def place(self) -> None:
+        """Say where each part's rows and images lie now."""
+        rows = starts([len(part.rows) for part in self.parts])
+        images = starts([sum(part.images) for part in self.parts])
+        for part, row, image in zip(self.parts, rows, images, strict=True):
+            part.first, part.image = row, image
 
-    def _stopped(self) -> bool:
-        if not self.stops or self.tokenizer is None:
-            return False
-        text = self.tokenizer.decode(self.ids[0, self.prompt :].tolist(), skip_special_tokens=False)
-        return any(stop in text for stop in self.stops)
-
-
-@dataclass
-class Growing:
-    """One job's run: its rows, where they and its images lie in the batch, and how many images each invoke has."""
-
-    job: Interpreter
-    run: int
-    first: int
-    longest: int
-    most: int
-    rows: list[Row]
-    pad: int
-    image: int = 0
-    images: Sequence[int] = ()
-    steps: int = 0
-    over: bool = False
-    last: int | None = field(init=False)
-
-    def __post_init__(self) -> None:
-        self.last = self.job.plan.last_step[self.run]
-
-    def span(self, total: int, step: int) -> Span:
-        """Its part of the batch at one step."""
-        before = total - self.longest
-        if step == 0:
-            return Span(self.first, len(self.rows), before, self.longest, before, self.longest)
-        return Span(self.first, len(self.rows), 0, 1, before, self.longest + step)
-
-    def tokens(self) -> Tensor:
-        """All ids [rows, positions], padded on the left to the longest prompt, on the right where a row ended."""
-        width = self.longest + self.steps
-        out = torch.full((len(self.rows), width), self.pad, dtype=torch.int64, device=self.rows[0].ids.device)
-        for index, row in enumerate(self.rows):
-            before = self.longest - row.prompt
-            out[index, before : before + row.ids.shape[1]] = row.ids[0]
-        return out
-
-    def finish(self) -> None:
-        """Hand out the ids and what was gathered; steps that were never reached stay absent."""
-        self.over = True
-        if self.job.error is not None:
+    def leave(self) -> None:
+        """Make room where parts are over, of rows and of positions that hold only padding."""
+        staying = [part for part in self.parts if not part.over]
+        rows = [part.first + index for part in staying for index in range(len(part.rows))]
+        self.parts = staying
+        if not rows:
             return
-        with self.job.guard():
-            for node in self.job.plan.nodes("tokens"):
-                if node.run == self.run:
-                    self.job.provide(node.id, self.tokens())
-        self.job.end_run(self.run)
+        index = torch.tensor(rows, device=self.ids.device)
+        mask = self.state["attention_mask"][index]
+        gone = int((mask.cumsum(-1) == 0).sum(-1).min())
+        self.ids = self.ids[index, gone:]
+        for name in ("attention_mask", "position_ids"):
+            if name in self.state:
+                self.state[name] = self.state[name][index, gone:]
+        caches.keep(self.state["past_key_values"], rows, gone)
+        self.place()
+
+    def join(self, other: Cohort) -> None:
+        """Take other rows beside these; the shorter ones are padded on the left."""
+        width = max(self.ids.shape[1], other.ids.shape[1])
+
+        def both(one: Tensor, more: Tensor) -> Tensor:
+            # The mask and the positions are as wide as the cache, one less than the ids or as wide.
+            to = width + one.shape[1] - self.ids.shape[1]
+            return torch.cat([caches.padded(one, to, -1), caches.padded(more, to, -1)])
+
+        for name in ("attention_mask", "position_ids"):
+            if name in self.state:
+                self.state[name] = both(self.state[name], other.state[name])
+        caches.join(self.state["past_key_values"], other.state["past_key_values"])
+        self.ids = both(self.ids, other.ids)
+        self.parts += other.parts
+        self.place()
 
 
 class Generation:
-    """Several runs that generate together. Their rows are padded on the left to the longest."""
+    """Several runs that generate together.
 
-    def __init__(
-        self, loaded: Loaded, group: Sequence[tuple[Interpreter, int]], fed: Sequence[Sequence[Piece]]
-    ) -> None:
-        rows = [[row for piece in run for row in piece.rows] for run in fed]
+    Args:
+        tail: what of the model needn't see positions nobody looks at.
+        visitors: who comes and goes meanwhile.
+    """
+
+    def __init__(self, loaded: Loaded, tail: Tail | None, visitors: Visitors | None = None) -> None:
         self._loaded = loaded
         self._model: Any = loaded.model
-        self._device = loaded.device
-        self._width = max(len(row) for own in rows for row in own)
-        self._count = sum(map(len, rows))
-        # Padded on the left alone, as the rows are here.
-        self._tensors = joined(
-            [[piece for run in fed for piece in run]], loaded.feeding.inputs, self._device
-        ).tensors
-        name = loaded.feeding.images
-        images = [[len(piece.tensors.get(name, ())) for piece in run] for run in fed]
-        self._images = sum(map(sum, images))
-        places = zip(starts([len(own) for own in rows]), starts(list(map(sum, images))), images, strict=True)
-        self._parts = []
-        for (job, run), (first, image, counts), own in zip(group, places, rows, strict=True):
-            with job.guard():
-                self._parts.append(replace(self._growing(job, run, first, own), image=image, images=counts))
-        self._all = [row for own in rows for row in own]
+        self._tail = tail
+        self._visitors = visitors
+        self._grower = Grower(loaded)
 
-    def run(self) -> None:
+    def run(self, begun: Sequence[Begun]) -> None:
         """Generate until every run has ended, or nobody asks for more."""
-        ids = torch.tensor(
-            [[FILL] * (self._width - len(row)) + list(row) for row in self._all], device=self._device
+        cohort = self._begin(begun)
+        while cohort is not None and any(not part.over for part in cohort.parts):
+            if self._flexible(cohort):
+                if any(part.over for part in cohort.parts):
+                    cohort.leave()
+                self._admit(cohort)
+            elif self._visitors is not None:
+                self._visitors.pause(joinable=False)
+            self._step(cohort)
+
+    # -- who takes part ----------------------------------------------------------------------------------------
+
+    def _begin(self, begun: Sequence[Begun]) -> Cohort | None:
+        """Rows with their first token chosen; None if no job could begin."""
+        parts = []
+        for job, run, fed in begun:
+            with job.guard():
+                parts.append(self._grower.begin(job, run, fed))
+            if job.error is not None:
+                self._tell(job)
+        if not parts:
+            return None
+        # Padded on the left alone: of all runs each ends at its last token.
+        inputs = joined(
+            [[piece for part in parts for piece in part.fed]], self._loaded.feeding.inputs, self._loaded.device
         )
-        mask = torch.tensor(
-            [[0] * (self._width - len(row)) + [1] * len(row) for row in self._all], device=self._device
-        )
-        state: dict[str, Any] = {"attention_mask": mask, "use_cache": True, **self._tensors}
-        if self._loaded.feeding.states(self._tensors):
+        mask = inputs.attention_mask
+        state: dict[str, Any] = {"attention_mask": mask, "use_cache": True, **inputs.tensors}
+        if self._loaded.feeding.states(inputs.tensors):
             state["position_ids"] = positions(mask) + (self._loaded.feeding.offset or 0)
-        step = 0
-        while any(not part.over for part in self._parts):
-            inputs = self._model.prepare_inputs_for_generation(
-                ids, next_sequence_length=1 if step else None, is_first_iteration=step == 0, **state
-            )
-            output = self._step(inputs, mask, step)
-            state = self._model._update_model_kwargs_for_generation(output, state)
-            ids = torch.cat([ids, self._choose(output.logits[:, -1], step)], dim=1)
-            step += 1
+        cohort = Cohort(parts, inputs.input_ids, state)
+        cohort.place()
+        self._step(cohort, first=True)
+        return cohort
 
-    def _step(self, inputs: dict[str, Any], mask: Tensor, step: int) -> Any:
-        length = self._width if step == 0 else 1
-        placed = []
-        for part in self._parts:
-            if not part.over:
-                placed.append(self._place(part, mask, step))
-        whole = Span.whole(self._count, length, self._width + step, 0 if step else self._images)
+    def _flexible(self, cohort: Cohort) -> bool:
+        """Whether rows can come and go."""
+        state = cohort.state
+        plain = state.keys() <= _TEXT and not self._loaded.feeding.images
+        return plain and caches.flexible(state.get("past_key_values"))
+
+    def _admit(self, cohort: Cohort) -> None:
+        if self._visitors is None:
+            return
+        self._visitors.pause(joinable=True)
+        arrived = self._visitors.arrivals()
+        other = self._begin(arrived) if arrived else None
+        if other is None:
+            return
+        if any(part.over for part in other.parts):
+            other.leave()
+        if other.parts:
+            cohort.join(other)
+
+    def _tell(self, job: Interpreter) -> None:
+        if self._visitors is not None:
+            self._visitors.ended(job)
+
+    # -- steps -------------------------------------------------------------------------------------------------
+
+    def _step(self, cohort: Cohort, *, first: bool = False) -> None:
+        inputs = self._model.prepare_inputs_for_generation(
+            cohort.ids, next_sequence_length=None if first else 1, is_first_iteration=first, **cohort.state
+        )
+        width = cohort.ids.shape[1]
+        placed = [self._placed(part, cohort, first) for part in cohort.parts if not part.over]
+        images = sum(sum(part.images) for part in cohort.parts) if first else 0
+        whole = Span.whole(cohort.rows, width if first else 1, width, images)
         forward = Forward(self._loaded, placed, whole, complete=True)
-        output = forward.run({**inputs, "return_dict": True})
+        output = forward.run({**inputs, **self._kept(placed), "return_dict": True})
         forward.finish()
-        return output
+        cohort.state = self._model._update_model_kwargs_for_generation(output, cohort.state)
+        cohort.ids = torch.cat([cohort.ids, self._choose(cohort, output.logits[:, -1])], dim=1)
 
-    def _place(self, part: Growing, mask: Tensor, step: int) -> Placed:
-        span = replace(part.span(self._width, step), image=part.image, images=sum(part.images))
-        placed = place(part.job, part.run, span, step, part.images)
-        if step == 0:
-            placed.give_mask(mask)
+    def _kept(self, placed: Sequence[Placed]) -> dict[str, Any]:
+        """As the library's own `generate`, only the last position's logits, unless somebody looks at others."""
+        if self._tail is None:
+            return {}
+        places = (place for part in placed for place in part.job.plan.at(part.run, part.step))
+        return {} if any(map(self._tail.touches, places)) else {ARGUMENT: 1}
+
+    def _placed(self, part: Growing, cohort: Cohort, first: bool) -> Placed:
+        placed = place(part.job, part.run, part.span(cohort.ids.shape[1]), part.steps, part.images)
+        if first:
+            placed.give_mask(cohort.state["attention_mask"])
         with part.job.guard():
             if part.job.sink.cancelled():
                 raise JobCancelled("cancelled while running")
-        part.job.begin_step(part.run, step)
+        part.job.begin_step(part.run, part.steps)
         return placed
 
-    def _choose(self, logits: Tensor, step: int) -> Tensor:
-        """The next token of every row of the batch, [rows, 1]; rows that have ended get padding."""
-        chosen = torch.full((self._count, 1), FILL, dtype=torch.int64, device=self._device)
-        for part in self._parts:
+    def _choose(self, cohort: Cohort, logits: Tensor) -> Tensor:
+        """The next token of every row, [rows, 1]; rows that have ended get padding."""
+        chosen = torch.full((cohort.rows, 1), FILL, dtype=torch.int64, device=self._loaded.device)
+        for part in cohort.parts:
             if part.over:
                 continue
             with part.job.guard():
-                new = [
-                    None if row.ended else row.choose(logits[index : index + 1])
-                    for index, row in enumerate(part.rows, part.first)
-                ]
+                new = part.choose(logits[part.first : part.first + len(part.rows)])
                 for index, token in enumerate(new, part.first):
                     chosen[index] = FILL if token is None else token  # a pad may be any number the user gave
-                if part.job.plan.graph.runs[part.run].options.get("stream"):
-                    part.job.sink.tokens(part.run, step, new)
-            part.steps = step + 1
-            ended = part.job.error is not None or all(row.ended for row in part.rows)
-            if ended or part.steps >= part.most or (part.last is not None and step >= part.last):
-                part.finish()
+            part.stepped()
+            if part.over:
+                self._tell(part.job)
         return chosen
-
-    def _growing(self, job: Interpreter, run: int, first: int, rows: Sequence[Sequence[int]]) -> Growing:
-        if not getattr(self._model, "can_generate", bool)():
-            raise BadArgument(f"{self._loaded.manifest.model} has no head to generate with")
-        options = job.plan.graph.runs[run].options
-        own = {name: value for name, value in options.items() if name not in _OURS and value is not None}
-        most = new_tokens(job.plan.graph.runs[run])
-        try:
-            config, _ = self._model._prepare_generation_config(None, **own | {"max_new_tokens": most})
-            self._model._prepare_special_tokens(config, True, device=self._device)
-            made = [self._row(row, _seed(job, run, index), config, options) for index, row in enumerate(rows)]
-        except (ValueError, TypeError) as error:
-            raise BadArgument(f"generate: {str(error).splitlines()[0][:200]}") from error
-        pad = config._pad_token_tensor
-        fill = FILL if pad is None else max(int(pad), FILL)
-        return Growing(job, run, first, max(map(len, rows)), most, made, fill)
-
-    def _row(self, row: Sequence[int], seed: int, config: Any, options: Mapping[str, Any]) -> Row:
-        ids = torch.tensor([list(row)], device=self._device)
-        processors = self._model._get_logits_processor(
-            config, input_ids_seq_length=len(row), encoder_input_ids=ids, device=str(self._device)
-        )
-        ends = config.eos_token_id
-        stops = options.get("stop_strings") or ()
-        generator = None
-        if config.do_sample:
-            generator = torch.Generator(self._device)
-            generator.manual_seed(seed)
-        return Row(
-            ids,
-            processors,
-            generator,
-            frozenset([ends] if isinstance(ends, int) else ends or ()),
-            bool(config.do_sample),
-            (stops,) if isinstance(stops, str) else tuple(stops),
-            self._tokenizer if stops else None,
-        )
-
-    @cached_property
-    def _tokenizer(self) -> Tokenizer:
-        data = self._loaded.tokenizer_bytes
-        if data is None:
-            raise BadArgument("stop_strings need a tokenizer, and this model has none")
-        return Tokenizer.from_str(data.decode())
-
-
-def _seed(job: Interpreter, run: int, row: int) -> int:
-    """What a row draws from. Rows of one run have different streams; the first's is the one of the run's seed."""
-    given = job.plan.graph.runs[run].options.get("seed")
-    if given is not None:
-        return int(given) + row
-    return job.seeds.setdefault((run, row), secrets.randbits(63))

@@ -35,8 +35,9 @@ from ..broker.connect import Broker
 from ..broker.queue import Claim
 from ..settings import Settings
 from ..tasks import end
+from .company import Company, Ready
 from .publisher import Publisher
-from .scheduler import Budget, choose
+from .scheduler import Budget, between, choose
 from .sink import JobSink
 
 log = logging.getLogger(__name__)
@@ -54,6 +55,8 @@ class Runner(Protocol):
     manifest: Manifest
 
     def run(self, jobs: Sequence[EngineJob]) -> list[InterposeError | None]: ...
+
+    def host(self, jobs: Sequence[EngineJob], company: Company) -> None: ...
 
 
 class Worker:
@@ -93,6 +96,8 @@ class Worker:
         self._empty = asyncio.Event()
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="engine")
         shared = runner.manifest.row_independent
+        self._company: Company | None = None
+        """Who comes to the generation under way."""
         self._budget = Budget(
             jobs=settings.batch_jobs if shared else 1,
             rows=settings.batch_rows,
@@ -124,9 +129,53 @@ class Worker:
             log.warning("the broker doesn't answer (%s); trying again", type(error).__name__)
             await asyncio.sleep(0.2)
             return
-        await self._batch(claims)
+        ready: Sequence[Ready] = await self._ready(claims)
+        while ready:
+            ready = await self._together(ready, stop)
 
-    async def _batch(self, claims: Sequence[Claim]) -> None:
+    async def _together(self, ready: Sequence[Ready], stop: asyncio.Event) -> Sequence[Ready]:
+        """Run jobs. Returns those that were claimed to come with them and came too late."""
+        engine = asyncio.get_running_loop().run_in_executor
+        self._count(1, len(ready))
+        if not _open(ready):
+            await engine(self._thread, self._run, ready)
+            return ()
+        over = asyncio.Event()
+        company = self._company = Company(ready, self._aside)
+        inviting = asyncio.create_task(self._invite(company, stop, over))
+        try:
+            await engine(self._thread, self._generate, ready, company)
+        finally:
+            over.set()
+            company.changed.set()
+            await inviting
+            self._company = None
+        return company.close()
+
+    async def _invite(self, company: Company, stop: asyncio.Event, over: asyncio.Event) -> None:
+        """Claim jobs for a generation under way: those that join it, those that come between its steps."""
+        while not over.is_set() and not stop.is_set():
+            company.changed.clear()
+            try:
+                if not company.busy:
+                    await self._offer(company)
+                await _either(self._broker.queue.wait(self._model, IDLE_S), company.changed)
+            except (RedisError, OSError) as error:
+                log.warning("the broker doesn't answer (%s); trying again", type(error).__name__)
+                await asyncio.sleep(0.2)
+
+    async def _offer(self, company: Company) -> None:
+        waiting = await self._broker.queue.peek(self._model)
+        turn = between(waiting, company.footprints, self._budget, joinable=company.joinable)
+        if not turn.refs:
+            return
+        ready = await self._ready(await self._broker.queue.claim(self._model, self._name, turn.refs))
+        if ready:
+            self._count(not turn.joins, len(ready))
+            company.offer(ready, joins=turn.joins)
+
+    async def _ready(self, claims: Sequence[Claim]) -> list[Ready]:
+        """Claimed jobs, prepared; those that can't be are ended."""
         sinks = [self._sink(claim) for claim in claims]
         self._held |= dict.fromkeys(sinks)
         ready: list[tuple[JobSink, EngineJob]] = []
@@ -138,10 +187,7 @@ class Worker:
             except OSError as error:
                 log.error("a job can't be read: %s", error)
                 sink.end(InternalError("the server couldn't read the job"), 0)
-        if not ready:
-            return
-        await asyncio.get_running_loop().run_in_executor(self._thread, self._run, ready)
-        self._ran = self._ran[0] + 1, self._ran[1] + len(ready)
+        return ready
 
     def _run(self, ready: Sequence[tuple[JobSink, EngineJob]]) -> None:
         """On the engine's thread. Ends are published from here, in one round with the last saves."""
@@ -154,6 +200,28 @@ class Worker:
                 (outcome,), alone_s = self._attempt([(sink, job)])
                 share += alone_s
             sink.end(outcome, share)
+
+    def _count(self, batches: int, jobs: int) -> None:
+        self._ran = self._ran[0] + batches, self._ran[1] + jobs
+
+    def _generate(self, ready: Sequence[Ready], company: Company) -> None:
+        """On the engine's thread: a generation that others join. Each job's end is told as it comes."""
+        for sink, _ in ready:
+            sink.start()
+        self._running = time.monotonic(), [sink for sink, _ in ready]
+        try:
+            self._runner.host([job for _, job in ready], company)
+        except Exception:
+            log.exception("the engine failed")
+        company.give_up(InternalError("the server failed while running this job"))
+        self._check()
+        self._running = None
+
+    def _aside(self, ready: Sequence[Ready]) -> None:
+        """Run jobs between two steps of a generation."""
+        before = self._running
+        self._run(ready)
+        self._running = before
 
     def _attempt(self, ready: Sequence[tuple[JobSink, EngineJob]]) -> tuple[list[InterposeError | None], float]:
         """Run jobs together. Returns how each ended, and the seconds it took."""
@@ -229,7 +297,11 @@ class Worker:
     async def _end_stuck(self) -> None:
         """Give up if the engine overran the wall time by far. A job that ran alone is told, others run again."""
         allowed = self._settings.limits.wall_s
-        if self._running is None or time.monotonic() - self._running[0] < allowed + STUCK_S:
+        if self._running is None:
+            return
+        company = self._company
+        since = self._running[0] if company is None else max(self._running[0], company.stepped_at)
+        if time.monotonic() - since < allowed + STUCK_S:
             return
         log.error("an operation doesn't end; the worker starts anew")
         sinks = self._running[1]
@@ -245,6 +317,15 @@ class Worker:
         self._held.pop(sink, None)
         if not self._held:
             self._empty.set()
+
+
+def _open(ready: Sequence[Ready]) -> bool:
+    """Whether jobs are a generation that others can join."""
+    footprints = [sink.claim.footprint for sink, _ in ready]
+    return all(
+        footprint.kind == "generate" and footprint.runs == 1 and not job.exclusive
+        for footprint, (_, job) in zip(footprints, ready, strict=True)
+    )
 
 
 async def _either(wait: Coroutine[Any, Any, None], stop: asyncio.Event) -> None:

@@ -104,6 +104,10 @@ class JobSink:
             self.stopped = None
         self._deadline = time.monotonic() + self.limits.wall_s
 
+    def extend(self, seconds: float) -> None:
+        """So much of its wall time went to others."""
+        self._deadline += seconds
+
     def stop(self, error: InterposeError) -> None:
         """End the job with this error, whatever the engine says. The first one counts."""
         self.stopped = self.stopped or error

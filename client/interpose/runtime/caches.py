@@ -1,0 +1,55 @@
+"""Key-value caches whose rows come and go: joined by padding on the left, as rows of one batch are.
+
+Only for caches that keep every position of every row. One that slides a window, or keeps a running state without
+positions, serves the rows it was begun with to their end.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, TypeGuard
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+from transformers import DynamicCache
+from transformers.cache_utils import DynamicLayer
+
+
+def flexible(cache: Any) -> TypeGuard[DynamicCache]:
+    """Whether rows can join and leave a cache."""
+    layers = cache.layers if type(cache) is DynamicCache else ()
+    return bool(layers) and all(type(layer) is DynamicLayer and layer.is_initialized for layer in layers)
+
+
+def keep(cache: DynamicCache, rows: Sequence[int], gone: int) -> None:
+    """Leave these rows alone, without the first `gone` positions, which hold only their padding."""
+    for layer in _layers(cache):
+        layer.keys = _kept(layer.keys, rows, gone)
+        layer.values = _kept(layer.values, rows, gone)
+
+
+def join(cache: DynamicCache, other: DynamicCache) -> None:
+    """Put another cache's rows behind these; the shorter of the two is padded on the left."""
+    for layer, more in zip(_layers(cache), _layers(other), strict=True):
+        layer.keys = _joined(layer.keys, more.keys)
+        layer.values = _joined(layer.values, more.values)
+
+
+def padded(value: Tensor, length: int, dim: int) -> Tensor:
+    """Zeros before what there is along a dimension, up to a length."""
+    missing = length - value.shape[dim]
+    return functional.pad(value, (0, 0) * (-1 - dim) + (missing, 0)) if missing else value
+
+
+def _layers(cache: DynamicCache) -> list[DynamicLayer]:
+    return [layer for layer in cache.layers if isinstance(layer, DynamicLayer)]
+
+
+def _kept(value: Any, rows: Sequence[int], gone: int) -> Any:
+    return value[torch.tensor(list(rows), device=value.device)][:, :, gone:]
+
+
+def _joined(one: Any, other: Any) -> Tensor:
+    length = max(one.shape[-2], other.shape[-2])
+    return torch.cat([padded(one, length, -2), padded(other, length, -2)])
