@@ -41,6 +41,15 @@ def test_not_waiting(open_model: Callable[..., Any]) -> None:
     assert isinstance(logits, torch.Tensor) and torch.equal(logits, expected)
 
 
+async def test_awaiting(open_model: Callable[..., Any]) -> None:
+    model = open_model()
+    with model.trace(PROMPT, remote=True, blocking=False) as tracer:
+        logits = model.output.save()
+    assert tracer.job.id in repr(tracer.job)
+    values = await tracer.job
+    assert torch.equal(logits, next(iter(values.values())))
+
+
 def test_another_process_attaches(lab: Served, open_model: Callable[..., Any]) -> None:
     model = open_model()
     with model.trace(PROMPT, remote=True, blocking=False) as tracer:

@@ -63,3 +63,23 @@ def test_exclusive_is_the_plain_forward(arch: str) -> None:
                 model.layers[1].pattern.save()
             logits = model.logits.save()
         same(logits, expected)
+
+
+GROUPS = {
+    "experts": {"mixtral", "qwen2_moe", "qwen3_moe"},
+    "ungated": {"gpt2", "neox", "opt", "phi", "bloom", "falcon", "bert", "mpt"},
+}
+"""Words of the table in the docs."""
+
+
+@pytest.mark.parametrize("arch", ARCHITECTURES)
+def test_the_table_in_the_docs(arch: str) -> None:
+    page = (Path(__file__).parents[2] / "docs" / "named-points.md").read_text()
+    table = [line.strip("| ").split(" | ") for line in page.splitlines() if line.startswith("| `")]
+    there = {at.name for at in offered(arch)}
+    for cell, _, _, where in table:
+        kind, _, listed = where.replace("all but", "but").partition(" ")
+        families = set().union(*(GROUPS.get(word, {word}) for word in listed.split(", ")))
+        expected = kind == "all" or (arch in families) == (kind == "only")
+        for name in cell.replace("`", "").split(", "):
+            assert (name in there) == expected, name

@@ -49,6 +49,18 @@ def a_module_misspelt(model: Any) -> None:
         model.transformer.h[0].atn.output.save()  # here
 
 
+@told(errors.UnknownModule, "did you mean transformer.h.0.resid_mid")
+def a_standard_name_misspelt(model: Any) -> None:
+    with model.trace(ROW):
+        model.transformer.h[0].resid_middle.save()  # here
+
+
+@told(errors.UnknownPoint, "take one first: output[0]")
+def a_tuple_taken_for_its_tensor(model: Any) -> None:
+    with model.trace(ROW):
+        model.transformer.h[0].attn.output[:, -1] = 0  # here
+
+
 @told(errors.UnknownModule, "3 modules")
 def a_layer_too_many(model: Any) -> None:
     with model.trace(ROW):

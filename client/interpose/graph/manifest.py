@@ -9,7 +9,7 @@ import difflib
 import hashlib
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, TypeAlias
@@ -171,11 +171,11 @@ class Manifest:
             raise UnknownModule(f"{self.model} has no module {path!r}{self.nearest(path)}")
         return found
 
-    def nearest(self, path: str) -> str:
-        """ "; did you mean ..." for a path that isn't there, or ""."""
+    def nearest(self, path: str, also: Sequence[str] = ()) -> str:
+        """ "; did you mean ..." for a path that isn't there, or "". `also`: what its parent has beside modules."""
         parent, _, name = path.rpartition(".")
         siblings = self.children.get(parent, ())
-        close = difflib.get_close_matches(name, siblings, 3, 0.5)
+        close = difflib.get_close_matches(name, [*siblings, *also], 3, 0.5)
         if not close and siblings:
             shown = ", ".join(siblings[:8]) + (", ..." if len(siblings) > 8 else "")
             return f"; {parent or 'the model'} has {shown}"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Callable, Mapping
+from collections.abc import AsyncIterator, Callable, Generator, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol
 
@@ -43,6 +43,8 @@ class Handle(Protocol):
     def cancel(self) -> Any: ...
 
     def __aiter__(self) -> AsyncIterator[Any]: ...
+
+    def __await__(self) -> Generator[Any, None, Mapping[int, Any]]: ...
 
 
 class Execute(Protocol):
@@ -124,6 +126,15 @@ class TraceJob:
         values = self._job.result(timeout)
         self._execution.fill(values)
         return values
+
+    def __await__(self) -> Generator[Any, None, Mapping[int, Any]]:
+        """As `result`, in the caller's own event loop."""
+        values = yield from self._job.__await__()
+        self._execution.fill(values)
+        return values
+
+    def __repr__(self) -> str:
+        return repr(self._job)
 
     def __aiter__(self) -> AsyncIterator[Any]:
         """Everything that happens to it, from the beginning on; of a generation with `stream`, each new token."""

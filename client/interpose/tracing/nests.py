@@ -104,6 +104,8 @@ class Nest:
         try:
             return walk(self._layout, (key,))
         except KeyError:
+            keys = [repr(key) for key in self._keys()]
+            first = f"; take one first: {self._point.name}[{keys[0]}]" if keys else ""
             raise UnknownPoint(
-                f"{self._point} has no {key!r}; it has {', '.join(map(repr, self._keys()))}"
+                f"{self._point} has no {key!r}: it is a {type(self._layout).__name__} of {', '.join(keys)}{first}"
             ) from None
