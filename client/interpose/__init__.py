@@ -6,6 +6,17 @@ from .errors import InterposeError
 from .models import LanguageModel
 from .program import Program
 from .tracing.keeping import save
+from .vision import VisionLanguageModel
 from .wrapping import Model
 
-__all__ = ["CONFIG", "InterposeError", "Job", "LanguageModel", "Model", "Program", "jobs", "save"]
+__all__ = [
+    "CONFIG",
+    "InterposeError",
+    "Job",
+    "LanguageModel",
+    "Model",
+    "Program",
+    "VisionLanguageModel",
+    "jobs",
+    "save",
+]

@@ -43,6 +43,8 @@ class Home:
         self._server = (host, api_key)
         self._load = load or {}
         self._given_tokenizer = tokenizer
+        self.processor: Any = None
+        """What makes a model's inputs of texts and images, once it is known."""
         self._local: LocalModel | None = None
         self._remote: Manifest | None = None
         self._tokenizers: dict[str | None, Any] = {}

@@ -149,8 +149,13 @@ class LanguageModel(Familiar, Traced):
     def _taken(self, options: dict[str, Any], remote: bool) -> dict[str, Any]:
         """The model's inputs among options, taken out of these."""
         names = options.keys() - OPTIONS.keys()
-        inputs = {*TOKENS, *self._home.manifest(remote).inputs} if names else set()
+        inputs = {*TOKENS, *self._further, *self._home.manifest(remote).inputs} if names else set()
         return {name: options.pop(name) for name in names & inputs}
+
+    @property
+    def _further(self) -> frozenset[str]:
+        """Names of inputs that are made into the model's own."""
+        return frozenset()
 
     def session(
         self,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from .errors import DeferredError
@@ -52,6 +52,10 @@ class Traced(Module):
         from .program import Program
 
         return Program.of(recorder)
+
+    def _prepared(self, prompt: Any, inputs: Mapping[str, Any]) -> tuple[Any, Mapping[str, Any]]:
+        """A prompt and its further inputs as they are; models with a processor make them ready."""
+        return prompt, inputs
 
     def _is(self, other: Any) -> bool:
         """Whether `other` is this model, edited or not."""

@@ -54,7 +54,7 @@ def to_prompt(
             raise BadArgument(f"{manifest.model} takes inputs by name: {', '.join(manifest.inputs)}")
         inputs = {next(iter(manifest.inputs)): prompt, **inputs}
     elif prompt is not None:
-        text = _texts(prompt)
+        text = texts(prompt)
         rows = tuple(tuple(tokenize(line)) for line in text) if text else token_rows(prompt)
         return _with_tensors(Invoke(rows, text=text), inputs, manifest, None)
     mask = inputs.pop("attention_mask", None) if manifest.tokens else None
@@ -116,7 +116,8 @@ def _aligned(name: str, tensor: Any, invoke: Invoke, keep: list[list[bool]] | No
     return made
 
 
-def _texts(prompt: Any) -> tuple[str, ...]:
+def texts(prompt: Any) -> tuple[str, ...]:
+    """The lines of a prompt that is a text, or a list of texts; none of another."""
     if isinstance(prompt, str):
         return (prompt,)
     if isinstance(prompt, (list, tuple)) and prompt and all(isinstance(item, str) for item in prompt):

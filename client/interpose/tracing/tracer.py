@@ -40,6 +40,9 @@ class Model(Protocol):
     def _program(self, recorder: Recorder) -> Any:
         """What was recorded, as a program."""
 
+    def _prepared(self, prompt: Any, inputs: Mapping[str, Any]) -> tuple[Any, Mapping[str, Any]]:
+        """A prompt and its further inputs, made ready by what belongs to the model."""
+
 
 ACTIVE: ContextVar[Tracer | None] = ContextVar("interpose_tracer", default=None)
 SESSION: ContextVar[Session | None] = ContextVar("interpose_session", default=None)
@@ -139,6 +142,7 @@ class Tracer:
     def _add(self, prompt: Any, inputs: Mapping[str, Any]) -> int:
         if isinstance(prompt, Invoke):
             return self.recorder.add_invoke(prompt)
+        prompt, inputs = self.model._prepared(prompt, inputs)
         return self.recorder.add_prompt(to_prompt(prompt, self._tokenize, self.recorder.manifest, inputs))
 
     @property
