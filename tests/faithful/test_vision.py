@@ -163,6 +163,25 @@ def test_generation_is_the_librarys(place: Place, arch: str) -> None:
     assert not torch.allclose(moved, stock(arch)(**inputs).logits, rtol=1e-3), "the image matters"
 
 
+@pytest.mark.parametrize("arch", ["llava", "gemma3_images"])
+def test_generations_that_see_share_their_steps(arch: str) -> None:
+    model = _local(arch)
+    several = [given(arch, 1, 1), given(arch, 2, 2), given(arch, 1, 3)]
+    found = []
+    with model.session():
+        for inputs in several:
+            with model.generate(inputs, max_new_tokens=4) as t:
+                with t.all():
+                    model.layers[0].output[0][:, -1] *= 1.1
+                found.append(t.result.save())
+    for inputs, ids in zip(several, found, strict=True):
+        with model.generate(inputs, max_new_tokens=4) as t:
+            with t.all():
+                model.layers[0].output[0][:, -1] *= 1.1
+            alone = t.result.save()
+        assert torch.equal(ids, alone)
+
+
 def test_steering_a_generation_that_sees(place: Place) -> None:
     model, twin = place.open("llava"), stock("llava")
     inputs = given("llava", seed=5)

@@ -479,6 +479,30 @@ def an_empty_prompt(model: Any) -> None:
         model.output.save()
 
 
+@told(errors.BadArgument, "takes no input 'labels'; it takes input_ids")
+def an_input_the_model_does_not_take(model: Any) -> None:
+    with model.trace({"input_ids": [ROW], "labels": torch.tensor([ROW])}):  # here
+        model.output.save()
+
+
+@told(errors.BadArgument, "takes no input 'pixel_values'")
+def an_image_for_a_model_of_texts(model: Any) -> None:
+    with model.trace(ROW, pixel_values=torch.zeros(1, 3, 8, 8)):  # here
+        model.output.save()
+
+
+@told(errors.BadArgument, "generate has no option 'past_key_values'")
+def a_cache_of_ones_own(model: Any) -> None:
+    with model.generate(ROW, past_key_values=torch.zeros(1)):  # here
+        model.output.save()
+
+
+@told(errors.BadArgument, "attention_mask has another shape")
+def a_mask_of_another_shape(model: Any) -> None:
+    with model.trace(input_ids=torch.tensor([ROW]), attention_mask=torch.ones(1, 3, dtype=torch.int64)):  # here
+        model.output.save()
+
+
 @told(errors.BadArgument, "dict can't go into a graph")
 def an_object_as_an_argument(model: Any) -> None:
     with model.trace(ROW):

@@ -150,6 +150,9 @@ class Generation:
         state: dict[str, Any] = {"attention_mask": mask, "use_cache": True, **inputs.tensors}
         if self._loaded.feeding.states(inputs.tensors):
             state["position_ids"] = positions(mask) + (self._loaded.feeding.offset or 0)
+        elif inputs.tensors and "position_ids" in self._loaded.feeding.accepts:
+            # Of a model that makes them of its images' sizes.
+            state["position_ids"] = self._model._prepare_position_ids_for_generation(inputs.input_ids, state)
         cohort = Cohort(parts, inputs.input_ids, state)
         cohort.place()
         self._step(cohort, first=True)
