@@ -8,10 +8,11 @@ from typing import Any
 import pytest
 import torch
 from interpose import Model
-from models import liven
+from interpose.errors import UnknownPoint
+from models import liven, tiny
 from torch import Tensor, nn
 from torch.nn import functional
-from transformers import ViTConfig, ViTForImageClassification
+from transformers import AutoModelForCausalLM, ViTConfig, ViTForImageClassification
 from twins import alive, close, same
 
 
@@ -292,6 +293,69 @@ def test_inputs_are_changed_only_as_by_the_module_itself() -> None:
     assert x.tolist() == [1.0] * 3, "once, by the forward that was asked for"
     assert before.tolist() == [0.0] * 3
     assert out.tolist() == [2.0] * 3
+
+
+def test_inputs_that_remember_are_used_once() -> None:
+    class Cache:
+        def __init__(self) -> None:
+            self.items: list[Tensor] = []
+
+    class Remembers(nn.Module):
+        def forward(self, x: Tensor, cache: Cache, also: list[Tensor], draws: torch.Generator) -> Tensor:
+            cache.items.append(x * 1)
+            also.append(x)
+            return len(cache.items) + torch.rand(2, generator=draws)
+
+    cache, also, draws = Cache(), [torch.ones(1)], torch.Generator().manual_seed(3)
+    cache.items.append(torch.ones(1, requires_grad=True) * 2)
+    model: Any = Model(Remembers())
+    with model.trace(torch.zeros(1), cache, also, draws):
+        out = model.output.save()
+    assert (len(cache.items), len(also)) == (2, 2)
+    same(out, 2 + torch.rand(2, generator=torch.Generator().manual_seed(3)))
+
+
+def test_what_a_module_keeps_and_writes_over_is_saved_as_it_was() -> None:
+    class Counts(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.state: Tensor | None = None
+
+        def forward(self, x: Tensor) -> Tensor:
+            self.state = torch.zeros(2) if self.state is None else self.state
+            return self.state.add_(x)
+
+    model: Any = Model(Counts())
+    seen = []
+    for _ in range(3):
+        with model.trace(torch.ones(2)):
+            seen.append(model.output.save())
+    assert [value.tolist() for value in seen] == [[1, 1], [2, 2], [3, 3]]
+
+
+def test_rows_of_shapes_of_their_own_are_no_points() -> None:
+    net, (args, _) = make("encoder")
+    mask = torch.tensor([[False] * 5, [False] * 3 + [True] * 2])
+    model: Any = Model(net)
+    with pytest.warns(UserWarning, match="nested tensors"), model.trace(*args, src_key_padding_mask=mask):
+        out = model.output.save()
+        with pytest.raises(UnknownPoint, match="holds no tensor"):
+            model.layers[0].output.save()
+    with torch.no_grad():
+        close(out, net(*args, src_key_padding_mask=mask))
+
+
+def test_a_models_cache_goes_on_by_one_step() -> None:
+    model: Any = Model(AutoModelForCausalLM.from_pretrained(tiny("gpt2")).eval())
+    ids = torch.tensor([[5, 9, 33, 7]])
+    cache = model._model(ids, use_cache=True).past_key_values
+    with model.trace(input_ids=ids[:, :1], past_key_values=cache):
+        logits = model.output.logits.save()
+        named = model.output["logits"].save()
+    assert cache.get_seq_length() == 5
+    with torch.no_grad():
+        close(logits, model._model(torch.tensor([[5, 9, 33, 7, 5]])).logits[:, -1:])
+    same(named, logits)
 
 
 def test_what_changes_in_the_module_is_seen() -> None:

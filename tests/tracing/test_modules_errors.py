@@ -104,6 +104,33 @@ def a_module_that_is_not_called() -> None:
         net.unused.output.save()  # here
 
 
+@told(errors.UnknownPoint, "holds no tensor")
+def what_a_module_returns_that_is_no_tensor() -> None:
+    class Silent(nn.Module):
+        def forward(self, x: Tensor) -> None:
+            return None
+
+    net = model(Silent())
+    with net.trace(X):
+        net.output.save()  # here
+
+
+@told(errors.BadArgument, "can't be copied")
+def inputs_that_can_be_had_once() -> None:
+    with model().trace(X for _ in range(2)):  # here
+        pass
+
+
+@told(errors.BadArgument, "still to come")
+def inputs_that_are_still_to_come() -> None:
+    net = model()
+    with net.session():
+        with net.trace(X):
+            hidden = net.one.output
+        with net.trace(hidden):  # here
+            pass
+
+
 @told(errors.WrongOrder, "exists only later")
 def the_wrong_order() -> None:
     net = model()

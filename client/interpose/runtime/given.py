@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
+from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
 from ..errors import BadArgument
@@ -15,6 +17,15 @@ Given: TypeAlias = tuple[tuple[Any, ...], Mapping[str, Any]]
 """Positional arguments, and those by keyword."""
 
 _PLAIN = (bool, int, float, complex, str, bytes, type(None), torch.dtype, torch.device)
+
+
+def check(given: Given) -> None:
+    """Raises BadArgument for values that are still to come: a module runs on real ones."""
+    if any(getattr(type(leaf), "_interpose_deferred", False) for leaf in pytree.tree_leaves(given)):
+        raise BadArgument(
+            "a module is run on real inputs; a value that is still to come can be written where it goes: "
+            "model.input[:] = value"
+        )
 
 
 def signature(given: Given, rows: int | None) -> Any:
@@ -36,14 +47,33 @@ def _kind(leaf: Any, rows: int | None) -> Any:
     return Tensor, sizes, leaf.dtype, leaf.device
 
 
-def storages(given: Given) -> set[int]:
-    """Where the memory of its tensors begins."""
-    return {leaf.untyped_storage().data_ptr() for leaf in pytree.tree_leaves(given) if isinstance(leaf, Tensor)}
-
-
 def copied(given: Given) -> Given:
-    """The same with tensors of its own: a module may write over what it is given."""
-    return _changed(given, lambda tensor: tensor.detach().clone())
+    """The same with memory of its own, whatever it is made of: a module may change what it is given.
+
+    Raises:
+        BadArgument: something in it can't be copied.
+    """
+    leaves = pytree.tree_leaves(given)
+    # Whoever draws from a generator moves it on, and it knows no deepcopy.
+    memo: dict[int, Any] = {id(leaf): leaf.clone_state() for leaf in leaves if isinstance(leaf, torch.Generator)}
+    try:
+        with _Plainly():
+            args, kwargs = copy.deepcopy(given, memo)
+    except Exception as error:
+        raise BadArgument(
+            f"a module is first tried on a copy of its inputs, and these can't be copied: {error}"
+        ) from error
+    return args, kwargs
+
+
+class _Plainly(TorchFunctionMode):
+    """Tensors are copied without the history of how they were computed, with which torch copies none."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is not Tensor.__deepcopy__:
+            return func(*args, **(kwargs or {}))
+        tensor, memo = args
+        return memo.setdefault(id(tensor), tensor.detach().clone())
 
 
 def count(given: Given, rows: int) -> int:
@@ -78,13 +108,14 @@ def resized(given: Given, rows: int, size: int) -> Given:
 
 
 def joined(inputs: Sequence[Given], rows: int) -> Given:
-    """One forward's arguments for several prompts; a single prompt's as they are.
+    """One forward's arguments for several prompts; a single prompt's as they are, cut off from how they were made.
 
     Raises:
         BadArgument: they differ in more than the rows of their tensors.
     """
     if len(inputs) == 1:
-        return _changed(inputs[0], Tensor.detach)
+        tensors = (leaf for leaf in pytree.tree_leaves(inputs[0]) if isinstance(leaf, Tensor))
+        return _changed(inputs[0], Tensor.detach) if any(t.requires_grad for t in tensors) else inputs[0]
     flat = [pytree.tree_flatten(given) for given in inputs]
     if any(structure != flat[0][1] for _, structure in flat):
         raise BadArgument("prompts that share a forward are given alike: the same arguments in the same form")

@@ -48,6 +48,8 @@ def observe(value: Any, depth: int = 0) -> Seen:
     """What is kept of a value: its nest of shapes."""
     if isinstance(value, Tensor):
         dtype = dtype_name(value)
+        if value.is_nested:
+            return None  # its rows have shapes of their own
         return Shape(tuple(value.shape), dtype) if dtype in DTYPES else None
     if depth == MAX_DEPTH:
         return None

@@ -84,6 +84,7 @@ class Wrapped:
         Raises:
             BadArgument: its forward fails on them, or its rows can't be told apart.
         """
+        given.check(inputs)
         state = tuple((path, module, module.training) for path, module in self._modules().items())
         if state != self._state:
             self._state = state

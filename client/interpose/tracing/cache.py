@@ -45,7 +45,12 @@ def _matching(model: Model, pattern: str) -> Iterator[tuple[str, tuple[str, str]
     """Names that match, each with its module's path and the point's name there."""
     wanted = pattern.split(".")
     tree = model._tree()
-    own = ((path, point) for path, info in tree.modules.items() for point in info.points)
+    own = (
+        (path, point)
+        for path, info in tree.modules.items()
+        for point, layout in info.points.items()
+        if leaves(layout)
+    )
     for path, point in (*own, *(("", name) for name in standard.every(tree))):
         name = f"{path}.{point}" if path else point
         parts = name.split(".")

@@ -7,7 +7,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from ..errors import UnknownPoint
-from ..graph.manifest import UNKNOWN, Layout, Leaf, walk
+from ..graph.manifest import UNKNOWN, Layout, Leaf, leaves, walk
 from ..graph.model import Key, Point
 
 if TYPE_CHECKING:
@@ -77,9 +77,11 @@ class Nest:
 
     def save(self) -> Nest:
         """Save every tensor in it. Not those whose size isn't known: a forward may go without them, as a mask."""
+        if not leaves(self._layout):
+            raise UnknownPoint(f"{self._point} holds no tensor: there is nothing to save")
         for key in self._keys():
             part = self._part(key)
-            if part is not None and not (isinstance(part, Leaf) and UNKNOWN in part.dims):
+            if leaves(part) and not (isinstance(part, Leaf) and UNKNOWN in part.dims):
                 self._saved[key] = self[key].save()
         return self
 

@@ -107,26 +107,25 @@ class LocalModule:
         """The saved values by node. Raises what ended the run. Threads take turns."""
         import torch
 
-        from ..runtime.given import storages
-
         attachments = {key: torch.as_tensor(value) for key, value in tensors.items()}
-        module = self.wrapped.module
-        own = (*module.parameters(), *module.buffers(), *attachments.values())
-        taken = {tensor.untyped_storage().data_ptr() for tensor in own}
-        sink = _Kept(taken.union(*(storages(given) for run in inputs for given in run)))
+        # A module of any kind may go on to write over what it has shown.
+        sink = _Kept(None)
         with self._turn:
             self.wrapped.run(graph, inputs, measured, attachments, sink)
         return sink.values
 
 
 class _Kept:
-    """Keeps saved values. One that shares memory with the model, the user or another saved one is copied."""
+    """Keeps saved values. One that shares memory with the model, the user or another saved one is copied.
 
-    def __init__(self, taken: set[int], on_tokens: Callable[[NewTokens], None] | None = None) -> None:
+    `taken`: where memory begins that isn't ours; None if any may be another's.
+    """
+
+    def __init__(self, taken: set[int] | None, on_tokens: Callable[[NewTokens], None] | None = None) -> None:
         self.values: dict[int, Any] = {}
         self.broken: BaseException | None = None
         """What the user's own function raised; it ends the run."""
-        self._taken = set(taken)
+        self._taken = None if taken is None else set(taken)
         self._on_tokens = on_tokens
 
     def save(self, node: int, value: Any) -> None:
@@ -135,6 +134,8 @@ class _Kept:
         self.values[node] = transform(value, self._own)
 
     def _own(self, tensor: torch.Tensor) -> torch.Tensor:
+        if self._taken is None:
+            return tensor.clone()
         storage = tensor.untyped_storage()
         if storage.data_ptr() in self._taken or storage.nbytes() != tensor.nbytes:
             return tensor.clone()
