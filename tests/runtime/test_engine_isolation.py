@@ -19,9 +19,10 @@ from interpose.graph.validate import Checker
 from interpose.graph.values import Ref, TensorSpec
 from interpose.runtime.engine import Engine, EngineJob
 from interpose.runtime.hooks import CURRENT
-from interpose.runtime.loading import load
+from interpose.runtime.loading import load, wrap
 from interpose.runtime.nests import tensors
-from models import tiny
+from models import ARCHITECTURES, tiny
+from transformers import AutoModelForCausalLM, AutoModelForMaskedLM
 
 HEADS = 4
 
@@ -112,11 +113,11 @@ def lengths(rng: random.Random) -> Run:
     )
 
 
-def random_job(seed: int, manifest: Manifest, size: int = 10) -> Graph:
+def random_job(seed: int, manifest: Manifest, places: Sequence[Point] = (), size: int = 10) -> Graph:
     rng = random.Random(seed)
     run = lengths(rng)
     checker, nodes = Checker(manifest, [run], {}), []
-    places = points(manifest)
+    places = places or points(manifest)
 
     def add(op: str, *args: Any, point: Point | None = None, invoke: int | None = 0) -> None:
         node = Node(len(nodes), op, args, point=point, invoke=invoke)
@@ -156,28 +157,74 @@ def run(on: Engine, graphs: Sequence[Graph], **options: Any) -> list[Kept]:
     return sinks
 
 
-def close(found: Kept, expected: Kept, tolerance: float = 2e-5) -> None:
-    """Equal within a share of the largest value, where a slice of small ones counts as of ordinary size."""
+TOLERANCE, OWN = 1e-5, 8.0
+
+
+def close(found: Kept, expected: Kept, exact: Kept | None = None, tolerance: float = TOLERANCE) -> None:
+    """Equal within a share of the largest value, where a slice of small ones counts as of ordinary size.
+
+    A random job may well subtract what is nearly equal, or blow a value up until a softmax decides between equals.
+    Then float32 itself knows no figure that company could leave unchanged: the job alone strays as far from what it
+    is in float64. So with `exact`, the same job alone in float64, a value may also differ by `OWN` times what the
+    run alone errs by. Of 46,135 values of 1,800 random sets of jobs 6 needed that, all of llama's, one of them off
+    by 2e-3, none by more than 6.4 times the own error.
+    """
     assert found.values.keys() == expected.values.keys()
     for node, wanted in expected.values.items():
-        for one, other in zip(found.values[node], wanted, strict=True):
+        for index, (one, other) in enumerate(zip(found.values[node], wanted, strict=True)):
             assert one.shape == other.shape
             hidden = ~(other.abs() < 1e30)  # masked scores, and what was computed from them
             assert torch.equal(one[hidden].sign().nan_to_num(2), other[hidden].sign().nan_to_num(2))
             one, other = one.masked_fill(hidden, 0), other.masked_fill(hidden, 0)
-            assert float((one - other).abs().max()) <= tolerance * max(float(other.abs().max()), 0.5)
+            bound = tolerance * max(float(other.abs().max()), 0.5)
+            if exact is not None:
+                true = exact.values[node][index].masked_fill(hidden, 0)
+                bound = max(bound, OWN * float((other - true).abs().max()))
+            assert float((one - other).abs().max()) <= bound
+
+
+@cache
+def precise(arch: str) -> Engine:
+    """The model in float64; mixtures of experts have no fused form there."""
+    kind = AutoModelForMaskedLM if arch == "bert" else AutoModelForCausalLM
+    experts = {"experts_implementation": "eager"} if arch == "mixtral" or arch.endswith("moe") else {}
+    return Engine(wrap(kind.from_pretrained(tiny(arch), dtype=torch.float64, **experts), arch))
+
+
+def together_as_alone(arch: str, seed: int) -> None:
+    on, twin = engine(arch), precise(arch)
+    places = common(on.manifest, twin.manifest)
+    graphs = [random_job(seed + number, on.manifest, places) for number in range(1 + seed % 5)]
+    together = run(on, graphs)
+    for graph, shared in zip(graphs, together, strict=True):
+        close(shared, run(on, [graph])[0], run(twin, [graph])[0])
+
+
+def common(one: Manifest, other: Manifest) -> list[Point]:
+    """Points both models have: in another precision some norms and experts call other functions.
+
+    A norm's root of 0 is left out: from the infinity that follows, attention's fused kernel makes one non-number
+    without a mask and another with one, and padding brings a mask.
+    """
+
+    def dims(manifest: Manifest, point: Point) -> Any:
+        return getattr(_at(manifest.modules[point.module].points.get(point.name), point.path), "dims", None)
+
+    both = [point for point in points(one) if dims(one, point) == dims(other, point)]
+    return [point for point in both if not point.name.startswith("rsqrt")]
 
 
 @pytest.mark.parametrize("arch", ["gpt2", "llama", "bert"])
 @settings(max_examples=25, deadline=None)
 @given(seed=st.integers(0, 2**32))
 def test_jobs_together_get_what_each_gets_alone(arch: str, seed: int) -> None:
-    on = engine(arch)
-    graphs = [random_job(seed + number, on.manifest) for number in range(1 + seed % 5)]
-    together = run(on, graphs)
-    for graph, shared in zip(graphs, together, strict=True):
-        (alone,) = run(on, [graph])
-        close(shared, alone)
+    together_as_alone(arch, seed)
+
+
+@pytest.mark.parametrize("arch", ARCHITECTURES)
+def test_on_every_architecture(arch: str) -> None:
+    for seed in (4, 23, 108, 1009):
+        together_as_alone(arch, seed)
 
 
 @pytest.mark.parametrize("arch", ["gpt2", "llama"])

@@ -257,6 +257,13 @@ def an_early_step_from_a_late_one(model: Any) -> None:
             model.transformer.h[2].output[0][:, -1] = late  # here
 
 
+@told(errors.WrongOrder, "later in the forward")
+def the_residual_from_what_is_read_of_it(model: Any) -> None:
+    with model.trace(ROW):
+        given = model.transformer.h[1].ln_2.input
+        model.transformer.h[1].resid_mid[:] = given * 2  # here
+
+
 @told(errors.WrongOrder, "condition is known only after")
 def a_condition_known_too_late(model: Any) -> None:
     with model.trace(ROW) as tracer:

@@ -210,7 +210,10 @@ class Manifest:
         """When a point exists within a forward; None if the measured forward never came there."""
         info = self.modules.get(module)
         moments = info.events.get(EVENT.get(name, name), ()) if info else ()
-        return moments[call] if call < len(moments) else None
+        if call >= len(moments):
+            return None
+        # What is written into memory itself comes before the module is shown its input, at one event.
+        return 2 * moments[call] - (name == "stream")
 
     def window(self, module: str) -> int | None:
         """The window of the block that a module is or lies in; None if it has none."""
