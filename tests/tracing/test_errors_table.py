@@ -535,6 +535,73 @@ def a_local_job_to_wait_for(model: Any) -> None:
         model.output.save()
 
 
+# -- sessions, edits, programs -----------------------------------------------------------------------------------
+
+
+@told(errors.ControlFlow, "after the block")
+def a_whole_number(model: Any) -> None:
+    with model.trace(ROW):
+        int(model.output.argmax())  # here
+
+
+@told(errors.WrongOrder, "later in the forward")
+def an_early_layer_of_one_prompt_from_a_late_one_of_another(model: Any) -> None:
+    with model.trace() as tracer:
+        with tracer.invoke(ROW):
+            late = model.transformer.h[2].output[0]
+        with tracer.invoke(ROW):
+            model.transformer.h[0].output[0][:] = late  # here
+
+
+@told(errors.WrongOrder, "later in the forward")
+def an_earlier_run_from_a_later_one(model: Any) -> None:
+    with model.session():
+        with model.trace(ROW):
+            early = model.transformer.h[0].output[0]
+        with model.trace(ROW):
+            early[:] = model.transformer.h[0].output[0]  # here
+
+
+@told(errors.DeferredError, "session")
+def a_session_in_a_session(model: Any) -> None:
+    with model.session(), model.session():  # here
+        pass
+
+
+@told(errors.DeferredError, "own model")
+def another_model_in_a_session(model: Any) -> None:
+    other = LanguageModel(str(tiny("llama")))
+    with model.session(), other.trace(ROW):  # here
+        pass
+
+
+@told(errors.BadArgument, "edit")
+def saving_in_an_edit(model: Any) -> None:
+    with model.edit() as edited:
+        edited.transformer.h[0].output[0].save()  # here
+
+
+@told(errors.BadArgument, "the program doesn't touch layer 2; it touches 0")
+def a_program_moved_from_where_it_is_not(model: Any) -> None:
+    with model.trace(ROW) as tracer:
+        model.transformer.h[0].output[0].save()
+    tracer.graph.run(model, layers={2: 1})  # here
+
+
+@told(errors.BadArgument, "no parameter 'scale'")
+def a_program_given_what_it_does_not_take(model: Any) -> None:
+    with model.trace(ROW) as tracer:
+        model.output.save()
+    tracer.graph.run(model, scale=2.0)  # here
+
+
+@told(errors.UnknownModule, "doesn't fit tiny-llama")
+def a_program_for_another_family(model: Any) -> None:
+    with model.trace(ROW) as tracer:
+        model.transformer.h[0].attn.output[0].save()
+    tracer.graph.run(LanguageModel(str(tiny("llama"))), ROW)  # here
+
+
 @pytest.mark.parametrize(("program", "kind", "phrase"), TABLE, ids=[program.__name__ for program, *_ in TABLE])
 def test_table(model: Any, program: Program, kind: type[errors.InterposeError], phrase: str) -> None:
     with pytest.raises(errors.InterposeError) as caught:

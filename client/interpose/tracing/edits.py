@@ -53,7 +53,9 @@ class Editor:
             self.recorder.open = False
             return
         if self.recorder.saved:
-            raise BadArgument("an edit saves nothing: save in the traces of the edited model")
+            saved = self.recorder.nodes[self.recorder.saved[0][0]]
+            error = BadArgument("an edit saves nothing: save in the traces of the edited model")
+            raise error.at(saved.id, saved.op, saved.source)
         graph, tensors = self.recorder.finish()
         edit = Edit(
             graph.nodes,
