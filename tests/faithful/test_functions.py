@@ -276,3 +276,17 @@ def test_a_fused_kernel_is_no_softmax(place: Any) -> None:
     model = place.open("tiny-gpt2")
     with pytest.raises(UnknownPoint, match="scores, pattern"), model.trace(PROMPT, **place.options):
         model.transformer.h[0].attn.functions.softmax[0].output.save()
+
+
+def test_a_later_write_into_the_same_memory_is_not_seen(place: Any) -> None:
+    """The sum at the end of a block's attention half is the memory that resid_mid is written in."""
+    model = place.open("tiny-gpt2")
+    with model.trace([5, 6, 7], **place.options):
+        block = model.transformer.h[0]
+        summed = block.source.add_0.output.save()
+        before = block.resid_mid.clone().save()
+        block.resid_mid[:, -1] = 0
+        after = block.resid_mid.save()
+    alive(before)
+    same(summed, before)
+    assert not after[:, -1].any()

@@ -111,6 +111,13 @@ class Forward:
                 touching = [(part, nodes[0]) for part, nodes in parts]
                 self._at_functions.setdefault(module, []).extend(touching)
         self.attention = any(part.job.plan.attention(part.run) for part in placed)
+        self._writes_stream = any(
+            node.op == "write"
+            for (_, event, _), parts in self.waiting.items()
+            for _, nodes in parts
+            for node in nodes
+            if event == EVENT["stream"]
+        )
 
     def run(self, kwargs: Mapping[str, Any], args: Sequence[Any] = ()) -> Any:
         """The model's output; None if it was stopped early."""
@@ -148,7 +155,10 @@ class Forward:
         if parts is None:
             return value
         layout = self.loaded.manifest.modules[module].points[_POINT.get(event, event)]
-        rewritten = (module, event) in self.loaded.rewritten
+        # What a function of the block's own makes may be the very memory that is written as its stream.
+        rewritten = (module, event) in self.loaded.rewritten or (
+            self._writes_stream and call_of(event) is not None
+        )
         cut = self.cut if self.cut is not None and self.cut.tail.touches((module, event, call)) else None
         whole = self.whole if cut is None else cut.whole(self.whole)
         touched = Touched(value, layout, whole, rewritten, in_place=event == EVENT["stream"])
