@@ -54,7 +54,9 @@ CONTROL = frozenset({"steps", "branch", "loop"})
 LEAVES_BODIES = frozenset({"choose", "end_loop"})
 """Ops that take values out of bodies."""
 
-LOOP_REFUSES = frozenset({"read", "write", "save", "tell", "grad", "set_grad", "backward", "branch", "tokens"})
+LOOP_REFUSES = frozenset(
+    ("read", "write", "save", "tell", "grad", "set_grad", "backward", "branch", "tokens", "alive", "attention_mask")
+)
 """What a loop's body can't hold: the model passes each point once, not once a turn."""
 
 MAX_NESTING = 8

@@ -10,13 +10,14 @@ Control nodes own a body, the nodes whose `when` names them:
     backward(loss)                    gradients of a scalar
     grad(value, backward)             the gradient of a value there
     set_grad(value, backward, views, index, new)   what goes on upstream of that value instead
+    alive(step)                       which rows had not ended before a step; in a body of steps, before each
     tokens()                          all token ids of a generation, prompt and new ones, when it has ended
 """
 
 from __future__ import annotations
 
 from ..errors import BadArgument, InvalidGraph, LimitExceeded, ShapeMismatch
-from .accesses import place
+from .accesses import place, sizes
 from .checker import LATE, Checker, Known, arity, handles
 from .generation import new_tokens
 from .model import Node
@@ -202,6 +203,20 @@ def _gradient(checker: Checker, node: Node) -> tuple[Spec, tuple[int, int, int]]
 
 def _floating(spec: TensorSpec) -> bool:
     return spec.dtype.startswith(("float", "bfloat"))
+
+
+@handles("alive")
+def alive(checker: Checker, node: Node) -> Known:
+    arity(node, 1)
+    (step,) = node.args
+    if checker.run(node.run).kind != "generate":
+        raise BadArgument("rows end in generate; a trace has one forward")
+    body = next((checker.nodes[at] for at in checker.scope[node.id] if checker.nodes[at].op == "steps"), None)
+    if type(step) is not int or step < 0 or (body is not None and step):
+        raise BadArgument("a step is a whole number from 0, and 0 in a body of steps")
+    rows = sizes(checker, node).rows
+    spec = UNKNOWN if rows is None else TensorSpec((rows,), "bool")
+    return Known(spec, (node.run, step if body is None else body.args[0], -1))
 
 
 @handles("tokens")

@@ -156,9 +156,7 @@ class Forward:
             return value
         layout = self.loaded.manifest.modules[module].points[_POINT.get(event, event)]
         # What a function of the block's own makes may be the very memory that is written as its stream.
-        rewritten = (module, event) in self.loaded.rewritten or (
-            self._writes_stream and call_of(event) is not None
-        )
+        rewritten = (module, event) in self.loaded.rewritten or (self._writes_stream and call_of(event) is not None)
         cut = self.cut if self.cut is not None and self.cut.tail.touches((module, event, call)) else None
         whole = self.whole if cut is None else cut.whole(self.whole)
         touched = Touched(value, layout, whole, rewritten, in_place=event == EVENT["stream"])

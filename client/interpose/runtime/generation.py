@@ -211,7 +211,7 @@ class Generation:
         with part.job.guard():
             if part.job.sink.cancelled():
                 raise JobCancelled("cancelled while running")
-        part.job.begin_step(part.run, part.steps)
+        part.job.begin_step(part.run, part.steps, [row.ended for row in part.rows])
         return placed
 
     def _choose(self, cohort: Cohort, logits: Tensor) -> Tensor:

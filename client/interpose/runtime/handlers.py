@@ -16,7 +16,7 @@ from .hooks import no_hooks
 from .kernels import described
 from .loops import truth
 from .plan import ACCESSES, GIVEN, MOMENTS
-from .skipped import SKIPPED
+from .skipped import ABSENT, SKIPPED
 from .slots import assign
 from .telling import told
 
@@ -25,7 +25,11 @@ if TYPE_CHECKING:
 
 
 def save(job: Interpreter, node: Node, args: tuple[Any, ...]) -> None:
-    job.saves.keep(node, args[0])
+    value = job.absences.saved(node, args[0])
+    if value is ABSENT:
+        job.saves.skip(node)
+    else:
+        job.saves.keep(node, value)
 
 
 def tell(job: Interpreter, node: Node, args: tuple[Any, ...]) -> None:
@@ -65,11 +69,11 @@ def update(job: Interpreter, node: Node, args: tuple[Any, ...]) -> torch.Tensor:
 
 def branch(job: Interpreter, node: Node, args: tuple[Any, ...]) -> bool:
     """Whether the body runs; if not, everything in it is skipped."""
+    job.absences.check_condition(node)
     pred, wanted = args
     taken = truth(pred) is wanted
     if not taken:
-        for other in job.plan.moments_within.get(node.id, ()):
-            job.give(other, SKIPPED)
+        job.pass_over(node, SKIPPED)
     return taken
 
 

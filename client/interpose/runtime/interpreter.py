@@ -8,13 +8,14 @@ from typing import Any
 
 import torch
 
-from ..errors import InternalError, InterposeError, JobCancelled, ShapeMismatch, WrongOrder
+from ..errors import InternalError, InterposeError, JobCancelled, NotReached, ShapeMismatch, WrongOrder
 from ..graph import ops
 from ..graph.checker import Known
 from ..graph.limits import Limits
 from ..graph.model import Node
 from ..graph.values import TensorSpec, substitute
 from . import kernels
+from .absences import Absences
 from .failures import Guard, located
 from .gradients import Gradients
 from .handlers import HANDLERS
@@ -24,7 +25,7 @@ from .plan import MOMENTS, Plan
 from .rows import Span
 from .saving import Saves
 from .sink import Sink
-from .skipped import SKIPPED, Skipped
+from .skipped import ABSENT, SKIPPED, NoValue
 from .slots import RunValues, Touched
 from .world import World
 
@@ -62,6 +63,7 @@ class Interpreter:
         self.flops = 0
         self.held = Held(limits)
         self.gradients = Gradients(self)
+        self.absences = Absences()
         self._values: dict[int, Any] = {}
         self._waits = list(map(len, plan.needs))
         self._uses = [len(users) for users in plan.users]
@@ -76,8 +78,9 @@ class Interpreter:
                     heapq.heappush(self._ready, node.id)
             self._drain()
 
-    def begin_step(self, run: int, step: int) -> None:
-        """Make the bodies of "steps" that hold this step ready to run once more."""
+    def begin_step(self, run: int, step: int, ended: Sequence[bool]) -> None:
+        """Make the bodies of "steps" that hold this step ready to run once more; `ended` is of the run's rows."""
+        self.absences.begin_step(run, ended)
         for control in self.plan.active(run, step):
             body = self.plan.templates[control]
             inside = {node.id for node in body}
@@ -91,6 +94,19 @@ class Interpreter:
                     if not self._waits[node.id] and self._startable(node):
                         heapq.heappush(self._ready, node.id)
                 self._drain()
+        for node in self.plan.alive(run, step):
+            with self.guard():
+                if self.error is None:
+                    own = torch.tensor(ended, device=self.world.device)[self._rows(node)]
+                    self.provide(node.id, ~own)
+
+    def _rows(self, node: Node) -> slice:
+        """The rows of its run that a node is about."""
+        if node.invoke is None:
+            return slice(None)
+        counts = [len(invoke.rows) for invoke in self.plan.graph.runs[node.run].invokes]
+        first = sum(counts[: node.invoke])
+        return slice(first, first + counts[node.invoke])
 
     def end_run(self, run: int) -> None:
         """Hand out what was gathered over the steps of a run."""
@@ -154,6 +170,7 @@ class Interpreter:
 
     def _let_go(self, node: int) -> None:
         value = self._values.pop(node, None)
+        self.absences.forget(node)
         if value is not None and self.unknown(node):
             self.held.drop(value)
 
@@ -165,20 +182,34 @@ class Interpreter:
 
     def _access(self, node: Node, values: RunValues, view: Span) -> None:
         assert node.point is not None
-        if self._values.get(node.id) is SKIPPED or self.skips(node):
+        if isinstance(self._values.get(node.id), NoValue) or self.skips(node):
             return
         try:
             if self._waits[node.id]:
                 raise WrongOrder("what this needs exists only later in the forward")
             if node.op == "write":
-                chain, index, new = self.arguments(node.args)
-                values.write(node.point.path, view, chain, index, new)
+                self._write(node, values, view)
                 self.release(node)
                 return
             value = self._read(node, values, view)
         except Exception as error:
             raise located(error, node) from error
         self.provide(node.id, value)
+
+    def _write(self, node: Node, values: RunValues, view: Span) -> None:
+        assert node.point is not None
+        if self.absences.over(node.run, view):
+            return
+        if self.lacks(node):
+            raise NotReached("what is written comes from a prompt that has ended by this step")
+        chain, index, new = self.arguments(node.args)
+        path = node.point.path
+        if not self.absences.concerns(node.args):
+            values.write(path, view, chain, index, new)
+            return
+        before = values.read(path, view)
+        values.write(path, view, chain, index, new)
+        self.absences.check_written(node, values.layout(path), view, before, values.read(path, view))
 
     def _read(self, node: Node, values: RunValues, view: Span) -> Any:
         assert node.point is not None
@@ -189,11 +220,15 @@ class Interpreter:
         spec = self.known[node.id].spec
         if isinstance(spec, TensorSpec) and tuple(value.shape) != spec.shape and node.id not in self.narrowed:
             raise ShapeMismatch(f"the value has shape {list(value.shape)}, where {list(spec.shape)} was measured")
-        return value
+        return self.absences.read(node, values.layout(node.point.path), view, value)
 
     def skips(self, node: Node) -> bool:
         """Whether a node lies in a branch that wasn't taken."""
         return any(self._values.get(control) is False for control in self.plan.scope[node.id])
+
+    def lacks(self, node: Node) -> bool:
+        """Whether a node needs what is absent."""
+        return any(self._values.get(ref) is ABSENT for ref in self.plan.needs[node.id])
 
     # -- running nodes -----------------------------------------------------------------------------------------
 
@@ -232,7 +267,7 @@ class Interpreter:
                 later.append(node.id)
                 continue
             try:
-                value = self._pass(node) if self.skips(node) else self._run(node)
+                value = self._run(node)
             except Exception as error:
                 raise located(error, node) from error
             self.release(node)
@@ -240,15 +275,26 @@ class Interpreter:
         for ready in later:
             heapq.heappush(self._ready, ready)
 
-    def _pass(self, node: Node) -> Skipped:
-        """What a node of a branch that wasn't taken comes to."""
+    def _run(self, node: Node) -> Any:
+        absent = self.lacks(node)
+        if absent or self.skips(node):
+            return self._pass(node, ABSENT if absent else SKIPPED)
+        look = self._values.__getitem__
+        value = self.absences.follow(node, self.execute(node, look), look)
+        return self.gradients.watch_value(node.id, value) if node.id in self.plan.gradients else value
+
+    def _pass(self, node: Node, value: NoValue) -> NoValue:
+        """What a node comes to that lies in a branch not taken, or needs what is absent."""
         if node.op == "save":
             self.saves.skip(node)
-        return SKIPPED
+        if node.op == "branch":
+            self.pass_over(node, value)
+        return value
 
-    def _run(self, node: Node) -> Any:
-        value = self.execute(node, self._values.__getitem__)
-        return self.gradients.watch_value(node.id, value) if node.id in self.plan.gradients else value
+    def pass_over(self, branch: Node, value: NoValue) -> None:
+        """Let nothing wait for the moments of a body that won't run."""
+        for other in self.plan.moments_within.get(branch.id, ()):
+            self.give(other, value)
 
     def execute(self, node: Node, look: Callable[[int], Any]) -> Any:
         """The result of a node; `look` gives the values it refers to."""

@@ -16,10 +16,10 @@ Place: TypeAlias = tuple[str, str, int]
 """Module path, event, call: where within one forward."""
 
 ACCESSES = frozenset({"read", "write"})
-MOMENTS = ACCESSES | {"grad", "set_grad", "attention_mask", "tokens"}
+MOMENTS = ACCESSES | {"grad", "set_grad", "attention_mask", "tokens", "alive"}
 """Ops that run when the model comes to their moment, and not when their arguments are there."""
 
-GIVEN = frozenset({"attention_mask", "tokens"})
+GIVEN = frozenset({"attention_mask", "tokens", "alive"})
 """Ops whose value the engine provides."""
 
 
@@ -77,6 +77,16 @@ class Plan:
             if (node := self.graph.nodes[control]).run == run
             and node.args[0] <= step
             and (node.args[1] is None or step < node.args[1])
+        ]
+
+    def alive(self, run: int, step: int) -> list[Node]:
+        """What asks which rows of a run have not ended at one step."""
+        active = self.active(run, step)
+        return [
+            node
+            for node in self.nodes("alive")
+            if node.run == run
+            and (step_of(node) == step if (body := self.template_of(node.id)) is None else body in active)
         ]
 
     def at(self, run: int, step: int) -> Mapping[Place, tuple[Node, ...]]:
@@ -173,13 +183,13 @@ class Plan:
     def last_step(self) -> Mapping[int, int | None]:
         """Run -> the last step anybody asks for; None if that is the end of the generation."""
         found: dict[int, int | None] = dict.fromkeys(range(len(self.graph.runs)), -1)
-        for node in self.nodes(*ACCESSES, "tokens", "save", "tell"):
+        for node in self.nodes(*ACCESSES, "tokens", "alive", "save", "tell"):
             template = self.template_of(node.id)
             stop = self.graph.nodes[template].args[1] if template is not None else None
             if node.op == "tokens" or (template is not None and stop is None):
                 found[node.run] = None
                 continue
-            last = stop - 1 if stop is not None else node.point.step if node.point else 0
+            last = stop - 1 if stop is not None else step_of(node)
             known = found[node.run]
             found[node.run] = None if known is None else max(known, last)
         return found
@@ -201,6 +211,14 @@ class Plan:
 def place_of(node: Node) -> Place:
     assert node.point is not None
     return node.point.module, EVENT.get(node.point.name, node.point.name), node.point.call
+
+
+def step_of(node: Node) -> int:
+    """The step of a node that lies in no body of steps."""
+    if node.op == "alive":
+        step: int = node.args[0]
+        return step
+    return node.point.step if node.point else 0
 
 
 def _taken(node: Node) -> set[int]:

@@ -1,10 +1,14 @@
-"""What stands for the value of a node in a branch that wasn't taken."""
+"""What stands for the value of a node that has none."""
 
 from __future__ import annotations
 
 
-class Skipped:
-    """The value of a node in a branch that wasn't taken."""
+class NoValue:
+    """A node came to nothing."""
 
 
-SKIPPED = Skipped()
+SKIPPED = NoValue()
+"""It lies in a branch that wasn't taken."""
+
+ABSENT = NoValue()
+"""It comes from a prompt whose text had ended."""

@@ -119,6 +119,9 @@ class RunValues:
         self.span = span
         self.slots: dict[Path, Slot] = {}
 
+    def layout(self, path: Path) -> Layout:
+        return walk(self.touched.layout, path)
+
     def read(self, path: Path, invoke: Span) -> Any:
         """The value at a path as one invoke sees it; nests in plain tuples and dicts."""
         return self._read(walk(self.touched.layout, path), path, invoke)

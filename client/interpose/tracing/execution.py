@@ -106,7 +106,7 @@ class Execution:
             if node in values:
                 value._become(values[node])
             else:
-                value._absent = "this value never came: its step or branch wasn't reached"
+                value._absent = "this value never came: its step or branch wasn't reached, or its prompts had ended"
         totals: dict[int, Any] = {}  # of several backwards, as torch adds them up
         for node, value in recorder.gradients.saved:
             if node in values:

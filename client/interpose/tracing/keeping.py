@@ -35,7 +35,8 @@ def save(value: T) -> T:
 class StepValues(list[Any]):
     """What is saved in a body of steps: after the block a list of values, one for each step that was reached.
 
-    None stands for a step at which the condition around the save wasn't met.
+    None stands for a step at which there was nothing to save: the condition around it wasn't met, or the prompts
+    the value comes from had ended.
     """
 
     _absent = ""

@@ -151,6 +151,17 @@ class Tracer:
         return self.recorder.value(self.recorder.node("attention_mask"))
 
     @property
+    def alive(self) -> Any:
+        """Which rows' texts go on at this step of a generation, [rows], bool: those that had not ended before it.
+
+        What is read at a step of rows that have ended is no value: nan in floating-point numbers and in what is
+        computed from them, the smallest number of their dtype in saved integers. Where all rows that a value comes
+        from have ended, it never comes (None in a list of steps).
+        """
+        step = 0 if self.recorder.in_steps() else self.recorder.step
+        return self.recorder.value(self.recorder.node("alive", (step,)))
+
+    @property
     def iter(self) -> Iter:
         """Steps of a generation: `for step in t.iter[:3]:`, `with t.iter[2]:`."""
         return Iter(self.recorder)
