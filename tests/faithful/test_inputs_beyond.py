@@ -381,6 +381,12 @@ WRONG: dict[str, tuple[str, dict[str, Any], type[InterposeError], str]] = {
         BadArgument,
         "take 9 places",
     ),
+    "patches without places": (
+        "qwen2_vl",
+        {**given("qwen2_vl"), "pixel_values": torch.zeros(32, 96)},
+        BadArgument,
+        "32 patches take 8 places",
+    ),
     "a grid beside the patches": (
         "qwen2_vl",
         {**given("qwen2_vl"), "image_grid_thw": torch.tensor([[1, 4, 400]])},
@@ -454,3 +460,101 @@ def test_what_it_takes_counts() -> None:
     found = validate(graph, ours("vit").manifest, Limits()).footprint
     assert (found.rows, found.longest) == (3, beyond.PLACES + 1)
     assert found.memory_bytes >= 3 * 3 * 24 * 24 * 4
+
+
+# -- standard names of towers ------------------------------------------------------------------------------------
+
+_ENCODER = {
+    "attn_in": ("{attn}", "in"),
+    "q": ("{attn}.q_proj", "out"),
+    "k": ("{attn}.k_proj", "out"),
+    "v": ("{attn}.v_proj", "out"),
+    "z": ("{out}", "in"),
+    "attn_out": ("{attn}", "out"),
+    "resid_mid": ("{norm}", "in"),
+    "mlp_in": ("mlp", "in"),
+    "mlp_pre": ("mlp.fc1", "out"),
+    "mlp_post": ("mlp.fc2", "in"),
+    "mlp_out": ("mlp", "out"),
+    "resid_pre": ("", "in"),
+    "resid_post": ("", "out"),
+}
+_VIT = {"attn": "attention", "out": "attention.o_proj", "norm": "layernorm_after"}
+_CLIP = {"attn": "self_attn", "out": "self_attn.out_proj", "norm": "layer_norm2"}
+TOWERS = [
+    ("vit_classes", "vit.layers", _VIT),
+    ("clip_vision", "encoder.layers", _CLIP),
+    ("clip_text", "encoder.layers", _CLIP),
+    ("clip", "vision_model.encoder.layers", _CLIP),
+    ("clip", "text_model.encoder.layers", _CLIP),
+    ("llava", "model.vision_tower.encoder.layers", _CLIP),
+    ("gemma3_images", "model.vision_tower.encoder.layers", _CLIP),
+]
+
+
+def at_hand(twin: Any, path: str, side: str, edit: Callable[[Tensor], Tensor] | None, seen: list[Tensor]) -> Any:
+    """A hook that keeps a module's first input or output, as a value of its own, or changes it."""
+
+    def enter(module: nn.Module, args: Any, kwargs: Any) -> Any:
+        value = args[0] if args else kwargs["hidden_states"]
+        seen.append(value.clone())
+        if edit is None:
+            return None
+        return ((edit(value), *args[1:]), kwargs) if args else (args, {**kwargs, "hidden_states": edit(value)})
+
+    def leave(module: nn.Module, args: Any, output: Any) -> Any:
+        value = first(output)
+        seen.append(value.clone())
+        if edit is None:
+            return None
+        return (edit(value), *output[1:]) if isinstance(output, tuple) else edit(value)
+
+    module = twin.get_submodule(path)
+    if side == "in":
+        return module.register_forward_pre_hook(enter, with_kwargs=True)
+    return module.register_forward_hook(leave)
+
+
+@pytest.mark.parametrize(("arch", "tower", "names"), TOWERS, ids=[f"{arch}-{tower}" for arch, tower, _ in TOWERS])
+@torch.no_grad()
+def test_standard_names_of_towers(arch: str, tower: str, names: dict[str, str]) -> None:
+    model, twin, inputs = ours(arch), stock(arch), given(arch)
+    block = f"{tower}.0"
+    offered = set(model.manifest.named[block])
+    assert set(_ENCODER) | {"pattern", "scores", "q_rot", "k_rot", "head_out"} <= offered
+    plain = twin(**cacheless(arch, inputs))
+    for name, (spot, side) in _ENCODER.items():
+        path = f"{block}.{spot.format(**names)}".rstrip(".")
+        seen: list[Tensor] = []
+        # The stream between attention and MLP is held by the block too, which a hook on the norm wouldn't change.
+        edit = None if name == "resid_mid" else lambda value: value * 1.5
+        handle = at_hand(twin, path, side, edit, seen)
+        try:
+            changed = end_of(twin(**cacheless(arch, inputs)))
+        finally:
+            handle.remove()
+        with model.trace(inputs):
+            found = module(model, block).points[name].save()
+        with model.trace(inputs):
+            module(model, block).points[name][:] *= 1.5
+            written = end(model, arch).save()
+        same(found.reshape(seen[0].shape), seen[0])
+        if edit is not None:
+            same(written, changed)
+        assert not torch.allclose(written, end_of(plain), rtol=1e-3, atol=1e-5)
+
+
+@pytest.mark.parametrize(("arch", "tower", "names"), TOWERS, ids=[f"{arch}-{tower}" for arch, tower, _ in TOWERS])
+@torch.no_grad()
+def test_patterns_of_towers(arch: str, tower: str, names: dict[str, str]) -> None:
+    model, twin, inputs = ours(arch), stock(arch, "eager"), given(arch)
+    seen: list[Tensor] = []
+    path = f"{tower}.1.{names['attn']}"
+    handle = twin.get_submodule(path).register_forward_hook(lambda _, args, output: seen.append(output[1].clone()))
+    try:
+        twin(**cacheless(arch, inputs))
+    finally:
+        handle.remove()
+    with model.trace(inputs):
+        pattern = module(model, f"{tower}.1").points["pattern"].save()
+    same(pattern, seen[0])

@@ -109,7 +109,7 @@ def check_inputs(run: Run, manifest: Manifest, attachments: Mapping[str, TensorS
             if spec is None:
                 raise InvalidGraph(f"the input {name} names an attachment that the graph doesn't list")
             check_input(name, inputs[name], spec, len(invoke.rows), invoke.longest)
-        _check_images(invoke, manifest, counted(invoke, inputs, attachments))
+        _check_images(invoke, manifest, counted(invoke, inputs, attachments), attachments)
 
 
 def check_input(name: str, one: Input, spec: TensorSpec, rows: int, longest: int) -> None:
@@ -135,11 +135,14 @@ def check_values(name: str, one: Input, low: int, high: int) -> None:
         raise IndexOutOfRange(f"{name} holds {wrong}, where the model takes 0 to {one.below - 1}")
 
 
-def _check_images(invoke: Invoke, manifest: Manifest, images: int) -> None:
+def _check_images(invoke: Invoke, manifest: Manifest, images: int, attachments: Mapping[str, TensorSpec]) -> None:
     """In a shared forward an image's values go to the next places that wait for one, whoever's they are."""
-    if manifest.image_token is None or not manifest.image_tokens:
+    if manifest.image_token is None:
         return
     places = sum(row.count(manifest.image_token) for row in invoke.rows)
+    if manifest.image_patches:
+        _check_patches(invoke, manifest, places, attachments)
+        return
     if images and places != images * manifest.image_tokens:
         raise BadArgument(
             f"{images} images take {images * manifest.image_tokens} places of token {manifest.image_token} in the "
@@ -147,6 +150,17 @@ def _check_images(invoke: Invoke, manifest: Manifest, images: int) -> None:
         )
     if places and not images:
         raise BadArgument(f"the prompt has places for images (token {manifest.image_token}), and none is given")
+
+
+def _check_patches(invoke: Invoke, manifest: Manifest, places: int, attachments: Mapping[str, TensorSpec]) -> None:
+    """Patches against places, before a model works on more of them than its prompt has tokens for."""
+    sha = invoke.tensors.get("pixel_values")
+    patches = attachments[sha].shape[0] if sha is not None else 0
+    if patches != places * manifest.image_patches:
+        raise BadArgument(
+            f"{patches} patches take {patches / manifest.image_patches:g} places of token {manifest.image_token}, and "
+            f"the prompt has {places}"
+        )
 
 
 def _takes(manifest: Manifest) -> str:

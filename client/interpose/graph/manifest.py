@@ -114,7 +114,7 @@ class Manifest:
     tokens: whether it takes token ids.
     inputs: the tensors it takes beside token ids, or in their place.
     image_token, image_tokens: the id that holds an image's place in a prompt, and how many places an image takes, 0
-        where that differs.
+        where that differs; image_patches: then how many rows of pixel_values go to one place.
     even_rows: why rows of one run must be equally long, "" if they needn't: it looks at a row's first position,
         which padding on the left would move.
     vocab: token ids are below this.
@@ -157,6 +157,7 @@ class Manifest:
     inputs: Mapping[str, Input] = field(default_factory=dict)
     image_token: int | None = None
     image_tokens: int = 0
+    image_patches: int = 0
     even_rows: str = ""
 
     @cached_property
@@ -305,7 +306,7 @@ def encode_manifest(manifest: Manifest) -> dict[str, Any]:
 _PLAIN = (
     *("model", "revision", "architecture", "dtype", "vocab", "positions", "attention", "row_independent"),
     *("row_note", "tokenizer", "tokenizer_config", "config", "versions", "limits"),
-    *("refused", "roles", "windows", "tokens", "image_token", "image_tokens", "even_rows"),
+    *("refused", "roles", "windows", "tokens", "image_token", "image_tokens", "image_patches", "even_rows"),
 )
 
 

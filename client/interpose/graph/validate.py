@@ -15,7 +15,7 @@ from . import (
 from .checker import HANDLERS, Checker, Known
 from .footprint import Footprint
 from .generation import check_options, new_tokens
-from .inputs import alone, check_inputs
+from .inputs import alone, check_inputs, counted
 from .limits import Limits
 from .manifest import Manifest, leaves
 from .model import Graph, Node, Run
@@ -48,7 +48,9 @@ def validate(graph: Graph, manifest: Manifest, limits: Limits, *, batching: str 
         check_run(run, manifest, graph.attachments)
         limits.check("new_tokens", new_tokens(run))
     # The model's cache holds new tokens just as it holds the prompt's.
-    limits.check("tokens", sum(run.rows * _longest(run, manifest) for run in graph.runs))
+    rows = [_rows(run, graph, manifest) for run in graph.runs]
+    limits.check("rows", sum(rows))
+    limits.check("tokens", sum(n * _longest(run, manifest) for n, run in zip(rows, graph.runs, strict=True)))
     for spec in graph.attachments.values():
         limits.check("attachment_bytes", spec.nbytes)
     attached = sum(spec.nbytes for spec in graph.attachments.values())
@@ -70,7 +72,7 @@ def validate(graph: Graph, manifest: Manifest, limits: Limits, *, batching: str 
         Footprint(
             kind=kinds.pop() if len(kinds) == 1 else "mixed",
             runs=len(graph.runs),
-            rows=max((run.rows for run in graph.runs), default=0),
+            rows=max(rows, default=0),
             longest=max((_longest(run, manifest) for run in graph.runs), default=0),
             attention=checker.attention,
             gradients=checker.gradients,
@@ -112,6 +114,11 @@ def check_run(run: Run, manifest: Manifest, attachments: Mapping[str, TensorSpec
     if manifest.even_rows and len({len(row) for invoke in run.invokes for row in invoke.rows}) > 1:
         raise BadArgument(f"prompts of different lengths can't share a run here: {manifest.even_rows}")
     check_inputs(run, manifest, attachments)
+
+
+def _rows(run: Run, graph: Graph, manifest: Manifest) -> int:
+    """Rows of a run, or images if it has more of these: each is as much work as a row of its own."""
+    return max(run.rows, sum(counted(invoke, manifest.inputs, graph.attachments) for invoke in run.invokes))
 
 
 def _longest(run: Run, manifest: Manifest) -> int:

@@ -165,7 +165,8 @@ def _with_places(model: nn.Module, feeding: Feeding, device: torch.device | str)
     token = next((value for name in names if isinstance(value := getattr(config, name, None), int)), None)
     if token is None or not feeding.ids:
         return feeding
-    return replace(feeding, image_token=token, image_tokens=_places(model, feeding, device))
+    patches = _Grid.of(model).merged if GRID in feeding.inputs else 0
+    return replace(feeding, image_token=token, image_tokens=_places(model, feeding, device), image_patches=patches)
 
 
 def _places(model: nn.Module, feeding: Feeding, device: torch.device | str) -> int:

@@ -95,7 +95,7 @@ class Feeding:
         ids: whether it takes token ids.
         inputs: the tensors it takes beside them, or in their place.
         image_token, image_tokens: the id that holds an image's place, and how many places one image takes; 0 where
-            that differs from image to image.
+            that differs from image to image, and `image_patches` of them go to one place.
     """
 
     accepts: frozenset[str]
@@ -106,6 +106,7 @@ class Feeding:
     inputs: Mapping[str, Input] = field(default_factory=dict)
     image_token: int | None = None
     image_tokens: int = 0
+    image_patches: int = 0
 
     @property
     def works(self) -> bool:

@@ -147,6 +147,7 @@ def wrap(model: nn.Module, name: str, tokenizer: Any = None) -> Loaded:
         inputs=feeding.inputs,
         image_token=feeding.image_token,
         image_tokens=feeding.image_tokens,
+        image_patches=feeding.image_patches,
         tokenizer=hashlib.sha256(file).hexdigest() if file else None,
         tokenizer_config=file_config,
         config=describe.figures(model),
