@@ -158,8 +158,8 @@ def _check_patches(invoke: Invoke, manifest: Manifest, places: int, attachments:
     patches = attachments[sha].shape[0] if sha is not None else 0
     if patches != places * manifest.image_patches:
         raise BadArgument(
-            f"{patches} patches take {patches / manifest.image_patches:g} places of token {manifest.image_token}, and "
-            f"the prompt has {places}"
+            f"{patches} patches take {patches / manifest.image_patches:g} places of token {manifest.image_token} "
+            f"in the prompt, which has {places}"
         )
 
 
