@@ -16,6 +16,7 @@ class Traced(Module):
     """A model, edited or not. Its home, the model itself, it shares with its edited copies."""
 
     _output_is_logits = True
+    _runs_programs = True
 
     def _set_up(self, home: Any, edits: Sequence[Edit]) -> None:
         Module.__init__(self, self, "")

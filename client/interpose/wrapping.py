@@ -34,6 +34,7 @@ class Model(Traced):
     """
 
     _output_is_logits = False
+    _runs_programs = False
 
     def __init__(self, module: Any, *, name: str | None = None, rows: int = 0) -> None:
         if importlib.util.find_spec("torch") is None:

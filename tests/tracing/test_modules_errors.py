@@ -215,6 +215,15 @@ def an_edit_of_what_was_never_run() -> None:
     model().edit()  # here
 
 
+@told(errors.BadArgument, "runs on a LanguageModel")
+def a_program_of_a_module() -> None:
+    net = model()
+    with net.trace(X) as tracer:
+        net.one.output.save()
+    assert "%0 = one.output" in str(tracer.graph)
+    tracer.graph.run(net, X)  # here
+
+
 @told(errors.BadArgument, "takes no tokens")
 def the_mask_of_no_tokens() -> None:
     with model().trace(X) as tracer:

@@ -25,7 +25,7 @@ def listing(graph: Graph, names: Mapping[int, str], parameters: Mapping[str, str
             sizes = ", ".join(str(len(row)) for row in invoke.rows[:8]) + (", ..." if len(invoke.rows) > 8 else "")
             given = "".join(f" {name}={_spec(graph, key)}" for name, key in invoke.tensors.items())
             about = f"{text if len(text) <= 80 else text[:77] + '...'} ({sizes} tokens)" if invoke.longest else ""
-            yield f"  invoke {index}:{' ' * bool(about)}{about}{given}"
+            yield f"  invoke {index}:{' ' * bool(about)}{about}{given}" if about or given else f"  invoke {index}"
     by_key = {key: name for name, key in parameters.items()}
     depths: dict[int, int] = {}
     for node in graph.nodes:

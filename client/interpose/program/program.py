@@ -119,6 +119,10 @@ class Program(Parts):
             GraphError: it doesn't fit for another reason, such as a shape.
             BadArgument: a parameter or layer it doesn't have.
         """
+        if not model._runs_programs:
+            raise BadArgument(
+                "a program runs on a LanguageModel: a module's inputs may be anything, so none holds them"
+            )
         if model._edits:
             raise BadArgument("a program runs on a model without edits: those it was recorded with are part of it")
         home = model._home
