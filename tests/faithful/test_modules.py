@@ -358,6 +358,19 @@ def test_a_models_cache_goes_on_by_one_step() -> None:
     same(named, logits)
 
 
+def test_a_block_under_autocast() -> None:
+    net, (args, _) = make("residual")
+    model: Any = Model(net)
+    with model.trace(*args):
+        plain = model.blocks[0].output.save()
+    with torch.autocast("cpu", torch.bfloat16), model.trace(*args):
+        assert model.blocks[0].output.dtype == torch.bfloat16
+        cast = model.blocks[0].output.save()
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        same(cast, net.blocks[0](net.norm(args[0])))
+    assert (plain.dtype, cast.dtype) == (torch.float32, torch.bfloat16)
+
+
 def test_what_changes_in_the_module_is_seen() -> None:
     net, (args, _) = make("residual")
     model: Any = Model(net)

@@ -10,7 +10,7 @@ The module stays as its owner has it: in its mode, with its parameters, gradient
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
@@ -85,7 +85,8 @@ class Wrapped:
             BadArgument: its forward fails on them, or its rows can't be told apart.
         """
         given.check(inputs)
-        state = tuple((path, module, module.training) for path, module in self._modules().items())
+        modules = tuple((path, module, module.training) for path, module in self._modules().items())
+        state = modules, _surroundings()
         if state != self._state:
             self._state = state
             self._kept.clear()
@@ -110,7 +111,8 @@ class Wrapped:
     ) -> None:
         """Run a graph. Raises the error that ended it."""
         try:
-            with torch.no_grad(), _frozen(self.module):
+            learns = any(node.op == "backward" for node in graph.nodes)
+            with torch.no_grad(), _frozen(self.module) if learns else nullcontext():
                 self._run(graph, inputs, measured, attachments, sink)
         except InterposeError:
             # The module may do otherwise now than when it was measured, in ways that nothing tells.
@@ -222,6 +224,12 @@ class Wrapped:
         names = {module: path for path, module in modules.items()}
         feeding = Feeding(frozenset(), note="it takes inputs of its own")
         return Loaded(self.module, measured.manifest, None, names, modules, device, feeding, measured.rewritten)
+
+
+def _surroundings() -> tuple[Any, ...]:
+    """What of a block's surroundings changes the dtypes a module computes in."""
+    casting = {kind: torch.get_autocast_dtype(kind) for kind in ("cpu", "cuda") if torch.is_autocast_enabled(kind)}
+    return torch.get_default_dtype(), tuple(casting.items())
 
 
 def _compiled(module: nn.Module) -> bool:
