@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import random
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
-from interpose.errors import IndexOutOfRange, InterposeError
+from interpose.errors import IndexOutOfRange, InterposeError, OutOfMemory
 from interpose.graph.model import Graph
 from interpose.runtime.engine import EngineJob
 from test_generation_batches import Kept, blocks, engine, opened, random_generation, recorded
@@ -193,4 +194,41 @@ def test_after_a_failure_of_all_each_runs_once_more_and_saves_leave_once() -> No
     finally:
         del model.forward
     assert {id(job) for _, job, error in company.order if error is None} == set(map(id, jobs))
+    check("llama", jobs)
+
+
+def test_where_one_cant_begin_the_others_go_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    first, hungry, behind = (as_job(plain("llama", row, 5)) for row in ([5, 9, 33], [6, 6], [7, 8]))
+    stock, tried = engine("llama").start, []
+
+    def start(job: EngineJob) -> Any:
+        if job is hungry:
+            tried.append(1)
+            raise torch.OutOfMemoryError("no room for what is attached")
+        return stock(job)
+
+    monkeypatch.setattr(engine("llama"), "start", start)
+    company = Company("llama", {2: [hungry, behind]}, {})
+    engine("llama").host([first], company)
+    errors = {id(job): error for _, job, error in company.order}
+    assert tried and isinstance(errors[id(hungry)], OutOfMemory)
+    assert errors[id(first)] is None and errors[id(behind)] is None
+    check("llama", [first, behind])
+
+
+def test_where_padding_on_the_left_moves_a_row_lengths_stay_apart(monkeypatch: pytest.MonkeyPatch) -> None:
+    jobs = [as_job(plain("llama", row, 4)) for row in ([5, 9, 33], [6, 6], [7, 8], [1, 2, 3])]
+    even = replace(engine("llama").manifest, even_rows="a row changes when it is padded")
+    monkeypatch.setattr(engine("llama"), "manifest", even)
+    model = opened("llama")._model
+    stock, masks = model.forward, []
+
+    def watch(*args: Any, **kwargs: Any) -> Any:
+        masks.append(kwargs["attention_mask"])
+        return stock(*args, **kwargs)
+
+    monkeypatch.setattr(model, "forward", watch)
+    assert engine("llama").run(jobs[:2]) == [None, None]
+    engine("llama").host(jobs[2:], Company("llama", {}, {}))
+    assert all(bool(mask.all()) for mask in masks) and len(masks) == 4 * len(jobs)
     check("llama", jobs)

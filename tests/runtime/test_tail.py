@@ -13,6 +13,7 @@ from interpose.graph.model import Graph
 from interpose.runtime.engine import EngineJob
 from interpose.runtime.nests import transform
 from models import tiny
+from transformers import BertConfig, BertLMHeadModel
 
 ROWS = ([5, 9, 33], [7, 8, 14, 90, 121, 33, 60], [44], [12, 13, 14])
 Fill = Callable[[Any], Any]
@@ -138,3 +139,40 @@ def test_alone_and_exclusive_forwards_are_the_models_own(monkeypatch: pytest.Mon
     graph = recorded("llama", LAST["one row's"], ROWS[0])
     assert watched(monkeypatch, graph) == [None]
     assert watched(monkeypatch, graph, graph, exclusive=True) == [None, None]
+
+
+@cache
+def deep_headed() -> LanguageModel:
+    """A head of several modules, all of which see the positions that are kept alone."""
+    torch.manual_seed(0)
+    sizes = {"vocab_size": 97, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
+    config = BertConfig(**sizes, intermediate_size=48, is_decoder=True)
+    return LanguageModel(BertLMHeadModel(config))
+
+
+@pytest.mark.parametrize("kind", ["trace", "generate"])
+def test_what_lies_within_the_head_has_all_its_positions(kind: str) -> None:
+    bert = deep_headed()
+
+    def graph(row: list[int], *, within: bool) -> Graph:
+        found: list[Graph] = []
+        block = bert.trace([row]) if kind == "trace" else bert.generate([row], max_new_tokens=3)
+        block._owner.execute = lambda made, tensors, options: found.append(made) or {}
+        with block:
+            if within:
+                bert.cls.predictions.transform.dense.output.save()
+            else:
+                bert.logits[:, -1].save()
+        return found[0]
+
+    graphs = [graph([5, 9, 33], within=True), graph([7, 8, 14, 90], within=False), graph([4, 9], within=False)]
+    sinks = [Kept() for _ in graphs]
+    engine = bert._home.local.engine
+    assert engine._tail is not None
+    assert engine.run([EngineJob(made, {}, sink) for made, sink in zip(graphs, sinks, strict=True)]) == [None] * 3
+    for made, sink in zip(graphs, sinks, strict=True):
+        alone = Kept()
+        assert engine.run([EngineJob(made, {}, alone, exclusive=True)]) == [None]
+        for node, value in alone.values.items():
+            assert sink.values[node].shape == value.shape and value.abs().max() > 0
+            assert float((sink.values[node] - value).abs().max()) <= 1e-5 * float(value.abs().max())

@@ -7,6 +7,7 @@ engine.
 from __future__ import annotations
 
 import logging
+from collections import deque
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
@@ -16,7 +17,7 @@ import torch
 from ..errors import BadArgument, InternalError, InterposeError, OutOfMemory
 from ..graph.inputs import counted
 from ..graph.limits import UNLIMITED, Limits
-from ..graph.model import Graph
+from ..graph.model import Graph, Run
 from ..graph.validate import Report, validate
 from .forward import Forward, place, starts
 from .generation import Begun, Generation
@@ -162,7 +163,7 @@ class Engine:
     def _runs(self, jobs: Sequence[Interpreter]) -> None:
         """Run level by level: the runs of a level, of all jobs, need nothing of one another."""
         for level in range(max((len(job.plan.levels) for job in jobs), default=0)):
-            shared: dict[tuple[str, bool, bool, frozenset[str]], list[tuple[Interpreter, int]]] = {}
+            shared: dict[tuple[object, ...], list[tuple[Interpreter, int]]] = {}
             for job in jobs:
                 for run in job.plan.levels[level] if level < len(job.plan.levels) else ():
                     if job.plan.idle(run):
@@ -171,10 +172,20 @@ class Engine:
                         self._forward([(job, run)])
                     else:
                         own = job.plan.graph.runs[run]
-                        key = own.kind, job.plan.attention(run), bool(job.plan.backwards), own.given
+                        key = (
+                            own.kind,
+                            job.plan.attention(run),
+                            bool(job.plan.backwards),
+                            own.given,
+                            self._width(own),
+                        )
                         shared.setdefault(key, []).append((job, run))
             for group in shared.values():
                 self._forward(group)
+
+    def _width(self, run: Run) -> int | None:
+        """What a generation's rows have in common that share a forward: they are padded on the left."""
+        return run.longest if run.kind == "generate" and self.manifest.even_rows else None
 
     def _forward(self, group: Sequence[tuple[Interpreter, int]]) -> None:
         group = [(job, run) for job, run in group if job.error is None]
@@ -255,16 +266,28 @@ class Hosting:
 
     def begin(self, jobs: Sequence[EngineJob]) -> list[Begun]:
         begun: list[Begun] = []
-        for job in jobs:
-            started = self._engine.start(job)
-            if isinstance(started, InterposeError):
-                self._company.ended(job, started)
-            elif started.plan.idle(0) or started.plan.graph.runs[0].given:
-                self._left.append(job)
-            else:
-                self._jobs[started] = job
-                begun.append((started, 0, pieces(started.plan.graph.runs[0], job.attachments)))
+        ahead = deque(jobs)
+        try:
+            while ahead:
+                job = ahead[0]
+                started = self._engine.start(job)
+                if isinstance(started, InterposeError):
+                    self._company.ended(job, started)
+                elif self._by_itself(started):
+                    self._left.append(job)
+                else:
+                    self._jobs[started] = job
+                    begun.append((started, 0, pieces(started.plan.graph.runs[0], job.attachments)))
+                ahead.popleft()
+        finally:
+            self._left += ahead  # none is lost where one finds no memory to begin with
         return begun
+
+    def _by_itself(self, job: Interpreter) -> bool:
+        """Whether a job can't stand beside others, or generates nothing."""
+        # Rows that come and go are padded on the left.
+        padded = bool(self._engine.manifest.even_rows)
+        return padded or job.plan.idle(0) or bool(job.plan.graph.runs[0].given)
 
     def pause(self, *, joinable: bool) -> None:
         self._company.pause(joinable=joinable)

@@ -221,7 +221,9 @@ class Generation:
             if part.over:
                 continue
             with part.job.guard():
-                new = part.choose(logits[part.first : part.first + len(part.rows)])
+                new = (
+                    part.choose(logits[part.first : part.first + len(part.rows)]) if part.job.error is None else ()
+                )
                 for index, token in enumerate(new, part.first):
                     chosen[index] = FILL if token is None else token  # a pad may be any number the user gave
             part.stepped()

@@ -6,8 +6,8 @@ bits, as a product of fewer rows is summed in another order, so forwards of one 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
 
@@ -15,8 +15,9 @@ import torch
 
 from ..graph.model import Node
 from ..graph.values import Ref
+from . import nests
 from .feeding import examples
-from .hooks import no_hooks
+from .hooks import hooked
 from .inputs import principal
 from .loading import Loaded
 from .pieces import joined
@@ -34,13 +35,15 @@ class Tail:
 
     Attributes:
         head: path of the module that makes logits.
+        modules: paths of all that is given, or gives, fewer positions then: the model, the head, what lies between.
     """
 
     head: str
+    modules: frozenset[str]
 
     def touches(self, place: Place) -> bool:
         module, event, _ = place
-        return module == self.head or (module == "" and event != "enter")
+        return module in self.modules and (module != "" or event != "enter")
 
     def last_only(self, plan: Plan, run: int) -> frozenset[int] | None:
         """A run's reads of logits, if they look at last positions alone; None if it touches more of the tail."""
@@ -87,6 +90,21 @@ class Cut:
         return replace(of, start=self.positions.index(of.start + of.length - 1), length=1)
 
 
+@dataclass
+class _Shapes:
+    """A visitor that notes the shapes of what modules take and give."""
+
+    attention = False
+    seen: dict[Place, list[torch.Size]] = field(default_factory=dict)
+
+    def astray(self, module: str) -> None:
+        """Nothing is expected."""
+
+    def visit(self, module: str, event: str, call: int, value: Any) -> Any:
+        self.seen[module, event, call] = [tensor.shape for _, tensor in nests.tensors(value)]
+        return value
+
+
 @torch.no_grad()
 def measure(loaded: Loaded) -> Tail | None:
     """The tail of a model whose forward keeps the positions it is told to, proved on a short run; None without."""
@@ -95,15 +113,23 @@ def measure(loaded: Loaded) -> Tail | None:
         return None
     inputs = joined([examples(loaded.model, loaded.feeding, [6, 6])], loaded.feeding.inputs, loaded.device)
     kwargs = loaded.feeding.kwargs(inputs)
-    with no_hooks():
-        whole = principal(loaded.model(**kwargs))
-        for keep in (1, torch.tensor([2, 5], device=loaded.device)):
-            kept = principal(loaded.model(**kwargs, **{ARGUMENT: keep}))
-            wanted = whole[:, -1:] if isinstance(keep, int) else whole[:, keep]
-            tolerance = _CLOSE.get(whole.dtype, 3e-2) * float(wanted.abs().max())
-            if kept.shape != wanted.shape or float((kept - wanted).abs().max()) > tolerance:
-                return None
-    return Tail(head)
+    whole, shapes = _run(loaded, kwargs)
+    modules = {"", head}
+    for keep in (1, torch.tensor([2, 5], device=loaded.device)):
+        kept, fewer = _run(loaded, {**kwargs, ARGUMENT: keep})
+        wanted = whole[:, -1:] if isinstance(keep, int) else whole[:, keep]
+        tolerance = _CLOSE.get(whole.dtype, 3e-2) * float(wanted.abs().max())
+        if kept.shape != wanted.shape or float((kept - wanted).abs().max()) > tolerance:
+            return None
+        modules |= {place[0] for place, seen in shapes.items() if fewer.get(place) != seen}
+    return Tail(head, frozenset(modules))
+
+
+def _run(loaded: Loaded, kwargs: Mapping[str, Any]) -> tuple[torch.Tensor, dict[Place, list[torch.Size]]]:
+    """The logits, and the shapes of what every module takes and gives."""
+    shapes = _Shapes()
+    with hooked(loaded.modules, loaded.names, shapes):
+        return principal(loaded.model(**kwargs)), shapes.seen
 
 
 def _path(node: Node) -> tuple[Any, ...]:
