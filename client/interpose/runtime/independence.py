@@ -193,7 +193,7 @@ def check(
         note = f"its positions depend on the longest row from {unchecked[0]} tokens on, more than could be checked"
         return Verdict(False, note)
     beside = f"rows of {' and '.join(map(str, lengths))} tokens" if feeding.ids else "another row"
-    return Verdict(True, f"checked beside {beside}: company moves results by {strayed:.0e} at most", even_rows)
+    return Verdict(True, f"checked beside {beside}: neighbours move results by {strayed:.0e} at most", even_rows)
 
 
 def _leaves(layout: Layout, path: tuple[Key, ...] = ()) -> Iterator[tuple[tuple[Key, ...], Leaf]]:
@@ -221,7 +221,7 @@ def _affordable(model: nn.Module, device: torch.device) -> int:
 
 
 class _Trial:
-    """A short row and a longer one, in all company the two may have."""
+    """A short row and a longer one, as neighbours in every way they may be."""
 
     def __init__(
         self,
@@ -269,7 +269,7 @@ class _Trial:
         return [(Leaf((BATCH, SEQ, *tensor.shape[2:]), "float32"), tensor)]
 
     def differs(self) -> str:
-        """What company changes the short row, or ""."""
+        """Which neighbour changes the short row, or ""."""
         here, there = self._named(self._short), self._named(self._long)
         with self._buffers:
             if not self._same([[self._short], [self._long]]):

@@ -18,7 +18,7 @@ from torch import nn
 from ..graph.functions import call_of
 from ..graph.manifest import ATTENTION, BATCH, EVENT, IMAGE, KEY, SEQ, Layout, Leaf, ModuleInfo, Param, leaves
 from ..graph.values import DTYPES
-from . import company, nests
+from . import neighbours, nests
 from .attention import READABLE
 from .feeding import examples, places
 from .functions import Made, watchable
@@ -234,7 +234,7 @@ def probe(
     if looking is not None:
         attention = _readable(plain, looking)
         order = looking.order if attention == READABLE else order
-    found = company.marked(model, modules, watch.described(order), feeding, device, attention)
+    found = neighbours.marked(model, modules, watch.described(order), feeding, device, attention)
     lists = _lists(found, modules)
     return Measured(
         _stand_ins(found, modules),

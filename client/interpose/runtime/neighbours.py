@@ -1,4 +1,4 @@
-"""Which points hold other numbers in company: measured, a row alone against the same row beside a longer one.
+"""Points that hold other numbers beside neighbours: measured, a row alone against the same row beside a longer one.
 
 Results may not depend on neighbours, and yet a value on the way to them may. MPT counts its attention's biases
 from the batch's last position, so that beside a longer row all scores are shifted, which the softmax then undoes.
