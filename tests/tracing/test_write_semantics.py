@@ -9,7 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from interpose import LanguageModel
-from interpose.errors import BadArgument, WrongOrder
+from interpose.errors import BadArgument, OpFailed, WrongOrder
 from models import tiny
 from programs import Eager, Names, Step, program, take
 from transformers import AutoModelForCausalLM
@@ -74,6 +74,29 @@ def test_programs_do_what_they_do_to_real_tensors(model: Any, plain: Any, seed: 
     for found, wanted in zip(names.saved, eager.names.saved, strict=True):
         torch.testing.assert_close(found.value, wanted, rtol=0, atol=0, equal_nan=True)
     torch.testing.assert_close(logits.value, expected, rtol=0, atol=0, equal_nan=True)
+
+
+def test_a_reshape_that_is_a_view_sees_later_writes_and_one_that_copied_is_refused(model: Any) -> None:
+    with model.trace(ROWS):
+        hidden = model.transformer.h[1].output[0]
+        flat, lines = hidden.reshape(8, 64), hidden.flatten(0, 1)
+        hidden[:, -1] = 0
+        seen, also = flat.save(), lines.save()
+    real = torch.ones(2, 4, 64)
+    view = real.reshape(8, 64)
+    real[:, -1] = 0
+    assert torch.equal(seen == 0, view == 0)
+    assert torch.equal(also, seen)
+    with pytest.raises(OpFailed, match="view"), model.trace(ROWS):
+        hidden = model.transformer.h[1].output[0]
+        turned = hidden.transpose(0, 1).reshape(8, 64)  # a copy: real tensors would keep the old value in it
+        hidden[:, -1] = 0
+        turned.save()
+    with model.trace(ROWS):
+        hidden = model.transformer.h[1].output[0]
+        turned = hidden.transpose(0, 1).reshape(8, 64)
+        kept = turned.save()
+    assert kept.abs().min() > 0
 
 
 def test_a_save_is_the_value_at_its_line(model: Any) -> None:

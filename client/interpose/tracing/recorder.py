@@ -28,7 +28,7 @@ from .outside import is_deferred
 from .points import Points
 from .prompts import Prompt
 from .source import caller
-from .views import shares
+from .views import again, shares
 
 
 class Recorder:
@@ -177,8 +177,8 @@ class Recorder:
         newest = value._root.node()
         if value._at[0] != newest:
             node = newest
-            for name, *args in value._chain:
-                node = self.node(name, (Ref(node), *args))
+            for view in value._chain:
+                node = again(self, node, view)
             if self.nodes[newest].when != self.when:
                 return node  # recorded in a body, where names from outside it are not to be changed
             value._at = newest, node

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from ..graph import ops
 from ..graph.ops.convert import NAMED
 from ..graph.values import Ref, TensorSpec
 
@@ -13,6 +14,23 @@ if TYPE_CHECKING:
 
 CONVERSIONS = frozenset({"to", "type", "type_as", *NAMED})
 """Views that are none where they change the dtype."""
+
+
+MAY_COPY = frozenset({"reshape", "flatten", "ravel"})
+"""Views that are copies where the layout in memory asks for one."""
+
+
+def again(recorder: Recorder, node: int, view: View) -> int:
+    """The node of a view taken before `node`, its base's newest version, was written.
+
+    What may have been a copy then is taken as a view now: that fails where it runs if it was one, which would have
+    kept the old value.
+    """
+    name, *args = view
+    seen = ops.infer(name, (recorder.spec(node), *args), {}) if name in MAY_COPY else None
+    if isinstance(seen, TensorSpec):
+        return recorder.node("view", (Ref(node), seen.shape))
+    return recorder.node(name, (Ref(node), *args))
 
 
 def shares(recorder: Recorder, source: Ref, view: View, node: int) -> bool:
