@@ -207,6 +207,7 @@ class LanguageModel(Familiar, Traced):
         session = SESSION.get()
         how = {"generation": rest.get("generation"), "inputs": rest.get("inputs")}
         if session is not None:
+            self._check_joins(session, options)
             tokenize = partial(self._tokenize, session.remote)
             return Tracer(self, self._joined(session), prompt, tokenize, **how)
         owner = self._execution(options)

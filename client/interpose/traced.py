@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from .errors import DeferredError
+from .errors import BadArgument, DeferredError
 from .tracing.edits import Edit, Editor
+from .tracing.execution import Options
 from .tracing.handles import Module
 from .tracing.recorder import Recorder
 from .tracing.tracer import ACTIVE, Session
@@ -40,6 +41,16 @@ class Traced(Module):
     def _edit_recorder(self) -> Recorder:
         """What records an edit, which has no prompt."""
         raise NotImplementedError
+
+    @staticmethod
+    def _check_joins(session: Session, options: Options) -> None:
+        """Raises BadArgument for what is said of a session's block, and would have to be said of the session."""
+        plain = Options()
+        names = ("timeout", "blocking", "batching")
+        own = [name for name in names if getattr(options, name) != getattr(plain, name)]
+        own += ["remote"] if options.remote and not session.remote else []
+        if own:
+            raise BadArgument(f"{', '.join(own)}: a session runs as one job; say it of the session")
 
     def _joined(self, session: Session) -> Recorder:
         """The recorder of an open session, for one more block of it. Raises DeferredError if it is another's."""

@@ -568,6 +568,29 @@ def a_session_in_a_session(model: Any) -> None:
         pass
 
 
+@told(errors.BadArgument, "timeout: a session runs as one job")
+def a_blocks_own_time_in_a_session(model: Any) -> None:
+    with model.session(), model.trace(ROW, timeout=5):  # here
+        pass
+
+
+@told(errors.BadArgument, "remote: a session runs as one job")
+def a_remote_block_in_a_local_session(model: Any) -> None:
+    with model.session(), model.trace(ROW, remote=True):  # here
+        pass
+
+
+@told(errors.BadArgument, "after the last prompt")
+def a_prompt_after_the_whole_batch(model: Any) -> None:
+    with model.trace() as tracer:
+        with tracer.invoke(ROW):
+            pass
+        with tracer.invoke():
+            model.output.save()
+        with tracer.invoke(ROW):  # here
+            pass
+
+
 @told(errors.DeferredError, "own model")
 def another_model_in_a_session(model: Any) -> None:
     other = LanguageModel(str(tiny("llama")))

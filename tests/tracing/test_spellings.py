@@ -640,3 +640,17 @@ def test_steps_are_told_apart_once_all_of_them_have_come() -> None:
     assert kept == [[1, 3], []]
     second._become([np.float32(2), np.float32(4)])
     assert kept == [1, 2, 3, 4]
+
+
+def test_patterns_of_transformer_lens_names(model: Any) -> None:
+    with model.trace(ROW) as tracer:
+        cache = tracer.cache("blocks.*.hook_resid_post", "blocks.1.attn.hook_pattern")
+        posts = [layer.resid_post.save() for layer in model.layers]
+    assert list(cache) == [
+        "blocks.0.hook_resid_post",
+        "blocks.1.hook_resid_post",
+        "blocks.2.hook_resid_post",
+        "blocks.1.attn.hook_pattern",
+    ]
+    for value, post in zip(cache.values(), posts, strict=False):
+        assert torch.equal(value, post)

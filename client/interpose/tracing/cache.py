@@ -51,7 +51,8 @@ def _matching(model: Model, pattern: str) -> Iterator[tuple[str, tuple[str, str]
         for point, layout in info.points.items()
         if leaves(layout)
     )
-    for path, point in (*own, *(("", name) for name in standard.every(tree))):
+    foreign = standard.lens(tree) if "hook_" in pattern else ()
+    for path, point in (*own, *(("", name) for name in (*standard.every(tree), *foreign))):
         name = f"{path}.{point}" if path else point
         parts = name.split(".")
         if len(parts) == len(wanted) and all(map(fnmatch.fnmatchcase, parts, wanted)):

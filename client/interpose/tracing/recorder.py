@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
-from ..errors import NotSaved
+from ..errors import BadArgument, NotSaved
 from ..graph import ops
 from ..graph.generation import check_options
 from ..graph.inputs import check_inputs
@@ -84,8 +84,13 @@ class Recorder:
         self.runs[-1] = replace(self.runs[-1], kind="generate", options=given)
 
     def add_invoke(self, invoke: Invoke) -> int:
-        """Add an invoke to the current run; returns its index."""
+        """Add an invoke to the current run; returns its index.
+
+        Raises BadArgument: the whole batch was touched already, with the shape it had before this one.
+        """
         run = self.runs[-1]
+        if any(self._whole_batch(node) for node in reversed(self.nodes)):
+            raise BadArgument("t.invoke() without a prompt sees the whole batch: put it after the last prompt")
         self.runs[-1] = replace(run, invokes=(*run.invokes, invoke))
         return len(run.invokes)
 
@@ -104,6 +109,10 @@ class Recorder:
     def check_repeats(self, made: int | None) -> None:
         """Raises BadArgument if what was made under a control node would be changed here many times."""
         bodies.check_repeats(self.nodes, self.when, made)
+
+    def _whole_batch(self, node: Node) -> bool:
+        touches = node.op in ("read", "write", "attention_mask")
+        return touches and node.run == len(self.runs) - 1 and node.invoke is None
 
     # -- nodes -------------------------------------------------------------------------------------------------
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from ..errors import BadArgument, IndexOutOfRange, ShapeUnknown, UnknownPoint
 from ..graph.manifest import Manifest
 from ..graph.model import Point
-from ..graph.named import BLOCK, MODEL, ROWS, SERIES, Named, View, perform, refusal, sized, spelled
+from ..graph.named import BLOCK, LENS, MODEL, ROWS, SERIES, Named, View, perform, refusal, sized, spelled
 from ..graph.values import Ref
 from .recorder import Recorder
 
@@ -70,6 +70,14 @@ def every(manifest: Manifest) -> Iterator[str]:
     yield from names(manifest, "")
     for index, path in enumerate(manifest.blocks):
         yield from (f"blocks.{index}.{name}" for name in names(manifest, path))
+
+
+def lens(manifest: Manifest) -> Iterator[str]:
+    """TransformerLens's strings for what there is here: "blocks.3.hook_resid_post"."""
+    for name, (ours, _) in LENS.items():
+        for index, path in enumerate(manifest.blocks):
+            if ours in manifest.named.get(path, {}):
+                yield f"blocks.{index}.{name}"
 
 
 def read(recorder: Recorder, place: Place) -> Any:
