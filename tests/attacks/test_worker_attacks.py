@@ -15,6 +15,8 @@ import torch
 from interpose.errors import InterposeError
 from interpose.graph.limits import Limits
 from interpose.graph.manifest import Manifest
+from interpose.graph.model import Graph, Invoke, Node, Run
+from interpose.graph.values import Ref
 from interpose.runtime.engine import EngineJob
 from interpose.wire.messages import Chunk, Save, Subscribe, decode_server, encode
 from interpose.wire.submission import Submission
@@ -118,6 +120,41 @@ async def test_an_operation_without_end_costs_the_process_and_its_own_job(
         await asyncio.wait_for(given_up.wait(), 10)
         go_on.set()
     assert info.error and info.error["code"] == "job_timeout"
+
+
+async def test_an_operation_without_end_isnt_laid_to_a_generation_that_others_joined(
+    valkey: Valkey, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(loop, "STUCK_S", 0.2)
+    began, go_on, given_up = threading.Event(), threading.Event(), asyncio.Event()
+
+    class Hosting(Engine):
+        def host(self, jobs: Sequence[EngineJob], company: Any) -> None:
+            began.set()
+            joined: list[EngineJob] = []
+            while not joined:
+                company.pause(joinable=True)
+                joined += company.arrivals()
+                time.sleep(0.005)
+            assert go_on.wait(20)
+            for job in [*jobs, *joined]:
+                company.ended(job, None)
+
+    nodes = (Node(0, "tokens", run=0), Node(1, "save", (Ref(0),)))
+    graph = Graph((Run("generate", (Invoke(((1, 2, 3),)),), {"max_new_tokens": 3}),), nodes)
+    engine = Hosting(lambda jobs: [None for _ in jobs])
+    async with (
+        lab(valkey, tmp_path, engine, limits=Limits(wall_s=0.2)) as gateway,
+        working(gateway, engine, give_up=given_up.set),
+    ):
+        first, late = submission(graph), submission(graph)
+        await gateway.post(first)
+        assert await asyncio.to_thread(began.wait, 10)
+        await gateway.post(late)
+        await asyncio.wait_for(given_up.wait(), 10)
+        infos = [await gateway.broker.queue.info("ada", job.id) for job in (first, late)]
+        go_on.set()
+    assert not any(info.status.terminal for info in infos)
 
 
 def _save_often(jobs: Sequence[EngineJob]) -> list[InterposeError | None]:

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from interpose.errors import IndexOutOfRange, InterposeError, OutOfMemory
+from interpose.errors import IndexOutOfRange, InterposeError, JobCancelled, OutOfMemory
 from interpose.graph.model import Graph
 from interpose.runtime.engine import EngineJob
 from test_generation_batches import Kept, blocks, engine, opened, random_generation, recorded
@@ -232,3 +232,30 @@ def test_where_padding_on_the_left_moves_a_row_lengths_stay_apart(monkeypatch: p
     engine("llama").host(jobs[2:], Company("llama", {}, {}))
     assert all(bool(mask.all()) for mask in masks) and len(masks) == 4 * len(jobs)
     check("llama", jobs)
+
+
+def test_a_cancelled_job_says_nothing_more() -> None:
+    class Leaving(Kept):
+        def __init__(self) -> None:
+            super().__init__()
+            self.said: list[str] = []
+            self.gone = False
+
+        def log(self, node: int, text: str) -> None:
+            self.said.append(text)
+            self.gone = self.said.count("a step") == 2
+
+        def tokens(self, run: int, step: int, ids: Sequence[int | None]) -> None:
+            self.said.append(str(step))
+
+        def cancelled(self) -> bool:
+            return self.gone
+
+    def fill(tracer: Any) -> None:
+        with tracer.all():
+            tracer.log("a step")
+
+    job = EngineJob(recorded(opened("llama").generate([5, 9], max_new_tokens=5, stream=True), fill), {}, Leaving())
+    (error,) = engine("llama").run([job])
+    assert isinstance(error, JobCancelled)
+    assert job.sink.said == ["a step", "0", "a step", "1"]

@@ -91,9 +91,7 @@ class Absences:
     def check_condition(self, node: Node) -> None:
         """Raises NotReached if a condition comes from rows that have ended."""
         if self.concerns(node.args):
-            raise NotReached(
-                "this condition comes from rows that have ended by this step; t.alive tells which go on"
-            )
+            raise NotReached(_CONDITION)
 
     def follow(self, node: Node, value: Any, look: Look) -> Any:
         """The result of a node some of whose arguments are partly absent, with that noted."""

@@ -287,7 +287,7 @@ class Hosting:
         """Whether a job can't stand beside others, or generates nothing."""
         # Rows that come and go are padded on the left.
         padded = bool(self._engine.manifest.even_rows)
-        return padded or job.plan.idle(0) or bool(job.plan.graph.runs[0].given)
+        return padded or job.exclusive or job.plan.idle(0) or bool(job.plan.graph.runs[0].given)
 
     def pause(self, *, joinable: bool) -> None:
         self._company.pause(joinable=joinable)

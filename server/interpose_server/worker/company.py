@@ -9,7 +9,7 @@ import asyncio
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import replace
 from typing import TypeAlias
 
@@ -69,6 +69,11 @@ class Company:
         """Whether something that was offered still waits: one thing at a time comes between two steps."""
         with self._lock:
             return bool(self._joining or self._others)
+
+    @property
+    def sinks(self) -> Collection[JobSink]:
+        """The jobs on it, as they come and go."""
+        return self._sinks.values()
 
     @property
     def footprints(self) -> list[Footprint]:

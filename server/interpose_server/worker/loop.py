@@ -6,7 +6,7 @@ import asyncio
 import logging
 import os
 import time
-from collections.abc import Callable, Coroutine, Sequence
+from collections.abc import Callable, Collection, Coroutine, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import replace
@@ -87,7 +87,7 @@ class Worker:
         self._settings = settings
         self._check = check
         self._give_up = give_up
-        self._running: tuple[float, Sequence[JobSink]] | None = None
+        self._running: tuple[float, Collection[JobSink]] | None = None
         """Since when, and which jobs, while the engine runs."""
         self._publisher = Publisher(name, broker.queue, blobs, settings, self._forget)
         self._held: dict[JobSink, None] = {}
@@ -208,7 +208,7 @@ class Worker:
         """On the engine's thread: a generation that others join. Each job's end is told as it comes."""
         for sink, _ in ready:
             sink.start()
-        self._running = time.monotonic(), [sink for sink, _ in ready]
+        self._running = time.monotonic(), company.sinks
         try:
             self._runner.host([job for _, job in ready], company)
         except Exception:
@@ -304,7 +304,7 @@ class Worker:
         if time.monotonic() - since < allowed + STUCK_S:
             return
         log.error("an operation doesn't end; the worker starts anew")
-        sinks = self._running[1]
+        sinks = [*self._running[1]]
         if len(sinks) == 1:
             error = JobTimeout(f"the job ran for more than {allowed:g} s", details={"allowed_s": allowed})
             self._empty.clear()
