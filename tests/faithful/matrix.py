@@ -1,8 +1,8 @@
 """Kinds of intervention, each done at a named point of an architecture and compared with its twin by hand.
 
 Which points there are comes from the manifest: a point that is new is in the matrix without a line here, and fails
-until `by_hand` has a twin for it. `python tests/faithful/matrix.py` prints which cells are compared, and why the
-others aren't.
+until `by_hand` has a twin for it. `PYTHONPATH=tests python tests/faithful/matrix.py` prints which cells are
+compared, and why the others aren't.
 """
 
 from __future__ import annotations

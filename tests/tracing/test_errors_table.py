@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import linecache
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
 import torch
 from interpose import LanguageModel, errors
+from interpose.tracing.tracer import ACTIVE, SESSION
 from models import tiny
+from serving import serve
 
 ROW = [5, 9, 33, 7]
 Program = Callable[[Any], Any]
@@ -623,6 +625,55 @@ def a_program_for_another_family(model: Any) -> None:
     with model.trace(ROW) as tracer:
         model.transformer.h[0].attn.output[0].save()
     tracer.graph.run(LanguageModel(str(tiny("llama"))), ROW)  # here
+
+
+class Remote(LanguageModel):
+    """A model whose blocks go to a server unless they say otherwise."""
+
+    def trace(self, *args: Any, **options: Any) -> Any:
+        return super().trace(*args, **{"remote": SESSION.get() is None, **options})
+
+    def generate(self, *args: Any, **options: Any) -> Any:
+        inside = SESSION.get() is not None or ACTIVE.get() is not None
+        return super().generate(*args, **options if inside else {"remote": True, **options})
+
+    def session(self, **options: Any) -> Any:
+        return super().session(**{"remote": True, **options})
+
+
+HERE_ONLY = {
+    *("a_local_job_to_wait_for", "a_blocks_own_time_in_a_session", "a_remote_block_in_a_local_session"),
+    *("a_program_moved_from_where_it_is_not", "a_program_given_what_it_does_not_take"),
+}
+"""Programs that say themselves where they run."""
+
+
+@pytest.fixture(scope="module")
+def remote(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
+    with serve(f"tiny-gpt2={tiny('gpt2')}", data_dir=tmp_path_factory.mktemp("table")) as server:
+        yield Remote("tiny-gpt2", host=server.host, api_key=server.key)
+
+
+@pytest.mark.parametrize(
+    ("program", "kind", "phrase"),
+    [row for row in TABLE if row[0].__name__ not in HERE_ONLY],
+    ids=[program.__name__ for program, *_ in TABLE if program.__name__ not in HERE_ONLY],
+)
+def test_a_server_says_the_same(
+    remote: Any, program: Program, kind: type[errors.InterposeError], phrase: str
+) -> None:
+    with pytest.raises(errors.InterposeError) as caught:
+        program(remote)
+    error = caught.value
+    assert (type(error), error.code) == (kind, kind.code)
+    assert phrase in error.message
+    assert "# here" in line_of(error)
+
+
+def test_the_server_goes_on_after_all_of_them(remote: Any) -> None:
+    with remote.trace(ROW):
+        logits = remote.output.save()
+    assert logits.shape == (1, 4, 400)
 
 
 @pytest.mark.parametrize(("program", "kind", "phrase"), TABLE, ids=[program.__name__ for program, *_ in TABLE])

@@ -19,6 +19,7 @@ from interpose.errors import (
     UnknownOp,
     UnknownPoint,
 )
+from interpose.tracing.handles import Module
 from models import tiny
 
 ROWS = [[5, 9, 33, 7, 8], [81, 2, 14, 3, 4]]
@@ -193,3 +194,9 @@ def test_operations_by_all_their_names_agree(model: Any) -> None:
 def test_values_outside_a_block_are_refused(model: Any) -> None:
     with pytest.raises(DeferredError, match=r"model\.trace"):
         _ = model.transformer.h[0].output
+
+
+def test_a_handle_of_a_module_that_is_gone_says_so(model: Any) -> None:
+    gone = Module(model, "transformer.h.0.gone")
+    with pytest.raises(UnknownModule, match="gone"), model.trace([5, 9, 33]):
+        _ = gone.output

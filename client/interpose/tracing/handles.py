@@ -60,6 +60,11 @@ class Module:
     def __getattr__(self, name: str) -> Any:
         if name.startswith("__"):
             raise AttributeError(name)
+        # What these raised themselves, Python took for a missing attribute.
+        if name == "_info":
+            return self._manifest.module(self._path)
+        if name == "_manifest":
+            return self._owner._tree()
         info = self._info
         if name in self._manifest.children[self._path]:
             return self._child(name)
