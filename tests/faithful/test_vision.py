@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -16,9 +18,11 @@ from beyond import PLACES, given, ours, pixels, stock
 from interpose import VisionLanguageModel
 from interpose.errors import BadArgument, ConfigError, IndexOutOfRange, InterposeError, NotReached
 from models import tiny
+from PIL import Image
 from serving import Served, serve
 from torch import Tensor
-from transformers import AutoTokenizer
+from transformers import AutoTokenizer, LlavaProcessor
+from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 from twins import alive, close, same
 
 SEEING = ["llava", "gemma3_images", "qwen2_vl"]
@@ -293,6 +297,32 @@ def test_what_is_missing_is_said() -> None:
     unknown = VisionLanguageModel(str(tiny("clip")))
     with pytest.raises(ConfigError, match="processor"):
         _ = unknown.processor
+
+
+def test_the_models_own_processor(tmp_path: Path) -> None:
+    """The transformers library's, saved beside the model: a picture in, its numbers against the library's own."""
+    folder = tmp_path / "tiny-llava"
+    shutil.copytree(tiny("llava"), folder)
+    twin = stock("llava")
+    pictures = CLIPImageProcessorPil(size={"shortest_edge": 24}, crop_size={"height": 24, "width": 24})
+    LlavaProcessor(
+        pictures,
+        AutoTokenizer.from_pretrained(folder),
+        patch_size=twin.config.vision_config.patch_size,
+        vision_feature_select_strategy=twin.config.vision_feature_select_strategy,
+        num_additional_image_tokens=1,
+        image_token="<image>",
+    ).save_pretrained(folder)
+    model = VisionLanguageModel(str(folder))
+    noise = np.random.default_rng(0).integers(0, 255, (2, 40, 50, 3), dtype=np.uint8)
+    found = []
+    for picture in map(Image.fromarray, noise):
+        with model.trace("<image> The capital of France is", images=picture):
+            found.append(model.logits.save())
+        made = model.processor(text=["<image> The capital of France is"], images=[picture], return_tensors="pt")
+        with torch.no_grad():
+            same(found[-1], twin(**made).logits)
+    assert not torch.allclose(*found)
 
 
 # -- through a server --------------------------------------------------------------------------------------------
