@@ -9,20 +9,14 @@ from dataclasses import dataclass
 from typing import Any
 
 import msgpack
-from interpose.errors import UnknownJob
-from interpose.wire.tensors import decode_spec
+from interpose.errors import BadArgument, UnknownJob
+from interpose.wire.tensors import SAFETENSORS, decode_spec
 
 from . import blob_keys
 from .blobs import Blobs, Reader
 from .broker import events, keys
 from .broker.events import Stored
 from .parts import Parts
-
-SAFETENSORS = {
-    "bool": "BOOL", "uint8": "U8", "int8": "I8", "int16": "I16", "int32": "I32", "int64": "I64",
-    "float8_e4m3fn": "F8_E4M3", "float8_e5m2": "F8_E5M2", "float16": "F16", "bfloat16": "BF16",
-    "float32": "F32", "float64": "F64", "complex64": "C64", "complex128": "C128",
-}  # fmt: skip
 
 
 class Inline:
@@ -70,7 +64,10 @@ class Results:
         return cls(parts, user, job, found)
 
     def safetensors(self) -> tuple[int, AsyncIterator[bytes]]:
-        """Size and stream. Tensors are named "<node>.<index>"; the trees are in the metadata, as JSON."""
+        """Size and stream. Tensors are named "<node>.<index>"; the trees are in the metadata, as JSON.
+
+        Raises BadArgument for a dtype the format doesn't have.
+        """
         header: dict[str, Any] = {
             "__metadata__": {"trees": json.dumps({save.body["node"]: save.body["tree"] for save in self.saves})}
         }
@@ -78,6 +75,8 @@ class Results:
         for save in self.saves:
             for index, plain in enumerate(save.body["tensors"]):
                 spec = decode_spec(plain)
+                if spec.dtype not in SAFETENSORS:
+                    raise BadArgument(f"safetensors has no {spec.dtype}; ask for format=msgpack")
                 header[f"{save.body['node']}.{index}"] = {
                     "dtype": SAFETENSORS[spec.dtype],
                     "shape": list(spec.shape),

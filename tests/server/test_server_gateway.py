@@ -117,6 +117,20 @@ async def test_results_as_files(settings: Settings) -> None:
         assert (wrong.status_code, wrong.json()["code"]) == (400, "invalid_payload")
 
 
+async def test_a_dtype_that_safetensors_lacks_is_refused_there_alone(settings: Settings) -> None:
+    async with run_gateway(settings) as gateway:
+        job = submission()
+        await gateway.post(job)
+        kept = {"node": 1, "tree": {"tensor": 0}, "nbytes": 16}
+        kept["tensors"] = [{"dtype": "complex128", "shape": [1]}]
+        await finish(gateway, job.id, [Record("save", msgpack.packb(kept), bytes(16))])
+        path = f"/v1/jobs/{job.id}/result"
+        refused = await gateway.client.get(path)
+        assert (refused.status_code, refused.json()["code"]) == (422, "bad_argument")
+        plain = msgpack.unpackb((await gateway.client.get(path, params={"format": "msgpack"})).content)
+        assert plain["saves"][0]["data"] == bytes(16)
+
+
 async def test_attachments_are_uploaded_once(settings: Settings) -> None:
     async with run_gateway(settings) as gateway:
         graph = with_attachment()

@@ -10,27 +10,10 @@ from typing import Any
 
 from ..errors import BadArgument, InvalidPayload
 from ..graph.values import TensorSpec
-from ..wire.tensors import Encoded, check_bytes
+from ..wire.tensors import SAFETENSORS, Encoded, check_bytes
 
 MAX_HEADER = 1 << 22
 """Bytes of the file's own description."""
-
-_NAMES = {
-    "bool": "BOOL",
-    "uint8": "U8",
-    "int8": "I8",
-    "int16": "I16",
-    "int32": "I32",
-    "int64": "I64",
-    "float8_e4m3fn": "F8_E4M3",
-    "float8_e5m2": "F8_E5M2",
-    "float16": "F16",
-    "bfloat16": "BF16",
-    "float32": "F32",
-    "float64": "F64",
-    "complex64": "C64",
-}
-"""dtype -> what the format calls it."""
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Encoded]) -> None:
@@ -39,10 +22,10 @@ def write_tensors(path: Path, tensors: Mapping[str, Encoded]) -> None:
     start = 0
     for name, tensor in tensors.items():
         spec = tensor.spec
-        if spec.dtype not in _NAMES:
+        if spec.dtype not in SAFETENSORS:
             raise BadArgument(f"a {spec.dtype} tensor can't be kept in a safetensors file; convert it in the block")
         end = start + spec.nbytes
-        header[name] = {"dtype": _NAMES[spec.dtype], "shape": list(spec.shape), "data_offsets": [start, end]}
+        header[name] = {"dtype": SAFETENSORS[spec.dtype], "shape": list(spec.shape), "data_offsets": [start, end]}
         start = end
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
@@ -91,7 +74,7 @@ def _offsets(text: bytes, specs: Mapping[str, TensorSpec], file: str) -> dict[st
     found = {}
     for name, spec in specs.items():
         entry = header[name]
-        meaning = {"dtype": _NAMES.get(spec.dtype), "shape": list(spec.shape)}
+        meaning = {"dtype": SAFETENSORS.get(spec.dtype), "shape": list(spec.shape)}
         if not isinstance(entry, dict) or {key: entry.get(key) for key in meaning} != meaning:
             raise InvalidPayload(f"{file}: a tensor isn't {spec.dtype}{list(spec.shape)}, as the program says")
         match entry.get("data_offsets"):

@@ -20,6 +20,23 @@ from ..errors import BadArgument, InvalidPayload
 from ..graph.values import DTYPES, TensorSpec
 from .fields import Fields
 
+SAFETENSORS = {
+    "bool": "BOOL",
+    "uint8": "U8",
+    "int8": "I8",
+    "int16": "I16",
+    "int32": "I32",
+    "int64": "I64",
+    "float8_e4m3fn": "F8_E4M3",
+    "float8_e5m2": "F8_E5M2",
+    "float16": "F16",
+    "bfloat16": "BF16",
+    "float32": "F32",
+    "float64": "F64",
+    "complex64": "C64",
+}
+"""dtype -> what the safetensors format calls it, for those it has."""
+
 Backend: TypeAlias = Literal["torch", "numpy"]
 Buffer: TypeAlias = bytes | bytearray | memoryview
 
