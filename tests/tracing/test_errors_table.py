@@ -582,6 +582,15 @@ def a_remote_block_in_a_local_session(model: Any) -> None:
         pass
 
 
+@told(errors.BadArgument, "may have made a copy")
+def a_copy_for_all_one_knows(model: Any) -> None:
+    with model.trace(ROW):
+        hidden = model.transformer.h[0].output[0]
+        turned = hidden.transpose(1, 2).contiguous()
+        hidden[:, -1] = 0
+        turned.save()  # here
+
+
 @told(errors.BadArgument, "after the last prompt")
 def a_prompt_after_the_whole_batch(model: Any) -> None:
     with model.trace() as tracer:

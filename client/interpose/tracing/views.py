@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from ..errors import BadArgument
 from ..graph import ops
 from ..graph.ops.convert import NAMED
 from ..graph.values import Ref, TensorSpec
@@ -16,8 +17,11 @@ CONVERSIONS = frozenset({"to", "type", "type_as", *NAMED})
 """Views that are none where they change the dtype."""
 
 
-MAY_COPY = frozenset({"reshape", "flatten", "ravel"})
+MAY_COPY = frozenset({"reshape", "flatten", "ravel", "reshape_as", "contiguous"})
 """Views that are copies where the layout in memory asks for one."""
+
+RESHAPES = frozenset({"reshape", "flatten", "ravel"})
+"""Those that can be taken as `view`, which fails where they would copy."""
 
 
 def again(recorder: Recorder, node: int, view: View) -> int:
@@ -25,11 +29,18 @@ def again(recorder: Recorder, node: int, view: View) -> int:
 
     What may have been a copy then is taken as a view now: that fails where it runs if it was one, which would have
     kept the old value.
+
+    Raises BadArgument: it can't be told which it was.
     """
     name, *args = view
-    seen = ops.infer(name, (recorder.spec(node), *args), {}) if name in MAY_COPY else None
+    seen = ops.infer(name, (recorder.spec(node), *args), {}) if name in RESHAPES else None
     if isinstance(seen, TensorSpec):
         return recorder.node("view", (Ref(node), seen.shape))
+    if name in MAY_COPY:
+        raise BadArgument(
+            f"{name}() may have made a copy, and what it was taken of was written since: use it before the write, "
+            f"or take a copy for certain, with .clone()"
+        )
     return recorder.node(name, (Ref(node), *args))
 
 
