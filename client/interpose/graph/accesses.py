@@ -7,11 +7,12 @@ from typing import Any
 from ..errors import BadArgument, InvalidGraph, ShapeMismatch, UnknownPoint, WrongOrder
 from . import ops
 from .checker import LATE, Checker, Known, Moment, arity, handles
-from .functions import no_such_point
+from .functions import call_of, no_such_point, placing
 from .inputs import counted
 from .manifest import ATTENTION, EVENT, Leaf, leaves, walk
 from .model import Node, Point
 from .ops import UNKNOWN
+from .ops.dtypes import category
 from .specs import FLOATING, Sizes, Spec, flat, nbytes, spec_of
 from .values import TensorSpec
 
@@ -32,6 +33,7 @@ def write(checker: Checker, node: Node) -> Known:
     point, layout = _touch(checker, node)
     if not isinstance(layout, Leaf):
         raise BadArgument(f"{point} is a nest; write one of its tensors")
+    _check_writable(checker, point, layout)
     if layout.dtype not in FLOATING:
         checker.exclusive = True
     chain, index, value = node.args
@@ -46,6 +48,18 @@ def write(checker: Checker, node: Node) -> Known:
     place(checker, spec, chain, index, value)
     size = nbytes(spec)
     return Known(None, max(moment, ready), bytes=2 * size, peak=size)
+
+
+def _check_writable(checker: Checker, point: Point, leaf: Leaf) -> None:
+    """Raises BadArgument at functions that compute where things lie."""
+    call = call_of(point.name)
+    if call is None:
+        return
+    if category(leaf.dtype) == 1 or call in placing(checker.manifest.module(point.module)):
+        raise BadArgument(
+            f"{point} takes part in computing where things lie in memory, so it is read and not written; write "
+            "what comes before the module, or after this"
+        )
 
 
 @handles("update")

@@ -10,7 +10,8 @@ import difflib
 import re
 from typing import TYPE_CHECKING
 
-from .manifest import ATTENTION
+from .manifest import ATTENTION, leaves
+from .ops.dtypes import category
 
 if TYPE_CHECKING:
     from .manifest import ModuleInfo
@@ -35,6 +36,30 @@ def function_of(call: str) -> str:
 def calls(info: ModuleInfo) -> list[str]:
     """A module's calls in the order of its forward: ["matmul_0", "softmax_0", "matmul_1"]."""
     return [call for name in info.points if name.endswith(".output") and (call := call_of(name)) is not None]
+
+
+SELECTS = frozenset({"topk", "sort", "argsort", "argmax", "argmin", "max", "min"})
+"""Functions whose whole numbers are places in what they are given, whatever that holds."""
+
+
+def placing(info: ModuleInfo) -> frozenset[str]:
+    """The calls by which a module computes where things lie: up to the last that makes whole numbers of others.
+
+    What they give goes to kernels that look at no bounds, so a graph may read it and not write it.
+    """
+    there = calls(info)
+    makes = [index for index, call in enumerate(there) if _makes_places(info, call)]
+    return frozenset(there[: makes[-1] + 1]) if makes else frozenset()
+
+
+def _makes_places(info: ModuleInfo, call: str) -> bool:
+    if not _whole(info, f"{call}.output"):
+        return False
+    return function_of(call) not in SELECTS or _whole(info, f"{call}.inputs")
+
+
+def _whole(info: ModuleInfo, point: str) -> bool:
+    return any(category(leaf.dtype) == 1 for leaf in leaves(info.points.get(point)))
 
 
 def own(info: ModuleInfo) -> list[str]:

@@ -31,7 +31,7 @@ _TEXT = frozenset({"attention_mask", "position_ids", "use_cache", "past_key_valu
 """All that is kept from step to step where there is nothing but text."""
 
 
-class Visitors(Protocol):
+class Guests(Protocol):
     """Who comes and goes while a generation runs. Asked between its steps."""
 
     def pause(self, *, joinable: bool) -> None:
@@ -108,14 +108,14 @@ class Generation:
 
     Args:
         tail: what of the model needn't see positions nobody looks at.
-        visitors: who comes and goes meanwhile.
+        guests: who comes and goes meanwhile.
     """
 
-    def __init__(self, loaded: Loaded, tail: Tail | None, visitors: Visitors | None = None) -> None:
+    def __init__(self, loaded: Loaded, tail: Tail | None, guests: Guests | None = None) -> None:
         self._loaded = loaded
         self._model: Any = loaded.model
         self._tail = tail
-        self._visitors = visitors
+        self._guests = guests
         self._grower = Grower(loaded)
 
     def run(self, begun: Sequence[Begun]) -> None:
@@ -126,8 +126,8 @@ class Generation:
                 if any(part.over for part in cohort.parts):
                     cohort.leave()
                 self._admit(cohort)
-            elif self._visitors is not None:
-                self._visitors.pause(joinable=False)
+            elif self._guests is not None:
+                self._guests.pause(joinable=False)
             self._step(cohort)
 
     # -- who takes part ----------------------------------------------------------------------------------------
@@ -165,10 +165,10 @@ class Generation:
         return plain and caches.flexible(state.get("past_key_values"))
 
     def _admit(self, cohort: Cohort) -> None:
-        if self._visitors is None:
+        if self._guests is None:
             return
-        self._visitors.pause(joinable=True)
-        arrived = self._visitors.arrivals()
+        self._guests.pause(joinable=True)
+        arrived = self._guests.arrivals()
         other = self._begin(arrived) if arrived else None
         if other is None:
             return
@@ -178,8 +178,8 @@ class Generation:
             cohort.join(other)
 
     def _tell(self, job: Interpreter) -> None:
-        if self._visitors is not None:
-            self._visitors.ended(job)
+        if self._guests is not None:
+            self._guests.ended(job)
 
     # -- steps -------------------------------------------------------------------------------------------------
 

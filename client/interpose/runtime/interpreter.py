@@ -12,7 +12,9 @@ from ..errors import InternalError, InterposeError, JobCancelled, NotReached, Sh
 from ..graph import ops
 from ..graph.checker import Known
 from ..graph.limits import Limits
+from ..graph.manifest import Leaf
 from ..graph.model import Node
+from ..graph.specs import FLOATING
 from ..graph.values import TensorSpec, substitute
 from . import kernels
 from .absences import Absences
@@ -20,6 +22,7 @@ from .failures import Guard, located
 from .gradients import Gradients
 from .handlers import HANDLERS
 from .held import Held
+from .indices import check_written
 from .loops import run_loop
 from .plan import MOMENTS, Plan
 from .rows import Span
@@ -204,12 +207,16 @@ class Interpreter:
             raise NotReached("what is written comes from a prompt that has ended by this step")
         chain, index, new = self.arguments(node.args)
         path = node.point.path
-        if not self.absences.concerns(node.args):
+        layout = values.layout(path)
+        counts = isinstance(layout, Leaf) and layout.dtype not in FLOATING
+        if not counts and not self.absences.concerns(node.args):
             values.write(path, view, chain, index, new)
             return
         before = values.read(path, view)
         values.write(path, view, chain, index, new)
-        self.absences.check_written(node, values.layout(path), view, before, values.read(path, view))
+        after = values.read(path, view)
+        self.absences.check_written(node, layout, view, before, after)
+        check_written(self.world.modules, node.point, before, after)
 
     def _read(self, node: Node, values: RunValues, view: Span) -> Any:
         assert node.point is not None
