@@ -71,6 +71,22 @@ def test_a_token_goes_to_an_expert_there_is(arch: str, wrong: int) -> None:
         model(arch).logits.save()
 
 
+@pytest.mark.parametrize("arch", ["opt", "gemma3"])
+def test_other_kinds_of_embeddings_too(arch: str) -> None:
+    table = {
+        "opt": lambda: model("opt").model.decoder.embed_positions,
+        "gemma3": lambda: model("gemma3").model.embed_tokens,
+    }
+    with model(arch).trace([5, 6, 7]):
+        ids = table[arch]().input
+        ids[:, 1] = ids[:, 1] * 0 + 100
+        moved = model(arch).logits.save()
+    assert bool(moved.isfinite().all())
+    with pytest.raises(IndexOutOfRange, match="inputs"), model(arch).trace([5, 6, 7]):
+        table[arch]().input[:, 1] = 10**5
+        model(arch).logits.save()
+
+
 @pytest.mark.parametrize("wrong", [-1, 400])
 def test_an_embedding_is_given_ids_it_has(wrong: int) -> None:
     gpt2 = model("gpt2")

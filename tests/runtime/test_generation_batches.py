@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from interpose import LanguageModel
 from interpose.errors import IndexOutOfRange, InterposeError, JobCancelled
@@ -129,8 +129,12 @@ def run(on: Engine, graphs: Sequence[Graph], sinks: Sequence[Kept] | None = None
     return list(sinks)
 
 
-def close(found: Any, expected: Any, tolerance: float = 3e-5) -> None:
-    """Tokens equal, numbers equal within a share of the largest, and what has ended absent in both."""
+def close(found: Any, expected: Any, tolerance: float = 3e-5, exact: Any = None) -> None:
+    """Tokens equal, numbers equal within a share of the largest, and what has ended absent in both.
+
+    With `exact`, the same alone in float64, numbers may also differ by a few times what the run alone errs by, as
+    in test_engine_isolation.
+    """
     assert type(found) is type(expected)
     if expected is None:
         return
@@ -139,22 +143,31 @@ def close(found: Any, expected: Any, tolerance: float = 3e-5) -> None:
     if isinstance(expected, (dict, list)):
         assert len(found) == len(expected)
         for key in expected if isinstance(expected, dict) else range(len(expected)):
-            close(found[key], expected[key], tolerance)
+            close(found[key], expected[key], tolerance, exact if exact is None else exact[key])
         return
     assert found.shape == expected.shape
     if not expected.is_floating_point():
-        assert torch.equal(found, expected)
+        assert torch.equal(found, expected) and (exact is None or torch.equal(exact, expected))
         return
     ended = expected.isnan()
     assert torch.equal(found.isnan(), ended)
     found, expected = found.masked_fill(ended, 0), expected.masked_fill(ended, 0)
     assert torch.isfinite(expected).all()
-    assert float((found - expected).abs().max()) <= tolerance * max(float(expected.abs().max()), 0.5)
+    bound = tolerance * max(float(expected.abs().max()), 0.5)
+    if exact is not None:
+        bound = max(bound, 8 * float((expected - exact.masked_fill(ended, 0)).abs().max()))
+    assert float((found - expected).abs().max()) <= bound
+
+
+@cache
+def precise(arch: str) -> Engine:
+    return LanguageModel(str(tiny(arch)), dtype="float64")._home.local.engine
 
 
 @pytest.mark.parametrize("arch", BLOCKS)
 @settings(max_examples=12, deadline=None)
 @given(seed=st.integers(0, 2**32))
+@example(seed=2071)
 def test_jobs_that_generate_together_get_what_each_gets_alone(arch: str, seed: int) -> None:
     graphs = [random_generation(arch, seed + number) for number in range(2 + seed % 4)]
     together = run(engine(arch), graphs)
@@ -163,7 +176,11 @@ def test_jobs_that_generate_together_get_what_each_gets_alone(arch: str, seed: i
         assert any(
             tensor.is_floating_point() for tensor in alone.values.values() if isinstance(tensor, torch.Tensor)
         )
-        close(shared.values, alone.values)
+        try:
+            close(shared.values, alone.values)
+        except AssertionError:
+            (exact,) = run(precise(arch), [graph])
+            close(shared.values, alone.values, exact=exact.values)
 
 
 @pytest.mark.parametrize("arch", ["gpt2", "gemma3"])

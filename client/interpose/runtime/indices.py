@@ -34,8 +34,9 @@ def check_written(modules: Mapping[str, nn.Module], point: Point, before: Tensor
 def _table(modules: Mapping[str, nn.Module], path: str) -> int:
     """How many entries the table has that a module looks up, 0 where that isn't known."""
     module = modules[path]
-    if type(module) is nn.Embedding:
-        return module.num_embeddings
+    if isinstance(module, nn.Embedding):
+        before: int = getattr(module, "offset", 0)  # entries of OPT's table of positions that no position names
+        return module.num_embeddings - before
     for holder in (module, modules[path.rpartition(".")[0]]):
         found = next((value for name in _TABLES if isinstance(value := getattr(holder, name, None), int)), None)
         if found is not None:
