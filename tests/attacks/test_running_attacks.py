@@ -126,5 +126,6 @@ def test_nan_at_the_sampler_fails_its_own_job_alone() -> None:
 
 def test_options_the_library_refuses_are_the_users_fault() -> None:
     tokens = Node(0, "tokens"), Node(1, "save", (Ref(0),))
-    bad = Run("generate", ROWS, {"do_sample": True, "typical_p": 0.0, "max_new_tokens": 3})
-    refused(run(*tokens, runs=(bad,))[0], BadArgument)
+    for options in ({"do_sample": True, "typical_p": 0.0}, {"eos_token_id": []}, {"eos_token_id": 1 << 70}):
+        bad = Run("generate", ROWS, {**options, "max_new_tokens": 3})
+        refused(run(*tokens, runs=(bad,))[0], BadArgument)

@@ -10,12 +10,14 @@ from typing import Any
 import pytest
 import torch
 from interpose.errors import IndexOutOfRange, InterposeError, JobCancelled, OutOfMemory
-from interpose.graph.model import Graph
+from interpose.graph.model import Graph, Invoke, Node, Run
+from interpose.graph.values import Ref
 from interpose.runtime.engine import EngineJob
 from test_generation_batches import Kept, blocks, engine, opened, random_generation, recorded
 
 FLEXIBLE = ["gpt2", "llama", "opt", "neox"]
 FIXED = ["gemma3", "mamba"]
+ROWS = (Invoke(((1, 2, 3),)),)
 
 
 class Company:
@@ -259,3 +261,52 @@ def test_a_cancelled_job_says_nothing_more() -> None:
     (error,) = engine("llama").run([job])
     assert isinstance(error, JobCancelled)
     assert job.sink.said == ["a step", "0", "a step", "1"]
+
+
+def counted(arch: str, joining: dict[int, list[EngineJob]], begun: list[EngineJob], fail_at: int = 0) -> Any:
+    """Host with the rows of every forward written down; one of them fails."""
+    rows: list[int] = []
+    model = opened(arch)._model
+    stock = model.forward
+
+    def watch(*args: Any, **kwargs: Any) -> Any:
+        rows.append(len(kwargs["attention_mask"]))
+        if len(rows) == fail_at:
+            raise torch.OutOfMemoryError("once")
+        return stock(*args, **kwargs)
+
+    model.forward = watch
+    company = Company(arch, joining, {})
+    try:
+        engine(arch).host(begun, company)
+    finally:
+        del model.forward
+    return company, rows
+
+
+def test_who_fails_before_its_first_forward_costs_the_others_no_step() -> None:
+    made = Node(0, "ones", (3,)), Node(1, "full", ((1,), 9)), Node(2, "long", (Ref(1),))
+    used = Node(3, "index_select", (Ref(0), 0, Ref(2))), Node(4, "save", (Ref(3),))
+    nodes = (*made, *used, Node(5, "tokens"), Node(6, "save", (Ref(5),)))
+    begun, late = as_job(plain("llama", [5, 9, 33], 8)), as_job(plain("llama", [6, 6], 3))
+    failing = as_job(Graph((Run("generate", ROWS, {"max_new_tokens": 4}),), nodes))
+    company, rows = counted("llama", {2: [failing, late]}, [begun])
+    errors = {id(job): error for _, job, error in company.order}
+    assert len(company.order) == 3 and isinstance(errors.pop(id(failing)), IndexOutOfRange)
+    assert set(errors.values()) == {None} and len(rows) == 8 + 1
+    check("llama", [begun, late])
+
+
+def test_a_prompt_that_does_not_fit_costs_those_before_it_no_step() -> None:
+    begun, big, late = (as_job(plain("llama", row, new)) for row, new in (([5, 9], 9), ([7] * 50, 3), ([4], 2)))
+    company, rows = counted("llama", {3: [big], 5: [late]}, [begun], fail_at=4)
+    assert [(job, error) for _, job, error in company.order] == [(begun, None), (big, None)]
+    assert rows == [1] * 3 + [1] + [1] * 6 + [1] * 3 and company.joinable == {True, False}
+    check("llama", [begun, big])
+
+
+def test_generations_nobody_looks_at_are_over_at_once() -> None:
+    begun, idle = as_job(plain("llama", [5, 9, 33], 5)), as_job(Graph((Run("generate", ROWS, {}),), ()))
+    company, rows = counted("llama", {2: [idle]}, [begun])
+    assert [(step, job, error) for step, job, error in company.order] == [(2, idle, None), (4, begun, None)]
+    assert rows == [1] * 5

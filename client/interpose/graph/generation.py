@@ -32,7 +32,9 @@ def _texts(value: Any) -> bool:
 def _ids(value: Any) -> bool:
     ids = [value] if type(value) is int else value
     return (
-        isinstance(ids, (list, tuple)) and len(ids) <= 64 and all(type(item) is int and item >= -1 for item in ids)
+        isinstance(ids, (list, tuple))
+        and 0 < len(ids) <= 64
+        and all(type(item) is int and item >= -1 for item in ids)
     )
 
 

@@ -103,7 +103,7 @@ class Engine:
                         Generation(self.loaded, self._tail, hosting).run(begun)
             except Exception as error:  # noqa: BLE001 - whatever a model raises for all, each has its own run next
                 log.warning("a shared generation failed (%s); its jobs run apart", type(error).__name__)
-            # Those that generate nothing, or must run again.
+            # Those that bring tensors, or must run again.
             left = hosting.left
             for job, outcome in zip(left, self._together(left) if left else [], strict=True):
                 company.ended(job, outcome)
@@ -273,6 +273,8 @@ class Hosting:
                 started = self._engine.start(job)
                 if isinstance(started, InterposeError):
                     self._company.ended(job, started)
+                elif started.error is not None or started.plan.idle(0):
+                    self._company.ended(job, started.error)
                 elif self._by_itself(started):
                     self._left.append(job)
                 else:
@@ -284,16 +286,20 @@ class Hosting:
         return begun
 
     def _by_itself(self, job: Interpreter) -> bool:
-        """Whether a job can't stand beside others, or generates nothing."""
+        """Whether a job can't stand beside others."""
         # Rows that come and go are padded on the left.
         padded = bool(self._engine.manifest.even_rows)
-        return padded or job.exclusive or job.plan.idle(0) or bool(job.plan.graph.runs[0].given)
+        return padded or job.exclusive or bool(job.plan.graph.runs[0].given)
 
     def pause(self, *, joinable: bool) -> None:
-        self._company.pause(joinable=joinable)
+        self._company.pause(joinable=joinable and not self._left)
 
     def arrivals(self) -> list[Begun]:
-        return self.begin(self._company.arrivals())
+        """Nobody once some wait for the end, or it might never come."""
+        return [] if self._left else self.begin(self._company.arrivals())
+
+    def refused(self, begun: Sequence[Begun]) -> None:
+        self._left += [self._jobs.pop(job) for job, _, _ in begun if job in self._jobs]
 
     def ended(self, job: Interpreter) -> None:
         self._company.ended(self._jobs.pop(job), job.error)

@@ -6,6 +6,7 @@ and are put beside the others, those that are done make room.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol, TypeAlias
@@ -24,6 +25,8 @@ from .pieces import Piece, joined
 from .rows import Span
 from .tail import ARGUMENT, Tail
 
+log = logging.getLogger(__name__)
+
 Begun: TypeAlias = tuple[Interpreter, int, Sequence[Piece]]
 """A job, its run, and what that is given."""
 
@@ -39,6 +42,9 @@ class Guests(Protocol):
 
     def arrivals(self) -> Sequence[Begun]:
         """Runs that join now."""
+
+    def refused(self, begun: Sequence[Begun]) -> None:
+        """Runs that came and can't run beside the others."""
 
     def ended(self, job: Interpreter) -> None:
         """A run is over while others go on."""
@@ -168,8 +174,14 @@ class Generation:
         if self._guests is None:
             return
         self._guests.pause(joinable=True)
-        arrived = self._guests.arrivals()
-        other = self._begin(arrived) if arrived else None
+        arrived: Sequence[Begun] = ()
+        try:
+            arrived = self._guests.arrivals()
+            other = self._begin(arrived) if arrived else None
+        except Exception as error:  # noqa: BLE001 - whatever a model raises at their prompts; the others' steps are done
+            log.warning("a prompt that came failed (%s); it runs apart", type(error).__name__)
+            self._guests.refused(arrived)
+            return
         if other is None:
             return
         if any(part.over for part in other.parts):

@@ -29,10 +29,17 @@ class Company:
     Args:
         begun: the jobs it begins with.
         aside: runs jobs to their end, on the engine's thread.
+        check: raises if the device is broken, so that no job's failure is told which may be another's.
     """
 
-    def __init__(self, begun: Sequence[Ready], aside: Callable[[Sequence[Ready]], None]) -> None:
+    def __init__(
+        self,
+        begun: Sequence[Ready],
+        aside: Callable[[Sequence[Ready]], None],
+        check: Callable[[], None] = lambda: None,
+    ) -> None:
         self._aside = aside
+        self._check = check
         self._meter = Meter()
         self._sinks: dict[int, JobSink] = {}
         self._lock = threading.Lock()
@@ -41,6 +48,8 @@ class Company:
         self._over = False
         self._shared = False
         self._again: list[Ready] = []
+        self._next_aside = 0.0
+        """When others may come between two steps once more."""
         self.joinable = True
         """Whether more can join: not where the model's cache has no room for other rows."""
         self.stepped_at = time.monotonic()
@@ -93,7 +102,9 @@ class Company:
     # -- the engine's thread -----------------------------------------------------------------------------------
 
     def arrivals(self) -> list[EngineJob]:
-        """Jobs that join now."""
+        """Jobs that join now. None once some wait for the end to run again, or it might never come."""
+        if self._again:
+            return []
         with self._lock:
             came = [self._joining.popleft() for _ in range(len(self._joining))]
         for ready in came:
@@ -104,24 +115,29 @@ class Company:
         return [job for _, job in came]
 
     def pause(self, *, joinable: bool) -> None:
-        """Run what came between two steps."""
-        self.stepped_at = time.monotonic()
-        self.joinable = joinable
+        """Run what came between two steps, if these had their share of the time."""
+        self.stepped_at = began = time.monotonic()
+        self.joinable = joinable and not self._again
+        if began < self._next_aside:
+            return
         with self._lock:
             batch = self._others.popleft() if self._others else ()
         if batch:
-            began = time.monotonic()
             self._meter.mark()
             self._aside(batch)
             self._meter.skip()
-            with self._lock:
-                waited = list(self._sinks.values())
+            self.stepped_at = time.monotonic()
+            took, waited = self.stepped_at - began, list(self.sinks)
             for sink in waited:
-                sink.extend(time.monotonic() - began)
+                sink.extend(took)
+            # Every user has as much: who sends forwards without end doesn't stop a generation.
+            self._next_aside = self.stepped_at + took * _users(waited) / _users([sink for sink, _ in batch])
             self._tell()
 
     def ended(self, job: EngineJob, error: InterposeError | None) -> None:
         """A job is over; the others go on."""
+        if error is not None:
+            self._check()
         with self._lock:
             sink = self._sinks.pop(id(job))
         seconds = self._meter.leave(id(job))
@@ -149,3 +165,7 @@ class Company:
 
     def _tell(self) -> None:
         self._loop.call_soon_threadsafe(self.changed.set)
+
+
+def _users(sinks: Sequence[JobSink]) -> int:
+    return len({sink.claim.user for sink in sinks}) or 1

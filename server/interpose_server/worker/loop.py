@@ -141,7 +141,7 @@ class Worker:
             await engine(self._thread, self._run, ready)
             return ()
         over = asyncio.Event()
-        company = self._company = Company(ready, self._aside)
+        company = self._company = Company(ready, self._aside, self._check)
         inviting = asyncio.create_task(self._invite(company, stop, over))
         try:
             await engine(self._thread, self._generate, ready, company)
@@ -213,8 +213,8 @@ class Worker:
             self._runner.host([job for _, job in ready], company)
         except Exception:
             log.exception("the engine failed")
-        company.give_up(InternalError("the server failed while running this job"))
         self._check()
+        company.give_up(InternalError("the server failed while running this job"))
         self._running = None
 
     def _aside(self, ready: Sequence[Ready]) -> None:

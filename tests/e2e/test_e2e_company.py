@@ -1,0 +1,179 @@
+"""Generations that join one another, gradients and forwards between their steps, cancelled neighbours, a worker
+killed among them: each job ends once, with the numbers of plain hooks."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import psutil
+import pytest
+import torch
+from interpose import LanguageModel
+from interpose.wire.stream import Changed
+from models import tiny
+from serving import Served, serve
+from transformers import AutoModelForCausalLM
+
+SETTINGS = {"INTERPOSE_SERVER_LEASE_S": "3"}
+BLOCK = 1
+Check = Callable[[Any], None]
+
+
+@pytest.fixture(scope="module")
+def company(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
+    data = tmp_path_factory.mktemp("company") / "data"
+    with serve(f"tiny-llama={tiny('llama')}", data_dir=data, env=SETTINGS) as server:
+        yield server
+
+
+@pytest.fixture(scope="module")
+def twin() -> Any:
+    model = AutoModelForCausalLM.from_pretrained(tiny("llama")).eval()
+    model.requires_grad_(False)
+    return model
+
+
+def close(found: Any, expected: torch.Tensor) -> None:
+    assert found.shape == expected.shape
+    assert float((found - expected).abs().max()) <= 5e-5 * float(expected.abs().max())
+
+
+def ids_of(rng: random.Random, most: int = 30) -> list[int]:
+    return [rng.randrange(5, 300) for _ in range(rng.randint(1, most))]
+
+
+# -- jobs, each with a check against the same thing done by hand -------------------------------------------------
+
+
+def steered(model: Any, twin: Any, rng: random.Random) -> tuple[Any, Check]:
+    """A greedy generation whose block is scaled at one step and read at every other."""
+    ids, new = ids_of(rng), rng.randint(3, 60)
+    step, factor = rng.randrange(new), rng.choice([-0.5, 2.0])
+    with model.generate(
+        ids, max_new_tokens=new, eos_token_id=-1, stream=None, remote=True, blocking=False
+    ) as tracer:
+        seen = []
+        with tracer.iter[step]:
+            model.model.layers[BLOCK].output[:, -1] *= factor
+        with tracer.all():
+            seen = model.output[:, -1].save()
+        tokens = tracer.result.save()
+
+    def check(job: Any) -> None:
+        at = 0
+
+        def hook(module: Any, args: Any, output: Any) -> Any:
+            hidden = output[0] if isinstance(output, tuple) else output
+            if at == step:
+                hidden[:, -1] *= factor
+
+        handle = twin.model.layers[BLOCK].register_forward_hook(hook)
+        feed, state, known = torch.tensor([ids]), None, list(ids)
+        try:
+            with torch.no_grad():
+                for at in range(new):
+                    out = twin(input_ids=feed, past_key_values=state, use_cache=True)
+                    state, logits = out.past_key_values, out.logits[:, -1]
+                    close(seen[at], logits)
+                    known.append(int(logits.argmax()))
+                    feed = torch.tensor([known[-1:]])
+        finally:
+            handle.remove()
+        assert tokens[0].tolist() == known
+
+    return tracer.job, check
+
+
+def sampled(model: Any, twin: Any, rng: random.Random) -> tuple[Any, Check]:
+    """What transformers draws from the same seed."""
+    ids, new, seed = ids_of(rng), rng.randint(2, 40), rng.randrange(1000)
+    with model.generate(
+        ids, max_new_tokens=new, do_sample=True, seed=seed, temperature=1.5, remote=True, blocking=False
+    ) as tracer:
+        tokens = tracer.result.save()
+
+    def check(job: Any) -> None:
+        torch.manual_seed(seed)
+        given = {"input_ids": torch.tensor([ids]), "attention_mask": torch.ones(1, len(ids), dtype=torch.int64)}
+        expected = twin.generate(**given, max_new_tokens=new, do_sample=True, temperature=1.5)
+        assert tokens[0].tolist() == expected[0].tolist()
+
+    return tracer.job, check
+
+
+def gradient(model: Any, twin: Any, rng: random.Random) -> tuple[Any, Check]:
+    ids, token = ids_of(rng), rng.randrange(300)
+    with model.trace(ids, remote=True, blocking=False) as tracer:
+        hidden = model.model.layers[0].output
+        with model.output[0, -1, token].backward():
+            found = hidden.grad.save()
+
+    def check(job: Any) -> None:
+        kept: list[torch.Tensor] = []
+
+        def hook(module: Any, args: Any, output: Any) -> Any:
+            first = output[0] if isinstance(output, tuple) else output
+            kept.append(first.detach().requires_grad_())
+            return (kept[0], *output[1:]) if isinstance(output, tuple) else kept[0]
+
+        handle = twin.model.layers[0].register_forward_hook(hook)
+        try:
+            twin(torch.tensor([ids])).logits[0, -1, token].backward()
+        finally:
+            handle.remove()
+        close(found, kept[0].grad)
+
+    return tracer.job, check
+
+
+def last(model: Any, twin: Any, rng: random.Random) -> tuple[Any, Check]:
+    ids = ids_of(rng)
+    with model.trace(ids, remote=True, blocking=False) as tracer:
+        found = model.output[:, -1].save()
+
+    def check(job: Any) -> None:
+        with torch.no_grad():
+            close(found, twin(torch.tensor([ids])).logits[:, -1])
+
+    return tracer.job, check
+
+
+KINDS = (steered, steered, sampled, gradient, last)
+
+
+def ended_once(job: Any) -> None:
+    events: list[Any] = []
+    job.wait(lambda event: events.append(event))
+    assert [event.status for event in events if isinstance(event, Changed) and event.status.terminal] == [
+        "completed"
+    ]
+
+
+@pytest.mark.parametrize("seed", range(2))
+def test_everything_at_once(company: Served, twin: Any, seed: int) -> None:
+    model: Any = LanguageModel("tiny-llama", host=company.host, api_key=company.key)
+    rng = random.Random(seed)
+    jobs, cancelled = [], []
+    for number in range(40):
+        jobs.append(rng.choice(KINDS)(model, twin, rng))
+        if number % 8 == 3:
+            with model.generate([7] * 40, max_new_tokens=80, remote=True, blocking=False) as gone:
+                gone.result.save()
+            cancelled.append(gone.job)
+        if cancelled and number % 8 == 5:
+            cancelled[-1].cancel()
+        if seed == 1 and number == 20:
+            _kill_worker(company)
+    for job, check in jobs:
+        job.result(timeout=90)
+        check(job)
+        ended_once(job)
+    assert all(job.status in ("cancelled", "completed") for job in cancelled)
+
+
+def _kill_worker(server: Served) -> None:
+    for process in psutil.Process(server.process.pid).children(recursive=True):
+        if any("interpose_server.worker" in word for word in process.cmdline()):
+            process.kill()
