@@ -512,6 +512,54 @@ def a_mask_of_another_shape(model: Any) -> None:
         model.output.save()
 
 
+@told(errors.BadArgument, "hides tokens within a row")
+def a_mask_with_a_hole(model: Any) -> None:
+    with model.trace(input_ids=[5, 9, 33], attention_mask=[1, 0, 1]):  # here
+        model.output.save()
+
+
+@told(errors.BadArgument, "attention_mask holds whole numbers")
+def a_mask_of_floats(model: Any) -> None:
+    with model.trace(input_ids=torch.tensor([[5, 9, 33]]), attention_mask=torch.ones(1, 3)):  # here
+        model.output.save()
+
+
+@told(errors.BadArgument, "comes within the prompt")
+def a_mask_beside_ids(model: Any) -> None:
+    with model.trace(ROW, attention_mask=torch.ones(1, 3)):  # here
+        model.output.save()
+
+
+@told(errors.BadArgument, "no input_ids")
+def a_mask_without_ids(model: Any) -> None:
+    with model.trace({"attention_mask": torch.ones(1, 3)}):  # here
+        model.output.save()
+
+
+@told(errors.UnknownPoint, "calls mul 4 times; name the call: functions.mul[0].output")
+def a_call_that_isnt_named(model: Any) -> None:
+    with model.trace(ROW):
+        model.transformer.h[0].mlp.act.functions.mul.output.save()  # here
+
+
+@told(errors.UnknownPoint, "name the call: functions.mul[0].output")
+def a_call_that_isnt_named_written(model: Any) -> None:
+    with model.trace(ROW):
+        model.transformer.h[0].mlp.act.functions.mul.output = torch.zeros(3)  # here
+
+
+@told(errors.UnknownPoint, "functions.mul[0].output = ...")
+def all_calls_replaced(model: Any) -> None:
+    with model.trace(ROW):
+        model.transformer.h[0].mlp.act.functions.mul = torch.zeros(3)  # here
+
+
+@told(errors.UnknownPoint, "functions.mul[0].output = ...")
+def a_call_replaced(model: Any) -> None:
+    with model.trace(ROW):
+        model.transformer.h[0].mlp.act.functions.mul[0] = torch.zeros(3)  # here
+
+
 @told(errors.BadArgument, "dict can't go into a graph")
 def an_object_as_an_argument(model: Any) -> None:
     with model.trace(ROW):

@@ -11,6 +11,8 @@ from ..graph.functions import calls, function_of, no_such_point
 if TYPE_CHECKING:
     from .handles import Module
 
+_POINTS = ("output", "input", "inputs")
+
 
 class Functions:
     """The calls a module's own forward makes, in order: printed with their shapes, found by function or by name.
@@ -20,7 +22,10 @@ class Functions:
     """
 
     def __init__(self, module: Module) -> None:
-        self._module = module
+        self.__dict__.update(_module=module)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        raise _replaced(f"{name}[0]" if name in map(function_of, calls(self._module._info)) else name)
 
     def __getattr__(self, name: str) -> Any:
         if name.startswith("__"):
@@ -51,7 +56,25 @@ class FunctionCalls(Sequence["FunctionCall"]):
     """All calls of one function in a module's forward, first to last."""
 
     def __init__(self, module: Module, function: str, names: Sequence[str]) -> None:
-        self._module, self._function, self._names = module, function, names
+        self.__dict__.update(_module=module, _function=function, _names=names)
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__") or name not in _POINTS:
+            raise AttributeError(f"the calls of {self._function} have no {name!r}")
+        raise self._which(name)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        raise self._which(name if name in _POINTS else "output")
+
+    def __setitem__(self, index: Any, value: Any) -> None:
+        raise _replaced(f"{self._function}[{index}]")
+
+    def _which(self, name: str) -> UnknownPoint:
+        times = f"{len(self)} times" if len(self) > 1 else "once"
+        return UnknownPoint(
+            f"{self._module._path or 'the model'} calls {self._function} {times}; "
+            f"name the call: functions.{self._function}[0].{name}"
+        )
 
     def __getitem__(self, index: Any) -> Any:
         try:
@@ -88,6 +111,10 @@ class FunctionCall:
     def _checked(self, name: str) -> str:
         if name.startswith("__"):
             raise AttributeError(name)
-        if name not in ("output", "input", "inputs"):
+        if name not in _POINTS:
             raise UnknownPoint(f"a function's call has output, input and inputs; {name!r} is none of them")
         return name
+
+
+def _replaced(call: str) -> UnknownPoint:
+    return UnknownPoint(f"a call can't be replaced, its values can: functions.{call}.output = ...")

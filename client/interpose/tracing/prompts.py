@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from itertools import compress
+from itertools import compress, pairwise
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -58,7 +58,9 @@ def to_prompt(
         rows = tuple(tuple(tokenize(line)) for line in text) if text else token_rows(prompt)
         return _with_tensors(Invoke(rows, text=text), inputs, manifest, None)
     mask = inputs.pop("attention_mask", None) if manifest.tokens else None
-    rows = token_rows(inputs.pop("input_ids", None)) if manifest.tokens else ((),) * _count(inputs)
+    if manifest.tokens and inputs.get("input_ids") is None:
+        raise BadArgument(f"the prompt has no input_ids, only {', '.join(inputs) or 'nothing'}")
+    rows = token_rows(inputs.pop("input_ids")) if manifest.tokens else ((),) * _count(inputs)
     return _with_tensors(Invoke(rows), inputs, manifest, _kept(rows, mask))
 
 
@@ -69,12 +71,17 @@ def _count(inputs: Mapping[str, Any]) -> int:
 
 
 def _kept(rows: tuple[tuple[int, ...], ...], mask: Any) -> list[list[bool]] | None:
-    """Which places of each row hold tokens; None for all."""
+    """Which places of each row hold tokens; None for all. Only padding before or after a row can be taken off."""
     if mask is None:
         return None
-    keep = [list(map(bool, row)) for row in token_rows(mask)]
+    try:
+        keep = [list(map(bool, row)) for row in token_rows(mask)]
+    except BadArgument:
+        raise BadArgument("attention_mask holds whole numbers or bools, [seq] or [batch, seq]") from None
     if [len(row) for row in keep] != [len(row) for row in rows]:
         raise BadArgument("attention_mask has another shape than input_ids")
+    if any(sum(a != b for a, b in pairwise([False, *row, False])) > 2 for row in keep):
+        raise BadArgument("attention_mask hides tokens within a row; here it marks padding before or after one")
     return keep
 
 
@@ -87,6 +94,8 @@ def _with_tensors(
     _check(invoke, manifest)
     made = {}
     for name, tensor in tensors.items():
+        if name in TOKENS and manifest.tokens:
+            raise BadArgument(f"{name} comes within the prompt: {{'input_ids': ..., 'attention_mask': ...}}")
         if name not in manifest.inputs:
             takes = [*(TOKENS if manifest.tokens else ()), *manifest.inputs]
             raise BadArgument(f"{manifest.model} takes no input {name!r}; it takes {', '.join(takes)}")
