@@ -44,6 +44,12 @@ def test_the_fairest_job_decides_who_comes_between_two_steps() -> None:
     assert (turn.refs, turn.joins) == (["a", "c"], False)
 
 
+def test_what_is_on_the_generation_takes_its_memory_from_those_aside() -> None:
+    waiting = [job(name, memory_bytes=400) for name in "abc"]
+    assert between(waiting, [GENERATES], BUDGET).refs == ["a", "b"]
+    assert between(waiting, [Footprint(kind="generate", memory_bytes=500)], BUDGET).refs == ["a"]
+
+
 @pytest.mark.parametrize(
     "first",
     [

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from interpose.graph.footprint import Footprint
 
@@ -90,7 +90,8 @@ def between(
         return Turn()
     first = waiting[0]
     if first.footprint.kind == "trace" and not first.alone:
-        return Turn(choose([job for job in waiting if job.footprint.kind == "trace"], budget))
+        room = replace(budget, memory_bytes=budget.memory_bytes - sum(job.memory_bytes for job in running))
+        return Turn(choose([job for job in waiting if job.footprint.kind == "trace"], room))
     if not joinable:
         return Turn()
     load = Load()
