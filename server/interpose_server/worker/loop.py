@@ -6,11 +6,11 @@ import asyncio
 import logging
 import os
 import time
-from collections.abc import Callable, Collection, Coroutine, Sequence
+from collections.abc import Callable, Collection, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import replace
-from typing import Any, Protocol
+from typing import Protocol
 
 import msgpack
 import torch
@@ -98,6 +98,7 @@ class Worker:
         shared = runner.manifest.row_independent
         self._company: Company | None = None
         """Who comes to the generation under way."""
+        self._ringing: asyncio.Task[None] | None = None
         self._budget = Budget(
             jobs=settings.batch_jobs if shared else 1,
             rows=settings.batch_rows,
@@ -115,14 +116,20 @@ class Worker:
                 self._empty.clear()
                 await self._empty.wait()
         finally:
-            await end(tasks)
+            await end([*tasks, *([self._ringing] if self._ringing else [])])
             self._thread.shutdown(wait=False)
+
+    def _bell(self) -> asyncio.Task[None]:
+        """Done when a job may be waiting. The same until it is: one that is given up in between may have rung."""
+        if self._ringing is None or self._ringing.done():
+            self._ringing = asyncio.create_task(self._broker.queue.wait(self._model, IDLE_S))
+        return self._ringing
 
     async def _turn(self, stop: asyncio.Event) -> None:
         try:
             refs = choose(await self._broker.queue.peek(self._model), self._budget)
             if not refs:
-                await _either(self._broker.queue.wait(self._model, IDLE_S), stop)
+                await _either(self._bell(), stop)
                 return
             claims = await self._broker.queue.claim(self._model, self._name, refs)
         except (RedisError, OSError) as error:
@@ -159,7 +166,7 @@ class Worker:
             try:
                 if not company.busy:
                     await self._offer(company)
-                await _either(self._broker.queue.wait(self._model, IDLE_S), company.changed)
+                await _either(self._bell(), company.changed)
             except (RedisError, OSError) as error:
                 log.warning("the broker doesn't answer (%s); trying again", type(error).__name__)
                 await asyncio.sleep(0.2)
@@ -328,12 +335,12 @@ def _open(ready: Sequence[Ready]) -> bool:
     )
 
 
-async def _either(wait: Coroutine[Any, Any, None], stop: asyncio.Event) -> None:
-    """Return when one of them does, or raise what `wait` raised."""
-    tasks: list[asyncio.Task[Any]] = [asyncio.create_task(wait), asyncio.create_task(stop.wait())]
+async def _either(bell: asyncio.Task[None], event: asyncio.Event) -> None:
+    """Return when the bell has rung or the event is set; raises what the bell raised. An unrung bell stays."""
+    waiting = asyncio.create_task(event.wait())
     try:
-        await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
-        if tasks[0].done():
-            tasks[0].result()
+        await asyncio.wait([bell, waiting], return_when=asyncio.FIRST_COMPLETED)
+        if bell.done():
+            bell.result()
     finally:
-        await end(tasks)
+        await end([waiting])
