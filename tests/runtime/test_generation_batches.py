@@ -16,8 +16,8 @@ from interpose.errors import IndexOutOfRange, InterposeError, JobCancelled
 from interpose.graph.model import Graph
 from interpose.runtime.engine import Engine, EngineJob
 from interpose.runtime.hooks import CURRENT
-from interpose.runtime.nests import transform
 from models import tiny
+from recording import Kept, recorded
 
 BLOCKS = {
     "gpt2": "transformer.h",
@@ -45,34 +45,6 @@ def nothing_stays_hooked() -> Iterator[None]:
     for module in engine("gpt2").loaded.model.modules():
         assert not module._forward_hooks
         assert not module._forward_pre_hooks
-
-
-class Kept:
-    """A sink that keeps copies. `patience`: how often it says to go on."""
-
-    def __init__(self, patience: int = 10**6) -> None:
-        self.values: dict[int, Any] = {}
-        self.patience = patience
-
-    def save(self, node: int, value: Any) -> None:
-        assert node not in self.values, "saved twice"
-        self.values[node] = transform(value, torch.clone)
-
-    def log(self, node: int, text: str) -> None:
-        pass
-
-    def cancelled(self) -> bool:
-        self.patience -= 1
-        return self.patience < 0
-
-
-def recorded(tracer: Any, fill: Any) -> Graph:
-    """The graph of a block, which isn't run."""
-    found: list[Graph] = []
-    tracer._owner.execute = lambda graph, tensors, options: found.append(graph) or {}
-    with tracer:
-        fill(tracer)
-    return found[0]
 
 
 def blocks(arch: str) -> list[Any]:

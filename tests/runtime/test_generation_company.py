@@ -13,7 +13,8 @@ from interpose.errors import IndexOutOfRange, InterposeError, JobCancelled, OutO
 from interpose.graph.model import Graph, Invoke, Node, Run
 from interpose.graph.values import Ref
 from interpose.runtime.engine import EngineJob
-from test_generation_batches import Kept, blocks, engine, opened, random_generation, recorded
+from recording import Kept, recorded
+from test_generation_batches import blocks, engine, opened, random_generation
 
 FLEXIBLE = ["gpt2", "llama", "opt", "neox"]
 FIXED = ["gemma3", "mamba"]

@@ -7,14 +7,15 @@ from collections.abc import Iterator
 from typing import Any
 
 import pytest
+import recording
 import torch
 from interpose import LanguageModel
 from interpose.errors import NotReached
 from interpose.graph.model import Graph
 from interpose.runtime.engine import EngineJob
-from interpose.runtime.nests import transform
 from interpose.tracing.torch_face import SavedTensor
 from models import tiny
+from recording import Kept
 
 ROW = [5, 9, 33, 7, 8]
 
@@ -22,20 +23,6 @@ ROW = [5, 9, 33, 7, 8]
 @pytest.fixture(scope="module")
 def model() -> Any:
     return LanguageModel(str(tiny("llama")))
-
-
-class Kept:
-    def __init__(self) -> None:
-        self.values: dict[int, Any] = {}
-
-    def save(self, node: int, value: Any) -> None:
-        self.values[node] = transform(value, torch.clone)
-
-    def log(self, node: int, text: str) -> None:
-        pass
-
-    def cancelled(self) -> bool:
-        return False
 
 
 def tracked() -> int:
@@ -58,11 +45,7 @@ def nothing_stays(model: Any) -> Iterator[None]:
 
 
 def recorded(tracer: Any, fill: Any) -> Graph:
-    found: list[Graph] = []
-    tracer._owner.execute = lambda graph, tensors, options: found.append(graph) or {}
-    with tracer:
-        fill()
-    return found[0]
+    return recording.recorded(tracer, lambda _: fill())
 
 
 def gradient(model: Any, token: int) -> Graph:

@@ -7,6 +7,7 @@ from functools import cache
 from typing import Any
 
 import pytest
+import recording
 import torch
 from interpose import LanguageModel
 from interpose.errors import InterposeError, NotReached
@@ -14,25 +15,11 @@ from interpose.graph.limits import UNLIMITED
 from interpose.graph.model import Graph
 from interpose.graph.validate import validate
 from interpose.runtime.engine import EngineJob
-from interpose.runtime.nests import transform
 from models import tiny
+from recording import Kept
 
 ROWS = {"short": [5, 9, 33], "long": [7, 8, 14, 90, 121, 33, 60], "one": [44]}
 Fill = Callable[[Any, Any], None]
-
-
-class Kept:
-    def __init__(self) -> None:
-        self.values: dict[int, Any] = {}
-
-    def save(self, node: int, value: Any) -> None:
-        self.values[node] = transform(value, torch.clone)
-
-    def log(self, node: int, text: str) -> None:
-        pass
-
-    def cancelled(self) -> bool:
-        return False
 
 
 @cache
@@ -41,14 +28,12 @@ def model(arch: str) -> Any:
 
 
 def recorded(arch: str, fill: Fill, *rows: str) -> Graph:
-    found: list[Graph] = []
-    tracer = model(arch).trace()
-    tracer._owner.execute = lambda graph, tensors, options: found.append(graph) or {}
-    with tracer:
+    def filled(tracer: Any) -> None:
         for row in rows:
             with tracer.invoke(ROWS[row]):
                 fill(model(arch), tracer)
-    return found[0]
+
+    return recording.recorded(model(arch).trace(), filled)
 
 
 def reads(model: Any, tracer: Any) -> None:
@@ -165,11 +150,9 @@ def test_what_a_gradient_decides_later_in_the_forward_runs_alone() -> None:
 
 
 def test_a_gradient_of_one_run_may_be_written_in_the_next_beside_others() -> None:
-    found: list[Graph] = []
     lm = model("llama")
-    session = lm.session()
-    session._owner.execute = lambda graph, tensors, options: found.append(graph) or {}
-    with session:
+
+    def filled(session: Any) -> None:
         with lm.trace(ROWS["long"]):
             hidden = lm.layers[0].resid_post
             with lm.logits[0, -1, 3].backward():
@@ -177,8 +160,10 @@ def test_a_gradient_of_one_run_may_be_written_in_the_next_beside_others() -> Non
         with lm.trace(ROWS["long"]):
             lm.layers[0].resid_post += push
             lm.logits.save()
-    assert not validate(found[0], lm.manifest, UNLIMITED).footprint.exclusive
-    graphs = [found[0], recorded("llama", reads, "short")]
+
+    graph = recording.recorded(lm.session(), filled)
+    assert not validate(graph, lm.manifest, UNLIMITED).footprint.exclusive
+    graphs = [graph, recorded("llama", reads, "short")]
     as_alone("llama", graphs, run("llama", *graphs))
 
 

@@ -12,8 +12,8 @@ from interpose import LanguageModel
 from interpose.errors import IndexOutOfRange
 from interpose.graph.model import Graph
 from interpose.runtime.engine import EngineJob
-from interpose.runtime.nests import transform
 from models import ARCHITECTURES, tiny
+from recording import Kept, recorded
 from torch import Tensor
 
 ROWS = {"four": [5, 9, 33, 7], "one": [44], "long": [7, 8, 14, 90, 121, 33, 60], "heads": [1, 2, 3, 4]}
@@ -22,32 +22,9 @@ ROWS = {"four": [5, 9, 33, 7], "one": [44], "long": [7, 8, 14, 90, 121, 33, 60],
 Fill = Callable[[Any], None]
 
 
-class Kept:
-    def __init__(self) -> None:
-        self.values: dict[int, Any] = {}
-
-    def save(self, node: int, value: Any) -> None:
-        self.values[node] = transform(value, torch.clone)
-
-    def log(self, node: int, text: str) -> None:
-        pass
-
-    def cancelled(self) -> bool:
-        return False
-
-
 @cache
 def model(arch: str) -> Any:
     return LanguageModel(str(tiny(arch)))
-
-
-def recorded(block: Any, fill: Fill) -> Graph:
-    """The graph of a block, which isn't run."""
-    found: list[Graph] = []
-    block._owner.execute = lambda graph, tensors, options: found.append(graph) or {}
-    with block as tracer:
-        fill(tracer)
-    return found[0]
 
 
 def jobs(arch: str) -> dict[str, Graph]:

@@ -7,30 +7,17 @@ from functools import cache
 from typing import Any
 
 import pytest
+import recording
 import torch
 from interpose import LanguageModel
 from interpose.graph.model import Graph
 from interpose.runtime.engine import EngineJob
-from interpose.runtime.nests import transform
 from models import tiny
+from recording import Kept
 from transformers import BertConfig, BertLMHeadModel
 
 ROWS = ([5, 9, 33], [7, 8, 14, 90, 121, 33, 60], [44], [12, 13, 14])
 Fill = Callable[[Any], Any]
-
-
-class Kept:
-    def __init__(self) -> None:
-        self.values: dict[int, Any] = {}
-
-    def save(self, node: int, value: Any) -> None:
-        self.values[node] = transform(value, torch.clone)
-
-    def log(self, node: int, text: str) -> None:
-        pass
-
-    def cancelled(self) -> bool:
-        return False
 
 
 @cache
@@ -39,12 +26,7 @@ def model(arch: str) -> Any:
 
 
 def recorded(arch: str, fill: Fill, row: Any) -> Graph:
-    found: list[Graph] = []
-    tracer = model(arch).trace(row)
-    tracer._owner.execute = lambda graph, tensors, options: found.append(graph) or {}
-    with tracer:
-        fill(model(arch))
-    return found[0]
+    return recording.recorded(model(arch).trace(row), lambda tracer: fill(model(arch)))
 
 
 LAST: dict[str, Fill] = {
