@@ -227,6 +227,13 @@ def searching(model: Any) -> None:
         _ = 3 in model.output  # here
 
 
+@told(errors.BadArgument, "is a parameter, which a block doesn't change")
+def a_weight_written(model: Any) -> None:
+    with model.trace(ROW):
+        model.transformer.h[0].mlp.c_proj.weight[:] = 0  # here
+        model.output.save()
+
+
 @told(errors.ControlFlow, "NumPy")
 def numpy(model: Any) -> None:
     with model.trace(ROW):

@@ -68,7 +68,14 @@ class ValueBase:
         return self.current
 
     def write(self, chain: tuple[View, ...], index: Any, value: Any) -> None:
-        self.recorder.check_repeats(self.recorder.nodes[self.current].when)
+        node = self.recorder.nodes[self.current]
+        if node.op == "param":
+            name = ".".join(filter(None, node.args))
+            raise BadArgument(
+                f"{name} is a parameter, which a block doesn't change; write what its module returns, or compute "
+                "with a copy: .clone()"
+            )
+        self.recorder.check_repeats(node.when)
         args = (Ref(self.current), chain, index, value)
         self.current = self.recorder.node("update", args)
 
