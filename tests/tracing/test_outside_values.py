@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 import torch
 from interpose import LanguageModel
-from interpose.errors import BadArgument, DeferredError
+from interpose.errors import BadArgument, ControlFlow, DeferredError
+from interpose.tracing import array_face
 from models import tiny
 from torch import nn
 
@@ -111,3 +112,39 @@ def test_a_value_of_another_block_says_what_to_do(model: Any) -> None:
         model.output[...].save()
     with model.trace(ROWS), pytest.raises(DeferredError, match=r"\.save\(\)"):
         model.output[:] = lost
+
+
+def test_without_torch_numpy_hands_its_operators_over(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("interpose.tracing.torch_face.make", array_face.make)
+    ones = np.ones(64, dtype="float32")
+    with model.trace(ROWS):
+        hidden = model.transformer.h[1].output[0]
+        base = hidden.save()
+        found = [
+            each.save()
+            for each in (
+                RAMP * hidden,
+                RAMP - hidden,
+                np.float32(2) ** hidden,
+                np.less(RAMP, hidden),
+                np.exp(hidden),
+                ones @ hidden[0].T,
+            )
+        ]
+        assert hidden.device == "cpu"
+        with pytest.raises(ControlFlow, match=r"write it with interpose\.torch"):
+            np.spacing(hidden)
+    plain = np.asarray(base)
+    with model.trace(ROWS):
+        mixed = (base[0, -1:] * model.transformer.h[1].output[0]).save()
+    hand = [
+        RAMP * plain,
+        RAMP - plain,
+        np.float32(2) ** plain,
+        np.less(RAMP, plain),
+        np.exp(plain),
+        ones @ plain[0].T,
+    ]
+    for value, by_hand in zip(found, hand, strict=True):
+        assert value.dtype == by_hand.dtype and np.allclose(value, by_hand, rtol=1e-5, atol=1e-5)
+    assert np.allclose(mixed, plain[0, -1:] * plain, atol=1e-5)

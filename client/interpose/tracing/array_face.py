@@ -7,13 +7,46 @@ from typing import Any
 import numpy as np
 from numpy.lib.mixins import NDArrayOperatorsMixin
 
+from ..errors import ControlFlow
+from ..graph import ops
 from .bases import Base, View
 from .deferred import Deferred
 from .recorder import Recorder
 
+_UFUNCS = {
+    "subtract": "sub",
+    "multiply": "mul",
+    "divide": "div",
+    "power": "pow",
+    "equal": "eq",
+    "not_equal": "ne",
+    "less": "lt",
+    "less_equal": "le",
+    "greater": "gt",
+    "greater_equal": "ge",
+    "left_shift": "bitwise_left_shift",
+    "right_shift": "bitwise_right_shift",
+}
+"""NumPy's functions of other names than the operation's."""
+
 
 class DeferredArray(Deferred):
     """An array that will exist when the block has run."""
+
+    def __array_ufunc__(self, ufunc: np.ufunc, method: str, *inputs: Any, **kwargs: Any) -> Any:
+        """What NumPy hands over: `array * value`, `np.exp(value)`."""
+        name = _UFUNCS.get(ufunc.__name__, ufunc.__name__)
+        if method != "__call__" or kwargs or name not in ops.OPS:
+            raise ControlFlow(
+                f"NumPy's {ufunc.__name__} can't have this value before the block has run; "
+                "write it with interpose.torch, or save the value and convert it afterwards"
+            )
+        return self._recorder.op(name, inputs, {})
+
+    @property
+    def device(self) -> str:
+        """Where values are for the user's code, wherever the model is."""
+        return "cpu"
 
     def _become(self, value: Any) -> None:
         self.__dict__.clear()

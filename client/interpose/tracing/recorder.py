@@ -147,7 +147,9 @@ class Recorder:
         """Record an operation on values as the user wrote them; returns its deferred result."""
         op = ops.lookup(name)
         plain = [self.arg(arg) for arg in args]
-        named = {key: self.arg(arg) for key, arg in kwargs.items()}
+        # The device that values show, `device=x.device`, says nothing: a graph runs where the model is.
+        told = {key: arg for key, arg in kwargs.items() if key != "device" or str(arg) != "cpu"}
+        named = {key: self.arg(arg) for key, arg in told.items()}
         first = args[0] if args else None
         if op.view and is_deferred(first):
             bound = tuple(ops.bind(op, plain, named).values())
