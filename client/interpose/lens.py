@@ -79,6 +79,9 @@ class ActivationCache(dict[str, Any]):
         super().__init__()
         self._layers = layers
 
+    def __repr__(self) -> str:
+        return f"ActivationCache with keys {list(self)}"
+
     def __missing__(self, key: Any) -> Any:
         name, layer, part = (*key, None, None)[:3] if isinstance(key, tuple) else (key, None, None)
         layer = layer + self._layers if isinstance(layer, int) and layer < 0 else layer

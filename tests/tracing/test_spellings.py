@@ -21,7 +21,7 @@ from interpose.errors import (
 )
 from interpose.nnterp import StandardizedTransformer
 from interpose.tracing.keeping import SavedList, StepValues
-from interpose.transformer_lens import HookedTransformer, utils
+from interpose.transformer_lens import HookedTransformer, HookPoint, hook_points, utils
 from models import tiny
 from torch import Tensor
 
@@ -141,10 +141,24 @@ def test_where_values_live_and_what_they_become(model: Any, plain: dict[str, Ten
         hidden = model.transformer.h[0].output[0]
         moved = hidden.detach().clone().cpu().to(hidden.device).to("cuda").cuda().save()
         half = hidden.to(torch.float16).save()
-        noise = torch.zeros(hidden.shape[-1]).to(model.device)
+        noise = torch.zeros(hidden.shape[-1]).to(model.device) + torch.zeros_like(
+            hidden[0, 0], device=hidden.device
+        )
         hidden[:, -1] += noise
         assert hidden.dtype == torch.float32 and f"{hidden}".startswith("<deferred")
     assert torch.equal(moved, plain["h0"]) and half.dtype == torch.float16
+
+
+def test_an_invoke_knows_its_tokens(model: Any) -> None:
+    with model.trace() as tracer:
+        with tracer.invoke(ROW) as one:
+            model.output.save()
+        with tracer.invoke([ROW, ROW[:2]]) as two:
+            model.output.save()
+    assert one.inputs[0][0]["input_ids"][0].tolist() == ROW
+    given = two.inputs[0][0]
+    assert given["input_ids"].tolist() == [ROW, [0, 0, 0, *ROW[:2]]]
+    assert given["attention_mask"].tolist() == [[1] * 5, [0, 0, 0, 1, 1]]
 
 
 def test_an_item_is_a_number_after_the_block(model: Any, plain: dict[str, Tensor]) -> None:
@@ -518,6 +532,7 @@ def test_a_cache_of_chosen_names(model: Any) -> None:
     )
     assert list(cache) == [f"blocks.{layer}.attn.hook_z" for layer in range(3)]
     assert cache["z", 0].shape == (5, 4, 16)
+    assert repr(cache) == f"ActivationCache with keys {list(cache)}"
     _, heads = model.run_with_cache(ROW, "blocks.1.attn.hook_result")
     assert heads["result", 1].shape == (1, 5, 4, 64)
     with pytest.raises(UnknownPoint, match="names_filter"):
@@ -577,6 +592,7 @@ def test_losses(model: Any, plain: dict[str, Tensor]) -> None:
 
 
 def test_names_of_activations() -> None:
+    assert hook_points.HookPoint is HookPoint
     assert utils.get_act_name("pattern", 5) == "blocks.5.attn.hook_pattern"
     assert utils.get_act_name("resid_pre", 0) == "blocks.0.hook_resid_pre"
     assert utils.get_act_name("post", 2) == "blocks.2.mlp.hook_post"

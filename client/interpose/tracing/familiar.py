@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+import importlib.util
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NoReturn
+
+import numpy as np
 
 from ..errors import BadArgument, UnknownOp
 
@@ -25,6 +28,17 @@ ADVICE: Mapping[str, str] = {
 def unknown(what: str, name: str) -> NoReturn:
     """Raise UnknownOp, which is an AttributeError, with what to write instead where that is known."""
     raise UnknownOp(f"{what} has no {name!r}" + (f": {ADVICE[name]}" if name in ADVICE else ""))
+
+
+def padded(rows: Sequence[Sequence[int]]) -> dict[str, Any]:
+    """Token ids and their mask, [rows, longest], padded on the left with 0; torch's tensors where torch is."""
+    make: Callable[[Any], Any] = np.asarray
+    if importlib.util.find_spec("torch"):
+        from .torch_face import whole as make
+    longest = max(map(len, rows))
+    ids = [[0] * (longest - len(row)) + list(row) for row in rows]
+    mask = [[0] * (longest - len(row)) + [1] * len(row) for row in rows]
+    return {"input_ids": make(ids), "attention_mask": make(mask)}
 
 
 class Once:

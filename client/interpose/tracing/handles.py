@@ -85,7 +85,7 @@ class Module:
             recorder = self._owner._recording()
             return recorder.value(recorder.node("param", (self._path, name)))
         where = f"{self._path} ({info.cls})" if self._path else f"{self._manifest.model} ({info.cls})"
-        also = standard.names(self._manifest, self._path)
+        also = [*COMMON, *standard.names(self._manifest, self._path)]
         raise UnknownModule(f"{where} has no {name!r}{self._manifest.nearest(self._child_path(name), also)}")
 
     def __setattr__(self, name: str, value: Any) -> None:

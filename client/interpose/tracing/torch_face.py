@@ -50,7 +50,10 @@ class DeferredTensor(Deferred, torch.Tensor):  # type: ignore[misc, override]
         if name in ops.INPLACE and is_deferred(args[0]):
             return in_place(args[0], name)(*args[1:], **(kwargs or {}))
         if name in ("__setitem__", "__set__") or name in ops.INPLACE:
-            raise BadArgument("a real tensor can't take a deferred value; compute the result as a new value")
+            raise BadArgument(
+                "a real tensor can't take a deferred value, which has no numbers yet; compute a new value, "
+                "or keep it, saved, in a list or dictionary"
+            )
         if name in _KNOWN:
             return getattr(args[0], name)(*args[1:]) if name not in _ATTRIBUTES else getattr(args[0], name)
         raise UnknownOp(f"{ops.lookup(name).name} isn't taken in this spelling, {func}")
@@ -133,6 +136,11 @@ def become(deferred: torch.Tensor, value: torch.Tensor) -> None:
     torch._C._swap_tensor_impl(deferred, real)
     deferred.__dict__.clear()
     deferred.__class__ = SavedTensor
+
+
+def whole(rows: Sequence[Sequence[int]]) -> torch.Tensor:
+    """Rows of whole numbers as one plain tensor."""
+    return torch.tensor(rows)
 
 
 def stacked(values: Sequence[torch.Tensor]) -> torch.Tensor:

@@ -15,7 +15,7 @@ from ..torch import RECORDER
 from . import flow
 from .cache import Cache, ModuleCache, collect, collect_modules
 from .execution import Execution, TraceJob
-from .familiar import Backend, Once, unknown
+from .familiar import Backend, Once, padded, unknown
 from .keeping import SavedDict, SavedList, advise
 from .parameters import named, parameter
 from .prompts import Tokenize, to_prompt
@@ -309,6 +309,12 @@ class Invoker:
 
     def __init__(self, tracer: Tracer, prompt: Any, inputs: Mapping[str, Any]) -> None:
         self._tracer, self._prompt, self._inputs = tracer, prompt, inputs
+        self._given: Invoke | None = None
+
+    @property
+    def inputs(self) -> tuple[tuple[dict[str, Any], ...], dict[str, Any]]:
+        """The prompt as the model is given it, as nnsight has it: `invoker.inputs[0][0]["input_ids"][0]`."""
+        return ((padded(self._given.rows) if self._given is not None else {},), {})
 
     def __enter__(self) -> Invoker:
         recorder = self._tracer.recorder
@@ -316,6 +322,7 @@ class Invoker:
             raise BadArgument("invokes don't nest; leave this one first")
         if self._prompt is not None or self._inputs:
             recorder.invoke = self._tracer._add(self._prompt, self._inputs)
+            self._given = recorder.runs[-1].invokes[recorder.invoke]
         elif not recorder.runs[-1].invokes:
             raise BadArgument("an invoke without a prompt sees the whole batch, and there is none yet")
         return self

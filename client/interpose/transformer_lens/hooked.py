@@ -1,4 +1,4 @@
-"""TransformerLens's names: `from interpose.transformer_lens import HookedTransformer, utils`.
+"""TransformerLens's model class.
 
 The weights are the model's own: nothing is folded, centred or renamed, as in `from_pretrained_no_processing`.
 """
@@ -11,16 +11,13 @@ from contextlib import contextmanager
 from types import SimpleNamespace
 from typing import Any
 
-from .errors import BadArgument
-from .lens import ActivationCache, Hook, HookPoint, act_name
-from .models import LanguageModel
-from .tracing.notes import note
-from .tracing.prompts import token_rows
-from .tracing.tracer import ACTIVE
+from ..errors import BadArgument
+from ..lens import ActivationCache, Hook
+from ..models import LanguageModel
+from ..tracing.notes import note
+from ..tracing.prompts import token_rows
+from ..tracing.tracer import ACTIVE
 
-__all__ = ["ActivationCache", "HookPoint", "HookedTransformer", "utils"]
-
-utils = SimpleNamespace(get_act_name=act_name)
 _PROCESSING = (
     "fold_ln",
     "center_writing_weights",
@@ -72,7 +69,7 @@ class HookedTransformer(LanguageModel):
 
     def to_tokens(self, text: str | Sequence[str], prepend_bos: bool | None = None) -> Any:
         """Ids [texts, seq] of one text, or of several of equal length; torch's tensor where torch is."""
-        from .tokens import stack
+        from ..tokens import stack
 
         rows = [self._ids(item, prepend_bos) for item in ([text] if isinstance(text, str) else text)]
         if len({len(row) for row in rows}) != 1:
