@@ -34,7 +34,11 @@ def collect(model: Model, patterns: Sequence[Any]) -> Cache:
         names = {f"{pattern._path}.output": (pattern._path, "output")} if isinstance(pattern, Module) else {}
         names = names or dict(_matching(model, pattern))
         if not names:
-            raise UnknownPoint(f"no hook point matches {pattern!r}; one is named like transformer.h.0.output")
+            like = next((path for path in model._tree().modules if path.endswith(".0")), "lm_head")
+            raise UnknownPoint(
+                f"no hook point matches {pattern!r}; one is named like {like}.output, "
+                "and those of standard names like blocks.0.resid_post"
+            )
         for name, (path, point) in names.items():
             if name not in cache:
                 cache[name] = Module(model, path).points[point].save()

@@ -30,6 +30,7 @@ _REFUSED = {
     "tolist": "a value's numbers exist only after the block: save() it",
     "numpy": "a value's numbers exist only after the block: save() it",
     "data": "use detach()",
+    "grad": "with loss.backward(): takes gradients, x.grad in it",
     "apply_": "a graph holds operations, not functions",
     "map_": "a graph holds operations, not functions",
     "as_strided": "it looks behind a tensor; index or reshape instead",
