@@ -196,6 +196,7 @@ VIEW = {
     **each("unfold", call(V, 0, 2, 1), call(M, 1, 3, 2)),
     **each("atleast_1d atleast_2d atleast_3d", call(ZERO_D), call(V), call(M), call(X)),
     **each("detach contiguous cpu clone", call(M), call(X.transpose(0, 1))),
+    **each("still_contiguous", call(M)),
     **each("chunk", call(V, 3), call(X, 2, -1), call(V, 9)),
     **each("split", call(V, 3), call(M, (1, 3), 1), call(M, 2, dim=-1)),
     **each("tensor_split", call(V, 3), call(V, (1, 3)), call(M, 2, 1)),

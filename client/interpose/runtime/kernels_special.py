@@ -202,3 +202,13 @@ def pair_loss(function: Callable[..., Any]) -> Callable[..., Any]:
         return function(input.expand(shape), target.expand(shape), **more)
 
     return kernel
+
+
+def still_contiguous(input: Tensor) -> Tensor:
+    """Raises where `contiguous` made a copy, which what is written later doesn't reach."""
+    if not input.is_contiguous():
+        raise ValueError(
+            "contiguous() made a copy here, and what it was taken of was written since: use it before the write, "
+            "or take a copy for certain, with .clone()"
+        )
+    return input

@@ -142,6 +142,7 @@ _SPECIAL: dict[str, Kernel] = {
     "type": lambda input, dtype: input.to(dtype),
     "T": lambda input: input.permute(tuple(range(input.ndim - 1, -1, -1))),
     "mT": lambda input: input.mT,
+    "still_contiguous": special.still_contiguous,
     "copy": index.copy,
     "getitem": index.getitem,
     "setitem": index.setitem,

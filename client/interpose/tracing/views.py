@@ -36,6 +36,8 @@ def again(recorder: Recorder, node: int, view: View) -> int:
     seen = ops.infer(name, (recorder.spec(node), *args), {}) if name in RESHAPES else None
     if isinstance(seen, TensorSpec):
         return recorder.node("view", (Ref(node), seen.shape))
+    if name == "contiguous":
+        return recorder.node("still_contiguous", (Ref(node),))
     if name in MAY_COPY:
         raise BadArgument(
             f"{name}() may have made a copy, and what it was taken of was written since: use it before the write, "
