@@ -340,7 +340,9 @@ def test_weights_as_values(place: Any, model: Any, twin: Any) -> None:
         direction = model.lm_head.weight[7] - model.lm_head.weight[9]
         score = (model.transformer.ln_f.output @ direction).save()
         bias = model.transformer.h[0].attn.c_attn.bias.save()
-        table = model.transformer.wte.weight
+        with pytest.raises(BadArgument, match="clone"):
+            model.transformer.wte.weight[0] = 9.0
+        table = model.transformer.wte.weight.clone()
         table[0] = 9.0  # a value of the block: the model's own weight is untouched
         changed, logits = table[0].save(), model.output.save()
     seen, head = by_hand(twin), twin.model.lm_head.weight.detach()
