@@ -9,7 +9,7 @@ import pytest
 from interpose.errors import JobConflict, OpFailed, QueueFull, UnknownJob
 from interpose.wire.status import JobStatus
 from interpose_server.broker import events, keys
-from interpose_server.broker.connect import Broker, connect
+from interpose_server.broker.connect import CONNECTIONS, Broker, connect
 from interpose_server.broker.queue import Outcome, Record, Report
 from rig import Valkey, make_settings, new_job, run_valkey
 
@@ -28,6 +28,14 @@ async def test_a_job_sent_twice_is_one_job(broker: Broker) -> None:
     assert await broker.queue.submit(job) == (JobStatus.QUEUED, 1)
     assert await broker.queue.submit(job) == (JobStatus.QUEUED, None)
     assert await broker.queue.depth("tiny") == 1
+
+
+async def test_more_commands_at_once_than_connections_wait_for_one(broker: Broker) -> None:
+    assert (
+        await asyncio.gather(*(broker.queue.depth("tiny") for _ in range(10 * CONNECTIONS)))
+        == [0] * 10 * CONNECTIONS
+    )
+    assert (await broker.redis.info("clients"))["connected_clients"] <= CONNECTIONS
 
 
 async def test_same_id_other_payload_conflicts_within_a_user_only(broker: Broker) -> None:

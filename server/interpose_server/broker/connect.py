@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from interpose.errors import ConfigError
-from redis.asyncio import Redis
+from redis.asyncio import BlockingConnectionPool, Redis
 from redis.asyncio.retry import Retry
 from redis.backoff import ExponentialBackoff
 from redis.exceptions import ConnectionError as RedisConnectionError
@@ -17,6 +17,9 @@ from .accounts import Accounts
 from .models import Models
 from .queue import Queue
 from .scripts import Scripts
+
+CONNECTIONS = 32
+"""Of one process to Redis."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,8 +43,12 @@ class Broker:
 def connect(settings: Settings) -> Broker:
     """A broker that connects when it is first used, and rides out a restart of Redis. Raises ConfigError."""
     try:
-        redis = Redis.from_url(
+        pool = BlockingConnectionPool.from_url(
             settings.redis_url,
+            # One loop makes no use of more at once. Whoever comes then waits for one: the plain pool would refuse
+            # them, and opening a connection takes longer than most commands.
+            max_connections=CONNECTIONS,
+            timeout=30,
             # Every call may be made twice: scripts are idempotent where it matters. About three seconds in all.
             retry=Retry(ExponentialBackoff(cap=0.5, base=0.02), 10),
             retry_on_error=[RedisConnectionError, RedisTimeoutError],
@@ -50,6 +57,7 @@ def connect(settings: Settings) -> Broker:
         )
     except ValueError as error:
         raise ConfigError(f"the Redis URL can't be read: {error}") from error
+    redis = Redis.from_pool(pool)
     return Broker(
         redis=redis,
         queue=Queue(redis, Scripts(redis), settings),
