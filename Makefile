@@ -1,4 +1,4 @@
-.PHONY: setup demo test lint bench clean
+.PHONY: setup demo test lint bench peers clean
 
 setup:
 	@scripts/setup
@@ -19,6 +19,10 @@ lint: setup
 bench: setup
 	@.venv/bin/python scripts/fetch_models.py SmolLM2-135M-Instruct >/dev/null
 	@.venv/bin/python benchmarks/run.py
+
+# The libraries that `make bench` stands beside, each in an environment of its own; without them it skips their lines.
+peers: setup
+	@.venv/bin/python benchmarks/peers/install.py
 
 # The environments and fetched models stay: they are slow to make and never stale.
 clean:

@@ -1,39 +1,72 @@
-"""One client of many, a process of its own without torch: runs jobs one after another when told to.
+"""A process of many clients, without torch: each is a thread with a key, and so a connection, of its own.
 
-`client.py HOST KEY MODEL INDEX`; each line "SECONDS" on its input is answered by "JOBS SECONDS": jobs completed,
-and the time up to the end of the last.
+`client.py HOST MODEL FIRST KEY ...`; clients are numbered from FIRST. Each line of its input is a JSON list, and is
+answered by one:
+
+- `["forwards", CLIENTS, BEGIN, END]`: so many clients trace without pause until END, on `time.monotonic`'s clock,
+  which processes share. Answer: the number of traces that ended between BEGIN and END.
+- `["generations", [TIME, ...]]`: the n-th client generates once, from the n-th time on. Answer: seconds that each
+  took, from its time on.
 """
 
 from __future__ import annotations
 
+import json
 import sys
 import time
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from typing import Any
 
+import numpy as np
 from interpose import CONFIG, LanguageModel
 from interpose import torch as t
 
 BLOCKS = 30
 TOKENS = 12
+WIDTH = 576
+NEVER = 49_151
+"""A token that no text ends with: every generation has all its steps."""
+NEW_TOKENS = 32
 
 
-def main(host: str, key: str, name: str, index: int) -> None:
+def main(host: str, name: str, first: int, keys: Sequence[str]) -> None:
     CONFIG.BACKEND, CONFIG.progress = "numpy", False
-    model = LanguageModel(name, host=host, api_key=key)
-    prompt = [(37 * index + 11 * place) % 40_000 + 100 for place in range(TOKENS)]
-    for line in sys.stdin:
-        start, end, jobs = time.perf_counter(), float(line), 0
-        while (spent := time.perf_counter() - start) < end:
-            job(model, prompt, index)
-            jobs += 1
-        spent = time.perf_counter() - start
-        print(jobs, spent, flush=True)
+    crowd = [(LanguageModel(name, host=host, api_key=key), first + place) for place, key in enumerate(keys)]
+    with ThreadPoolExecutor(len(crowd)) as pool:
+        for line in sys.stdin:
+            what, *given = json.loads(line)
+            answer = forwards(pool, crowd, *given) if what == "forwards" else generations(pool, crowd, *given)
+            print(json.dumps(answer), flush=True)
 
 
-def job(model: Any, prompt: list[int], index: int) -> None:
+def forwards(pool: ThreadPoolExecutor, crowd: Any, clients: int, begin: float, end: float) -> list[int]:
+    works = [pool.submit(trace_until, model, index, begin, end) for model, index in crowd[:clients]]
+    return [sum(work.result() for work in works)]
+
+
+def trace_until(model: Any, index: int, begin: float, end: float) -> int:
+    counted = 0
+    while time.monotonic() < end:
+        trace(model, index)
+        counted += begin < time.monotonic() <= end
+    return counted
+
+
+def generations(pool: ThreadPoolExecutor, crowd: Any, times: Sequence[float]) -> list[float]:
+    works = [pool.submit(partial(generate, *one), at) for one, at in zip(crowd, times, strict=False)]
+    return [work.result() for work in works]
+
+
+def prompt(index: int) -> list[int]:
+    return [(37 * index + 11 * place) % 40_000 + 100 for place in range(TOKENS)]
+
+
+def trace(model: Any, index: int) -> None:
     """One of four kinds of graph, at a block of its own. All need the whole forward: each reads the logits."""
     block = model.model.layers[7 * index % BLOCKS]
-    with model.trace(prompt, remote=True):
+    with model.trace(prompt(index), remote=True):
         match index % 4:
             case 0:
                 block.output[0][0, -1].save()
@@ -47,5 +80,18 @@ def job(model: Any, prompt: list[int], index: int) -> None:
     assert best.values.shape == (5,)
 
 
+def generate(model: Any, index: int, at: float) -> float:
+    """A generation steered at every step, by a vector and at a block of its own. Seconds from `at` on."""
+    time.sleep(max(0.0, at - time.monotonic()))
+    vector = np.random.default_rng(index).standard_normal(WIDTH).astype(np.float32) / WIDTH**0.5
+    options = {"max_new_tokens": NEW_TOKENS, "do_sample": False, "eos_token_id": NEVER}
+    with model.generate(prompt(index), remote=True, **options) as tracer:
+        with tracer.all():
+            model.model.layers[7 * index % BLOCKS].output[0][:, -1] += t.tensor(vector)
+        ids = tracer.result.save()
+    assert ids.shape == (1, TOKENS + NEW_TOKENS)
+    return time.monotonic() - at
+
+
 if __name__ == "__main__":
-    main(sys.argv[1], sys.argv[2], sys.argv[3], int(sys.argv[4]))
+    main(sys.argv[1], sys.argv[2], int(sys.argv[3]), sys.argv[4:])

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import os
 import sys
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +21,7 @@ import serving  # noqa: E402
 TINY = "tiny-gpt2"
 SMOL = "SmolLM2-135M-Instruct"
 PROMPT = "The capital of France is"
+CORES = len(os.sched_getaffinity(0))
 
 
 def tiny() -> Path:
@@ -31,13 +34,28 @@ def smol() -> Path:
 
 
 @contextmanager
-def served(name: str, folder: Path) -> Iterator[serving.Served]:
+def served(name: str, folder: Path, env: dict[str, str] | None = None) -> Iterator[serving.Served]:
     """`interpose serve` of one model, as an operator starts it."""
     with (
         tempfile.TemporaryDirectory(prefix="bench-") as scratch,
-        serving.serve(f"{name}={folder}", data_dir=Path(scratch, "data")) as server,
+        serving.serve(f"{name}={folder}", data_dir=Path(scratch, "data"), env=env) as server,
     ):
         yield server
+
+
+_KEPT = ExitStack()
+
+
+@cache
+def smol_server() -> serving.Served:
+    """One that all parts share. It takes long to load."""
+    return _KEPT.enter_context(served(SMOL, smol()))
+
+
+def close() -> None:
+    """End what is shared."""
+    smol_server.cache_clear()
+    _KEPT.close()
 
 
 def bare(folder: Path, threads: int = 1) -> Any:

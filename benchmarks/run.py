@@ -20,6 +20,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 for _name in ("INTERPOSE_HOST", "INTERPOSE_API_KEY", "NDIF_HOST", "NDIF_API_KEY"):
     os.environ.pop(_name, None)
 
+import lab  # noqa: E402
 import latency  # noqa: E402
 import local  # noqa: E402
 import startup  # noqa: E402
@@ -47,9 +48,12 @@ def main() -> None:
     CONFIG.progress = False
     began, load = time.perf_counter(), os.getloadavg()[0]
     rows: list[Row] = []
-    for name in wanted.only:
-        print(f"measuring {name} ...", file=sys.stderr, flush=True)
-        rows += PARTS[name].measure(QUICK if wanted.quick else FULL)
+    try:
+        for name in wanted.only:
+            print(f"measuring {name} ...", file=sys.stderr, flush=True)
+            rows += PARTS[name].measure(QUICK if wanted.quick else FULL)
+    finally:
+        lab.close()
     text = "\n\n".join([about(began, load, quick=wanted.quick), markdown(rows), SCALE]) + "\n"
     print(text, end="")
     if wanted.only == list(PARTS) and not wanted.quick:

@@ -1,86 +1,61 @@
-"""Jobs per second of a real small model as clients grow, beside the bare batched forward."""
+"""Jobs per second of a real small model as clients grow, each with a graph of its own, beside bare forwards."""
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from statistics import median
 
 import torch
-from lab import SMOL, bare, served, smol
-from serving import Served
+from crowd import Crowd, crowd
+from lab import CORES, bare, smol, smol_server
 from table import Row
 from timing import Effort, interleaved, ratio, seconds
 
 from client import TOKENS
 
-CORES = len(os.sched_getaffinity(0))
-CLIENTS = (1, 8, 32)
+CLIENTS = (1, 8, 32, 128)
+FEW = 8
 
 
 def measure(effort: Effort) -> Iterator[Row]:
     folder = smol()
     batch = best_batch(folder, effort.batches)
-    with served(SMOL, folder) as server, clients(server, max(CLIENTS)) as crowd:
-        plain = bare(folder, CORES)
-        measures = [partial(jobs_per_s, crowd[:number], effort.round_s) for number in CLIENTS]
-        measures.append(partial(forwards_per_s, plain, batch, effort.round_s / 2))
-        *ours, beside = interleaved(effort.rounds, *measures, warm=0)
+    plain, time_s = bare(folder, CORES), effort.round_s
+    rows = (1, FEW, batch)
+    with crowd(smol_server(), max(CLIENTS)) as clients:
+        measures = [partial(jobs_per_s, clients, number, time_s) for number in CLIENTS]
+        measures += [partial(forwards_per_s, plain, size, time_s / 3) for size in rows]
+        measures.append(partial(forwards_per_s, plain, batch, time_s / 3, logits_to_keep=1))
+        *ours, one, few, best, short = interleaved(effort.rounds, *measures, warm=0)
     for number, found in zip(CLIENTS, ours, strict=True):
-        relation = f"{ratio(found, beside):.2f} of its rate"
-        if number > 1:
-            relation += f", {ratio(found, ours[0]):.1f}x one client"
         yield Row(
             f"{number} client{'s' * (number > 1)}", f"{median(found):.1f} jobs/s",
-            f"bare forward of {batch} rows, {median(beside):.1f} rows/s", relation,
-            f"SmolLM2-135M, {TOKENS} tokens, a process each on the same cores",
+            f"bare forward of {batch} rows, {median(best):.1f} rows/s", f"{ratio(found, best):.2f} of its rate",
+            f"SmolLM2-135M, {TOKENS} tokens, clients on the same cores; with the last token's logits alone it does "
+            f"{median(short):.1f}",
         )  # fmt: skip
+    alone, eight = ours[0], ours[CLIENTS.index(FEW)]
+    yield Row(
+        f"{FEW} clients beside one alone", f"{ratio(eight, alone):.1f}x",
+        f"a bare forward of {FEW} rows beside one of one, {ratio(few, one):.1f}x", "",
+        f"each with another intervention; one alone is {ratio(alone, one):.2f} of the bare forward's rate",
+    )  # fmt: skip
 
 
-@contextmanager
-def clients(server: Served, number: int) -> Iterator[list[subprocess.Popen[str]]]:
-    """Client processes, each having run a job."""
-    script = Path(__file__).with_name("client.py")
-    crowd = [
-        subprocess.Popen(
-            [sys.executable, script, server.host, server.key, SMOL, str(index)],
-            stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
-        )
-        for index in range(number)
-    ]  # fmt: skip
-    try:
-        jobs_per_s(crowd, 0.01)
-        yield crowd
-    finally:
-        for one in crowd:
-            one.communicate("")
+def jobs_per_s(clients: Crowd, number: int, time_s: float) -> float:
+    """The window is long enough for every client to have had several jobs answered."""
+    return clients.forwards_per_s(number, min(0.5 + number / 32, 4), time_s * (1 + number / 64))
 
 
-def jobs_per_s(crowd: Sequence[subprocess.Popen[str]], duration_s: float) -> float:
-    for one in crowd:
-        assert one.stdin is not None
-        one.stdin.write(f"{duration_s}\n")
-        one.stdin.flush()
-    total = 0.0
-    for one in crowd:
-        assert one.stdout is not None
-        jobs, spent = one.stdout.readline().split()
-        total += int(jobs) / float(spent)
-    return total
-
-
-def forwards_per_s(plain: torch.nn.Module, rows: int, duration_s: float) -> float:
+def forwards_per_s(plain: torch.nn.Module, rows: int, duration_s: float, **options: int) -> float:
     """Rows per second of a plain forward of so many rows."""
     ids = torch.randint(100, 40_000, (rows, TOKENS))
     spent, done = 0.0, 0
     with torch.no_grad():
         while spent < duration_s:
-            spent += seconds(lambda: plain(ids, use_cache=False))
+            spent += seconds(lambda: plain(ids, use_cache=False, **options))
             done += rows
     return done / spent
 
