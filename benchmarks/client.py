@@ -87,7 +87,7 @@ def generate(model: Any, index: int, at: float) -> float:
     options = {"max_new_tokens": NEW_TOKENS, "do_sample": False, "eos_token_id": NEVER}
     with model.generate(prompt(index), remote=True, **options) as tracer:
         with tracer.all():
-            model.model.layers[7 * index % BLOCKS].output[0][:, -1] += t.tensor(vector)
+            model.model.layers[7 * index % BLOCKS].output[0][:, -1] += vector
         ids = tracer.result.save()
     assert ids.shape == (1, TOKENS + NEW_TOKENS)
     return time.monotonic() - at

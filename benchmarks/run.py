@@ -20,10 +20,14 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 for _name in ("INTERPOSE_HOST", "INTERPOSE_API_KEY", "NDIF_HOST", "NDIF_API_KEY"):
     os.environ.pop(_name, None)
 
+import early  # noqa: E402
+import generation  # noqa: E402
 import lab  # noqa: E402
 import latency  # noqa: E402
 import local  # noqa: E402
 import startup  # noqa: E402
+import steering  # noqa: E402
+import sweep  # noqa: E402
 import throughput  # noqa: E402
 import torch  # noqa: E402
 import transfer  # noqa: E402
@@ -31,7 +35,17 @@ from interpose import CONFIG  # noqa: E402
 from table import Row, markdown  # noqa: E402
 from timing import FULL, QUICK  # noqa: E402
 
-PARTS = {"local": local, "latency": latency, "transfer": transfer, "startup": startup, "throughput": throughput}
+PARTS = {
+    "local": local,
+    "latency": latency,
+    "transfer": transfer,
+    "startup": startup,
+    "early": early,
+    "steering": steering,
+    "sweep": sweep,
+    "throughput": throughput,
+    "generation": generation,
+}
 RESULTS = Path(__file__).with_name("results")
 
 SCALE = """\

@@ -52,7 +52,20 @@ class Effort:
     rounds: int
     round_s: float
     batches: tuple[int, ...]
+    generations: int
+    arrivals: int
+    steerings: int
+    reads: int
+    sweeps: int
+    loop_layers: int
 
 
-FULL = Effort(traces=300, transfers=15, locals=200, starts=3, rounds=6, round_s=4.0, batches=(1, 8, 16, 32, 64))
-QUICK = Effort(traces=60, transfers=4, locals=40, starts=1, rounds=1, round_s=2.0, batches=(32,))
+FULL = Effort(
+    **{"traces": 300, "transfers": 15, "locals": 200, "starts": 3, "rounds": 4, "round_s": 3.0},
+    **{"batches": (8, 16, 32, 64), "generations": 4, "arrivals": 3, "steerings": 15, "reads": 60, "sweeps": 3},
+    loop_layers=6,
+)
+QUICK = Effort(
+    **{"traces": 60, "transfers": 4, "locals": 40, "starts": 1, "rounds": 1, "round_s": 1.5, "batches": (32,)},
+    **{"generations": 1, "arrivals": 1, "steerings": 4, "reads": 15, "sweeps": 1, "loop_layers": 1},
+)
