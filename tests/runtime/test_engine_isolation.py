@@ -113,9 +113,11 @@ def lengths(rng: random.Random) -> Run:
     )
 
 
-def random_job(seed: int, manifest: Manifest, places: Sequence[Point] = (), size: int = 10) -> Graph:
+def random_job(
+    seed: int, manifest: Manifest, places: Sequence[Point] = (), size: int = 10, run: Run | None = None
+) -> Graph:
     rng = random.Random(seed)
-    run = lengths(rng)
+    run = run or lengths(rng)
     checker, nodes = Checker(manifest, [run], {}), []
     places = places or points(manifest)
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 from collections import deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
@@ -19,7 +19,7 @@ from ..graph.inputs import counted
 from ..graph.limits import UNLIMITED, Limits
 from ..graph.model import Graph, Run
 from ..graph.validate import Report, validate
-from .forward import Forward, place, starts
+from .forward import Forward, Placed, place, starts
 from .generation import Begun, Generation
 from .gradients import run_backwards
 from .independence import Buffers
@@ -27,13 +27,18 @@ from .inputs import ModelInputs, call_kwargs
 from .interpreter import Interpreter
 from .loading import Loaded
 from .pieces import check_given, joined, pieces
-from .plan import compile_graph
+from .plan import Place, compile_graph
+from .restart import Made, Restart
 from .rows import Span
 from .sink import Sink
+from .stages import ALL, Member, Rows, Stage, staged
 from .tail import Cut, Tail, measure
 from .world import World
 
 log = logging.getLogger(__name__)
+
+TOKENS = 4096
+"""More in one forward gain nothing on the devices we know, and each takes memory."""
 
 
 @dataclass
@@ -71,14 +76,20 @@ class Company(Protocol):
 
 
 class Engine:
-    """One loaded model. Called from one thread; `run` may be called within `host`, between two steps."""
+    """One loaded model. Called from one thread; `run` may be called within `host`, between two steps.
 
-    def __init__(self, loaded: Loaded) -> None:
+    Args:
+        tokens: most of one forward that several runs share, rows times the longest of them.
+    """
+
+    def __init__(self, loaded: Loaded, tokens: int = TOKENS) -> None:
         self.loaded = loaded
+        self.tokens = tokens
         self.manifest = loaded.manifest
         self._world = World(loaded.modules, torch.device(loaded.device), loaded.manifest)
         self._buffers = Buffers(loaded.model)
         self._tail: Tail | None = measure(loaded)
+        self._restart = Restart(loaded)
 
     def run(self, jobs: Sequence[EngineJob]) -> list[InterposeError | None]:
         """Run jobs to their end, together where they can be.
@@ -108,12 +119,14 @@ class Engine:
             for job, outcome in zip(left, self._together(left) if left else [], strict=True):
                 company.ended(job, outcome)
 
-    def _together(self, jobs: Sequence[EngineJob]) -> list[InterposeError | None]:
+    def _together(self, jobs: Sequence[EngineJob], tokens: int | None = None) -> list[InterposeError | None]:
+        """`tokens`: at most so many in a forward of several runs; by default the engine's own number."""
+        tokens = self.tokens if tokens is None else tokens
         try:
             started = [self.start(job) for job in jobs]
             running = [job for job in started if isinstance(job, Interpreter)]
             try:
-                self._runs(running)
+                self._runs(running, tokens)
             finally:
                 for job in running:
                     job.gradients.close()
@@ -122,6 +135,8 @@ class Engine:
                 log.warning("a shared run failed (%s); its %d jobs run apart", type(error).__name__, len(jobs))
                 return self._apart(jobs)
             if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
+                if any(run.rows * run.longest < tokens for run in jobs[0].graph.runs[1:]):
+                    return self._together(jobs, tokens // 4)
                 return [OutOfMemory("the job alone doesn't fit the device's memory")]
             log.exception("a job failed that shouldn't have")
             return [InternalError(f"running it failed with {type(error).__name__}; this is our fault")]
@@ -160,7 +175,7 @@ class Engine:
             started.begin()
         return started
 
-    def _runs(self, jobs: Sequence[Interpreter]) -> None:
+    def _runs(self, jobs: Sequence[Interpreter], tokens: int) -> None:
         """Run level by level: the runs of a level, of all jobs, need nothing of one another."""
         for level in range(max((len(job.plan.levels) for job in jobs), default=0)):
             shared: dict[tuple[object, ...], list[tuple[Interpreter, int]]] = {}
@@ -169,7 +184,7 @@ class Engine:
                     if job.plan.idle(run):
                         continue
                     if job.exclusive:
-                        self._forward([(job, run)])
+                        self._forward([(job, run)], tokens)
                     else:
                         own = job.plan.graph.runs[run]
                         key = (
@@ -181,60 +196,100 @@ class Engine:
                         )
                         shared.setdefault(key, []).append((job, run))
             for group in shared.values():
-                self._forward(group)
+                self._forward(group, tokens)
 
     def _width(self, run: Run) -> int | None:
         """What a generation's rows have in common that share a forward: they are padded on the left."""
         return run.longest if run.kind == "generate" and self.manifest.even_rows else None
 
-    def _forward(self, group: Sequence[tuple[Interpreter, int]]) -> None:
+    def _forward(self, group: Sequence[Member], tokens: int) -> None:
         group = [(job, run) for job, run in group if job.error is None]
         if not group:
             return
         with self._buffers, _gradients(*(job for job, _ in group)):
             try:
-                self._feed(group)
+                self._feed(group, tokens)
             except (ValueError, RuntimeError, IndexError, TypeError) as error:
                 (job, run), *others = group
                 if others or not job.plan.graph.runs[run].given or isinstance(error, torch.OutOfMemoryError):
                     raise
                 job.fail(BadArgument(f"the model doesn't run on these inputs: {_first_line(error)}"))
 
-    def _feed(self, group: Sequence[tuple[Interpreter, int]]) -> None:
+    def _feed(self, group: Sequence[Member], tokens: int) -> None:
         runs = [job.plan.graph.runs[run] for job, run in group]
-        fed = [pieces(run, job.attachments) for run, (job, _) in zip(runs, group, strict=True)]
         if runs[0].kind == "generate":
-            begun = [(job, run, own) for (job, run), own in zip(group, fed, strict=True)]
-            Generation(self.loaded, self._tail).run(begun)
+            fed = [pieces(own, job.attachments) for own, (job, _) in zip(runs, group, strict=True)]
+            Generation(self.loaded, self._tail).run(
+                [(job, run, given) for (job, run), given in zip(group, fed, strict=True)]
+            )
             return
+        made: dict[tuple[Rows, int], Made] = {}
+        for stage in staged(group, self._restart):
+            for portion in stage.portions(tokens):
+                self._stage(portion, made)
+                run_backwards([job.gradients for job in dict.fromkeys(job for job, _ in group)])
+            made = {key: value for key, value in made.items() if key[1] != stage.block}
+
+    def _stage(self, stage: Stage, made: dict[tuple[Rows, int], Made]) -> None:
+        """One forward. `made`: by rows and block, what was made before that block for rows of later stages."""
+        seated = [rows for rows in stage.rows if not rows.over]
+        if not seated:
+            return
+        jobs = [rows.seats[0].member[0] for rows in seated]
+        runs = [rows.run for rows in seated]
+        fed = [pieces(run, job.attachments) for run, job in zip(runs, jobs, strict=True)]
         inputs = joined(fed, self.manifest.inputs, self._world.device)
         rows, width = inputs.input_ids.shape
         images = [
             [counted(invoke, self.manifest.inputs, job.plan.graph.attachments) for invoke in run.invokes]
-            for run, (job, _) in zip(runs, group, strict=True)
+            for run, job in zip(runs, jobs, strict=True)
         ]
         where = zip(starts([run.rows for run in runs]), starts(list(map(sum, images))), strict=True)
-        placed = [
-            place(job, run, Span(row, own.rows, 0, length, 0, length, image, sum(counts)), images=counts)
-            for (job, run), (row, image), own, counts, length in zip(
-                group, where, runs, images, inputs.widths, strict=True
-            )
+        spans = [
+            Span(row, own.rows, 0, length, 0, length, image, sum(counts))
+            for (row, image), own, counts, length in zip(where, runs, images, inputs.widths, strict=True)
         ]
-        for part in placed:
-            part.give_mask(inputs.attention_mask)
+        placed = [
+            place(*seat.member, span, images=counts, since=seat.since, until=seat.until)
+            for own, span, counts in zip(seated, spans, images, strict=True)
+            for seat in own.seats
+        ]
         whole = Span.whole(rows, width, width, sum(map(sum, images)))
-        cut = self._cut(group, inputs)
-        forward = Forward(self.loaded, placed, whole, cut=cut)
-        kwargs = self._kwargs(inputs, plain=any(job.exclusive for job, _ in group))
+        for part in placed if not stage.block else ():
+            part.give_mask(inputs.attention_mask)
+        begun = None
+        if stage.block:
+            origins = [made[own.origin, stage.block] for own in seated if own.origin]
+            layout = self._restart.layout(stage.block)
+            begun = self._restart.begun(stage.block, Made.joined(origins, layout, spans, whole))
+        cut = self._cut(placed, inputs)
+        kept = self._kept(dict(zip(seated, spans, strict=True)), made)
+        forward = Forward(self.loaded, placed, whole, cut=cut, kept=kept, begun=begun)
+        kwargs = self._kwargs(inputs, plain=any(job.exclusive for job in jobs))
         forward.run(kwargs | (cut.argument if cut else {}))
         forward.finish()
-        run_backwards([job.gradients for job in dict.fromkeys(job for job, _ in group)])
 
-    def _cut(self, group: Sequence[tuple[Interpreter, int]], inputs: ModelInputs) -> Cut | None:
+    def _kept(
+        self, spans: Mapping[Rows, Span], made: dict[tuple[Rows, int], Made]
+    ) -> dict[Place, Callable[[Any], None]]:
+        """Where a forward is to keep what it makes for later stages."""
+
+        def keep(block: int) -> Callable[[Any], None]:
+            def seen(nest: Any) -> None:
+                for rows, span in spans.items():
+                    if block in rows.kept:
+                        made[rows, block] = Made.of(nest, self._restart.layout(block), span)
+
+            return seen
+
+        blocks = frozenset[int]().union(*(rows.kept for rows in spans))
+        return {self._restart.exit_of(block): keep(block) for block in blocks}
+
+    def _cut(self, placed: Sequence[Placed], inputs: ModelInputs) -> Cut | None:
         """Drop the logits nobody looks at, in a forward that several runs share."""
-        if len(group) == 1 or self._tail is None or any(job.exclusive for job, _ in group):
+        if len(placed) == 1 or self._tail is None or any(part.job.exclusive for part in placed):
             return None
-        reads = [(job, self._tail.last_only(job.plan, run)) for job, run in group]
+        reads = [(part.job, self._tail.last_only(part.job.plan, part.run)) for part in placed if part.until == ALL]
         if any(nodes is None for _, nodes in reads) or not any(nodes for _, nodes in reads):
             return None
         for job, nodes in reads:

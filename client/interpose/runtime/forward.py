@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -10,7 +12,7 @@ import torch
 
 from ..errors import NotReached
 from ..graph.functions import call_of, calls
-from ..graph.manifest import EVENT
+from ..graph.manifest import EVENT, Manifest
 from ..graph.model import Node
 from .failures import unreached
 from .hooks import hooked
@@ -26,13 +28,30 @@ _POINT = {event: name for name, event in EVENT.items()}
 
 @dataclass(frozen=True)
 class Placed:
-    """One job's run within a forward: its part of the batch, and each invoke's part of that."""
+    """One job's run within a forward: its part of the batch, and each invoke's part of that.
+
+    Attributes:
+        since, until: the moments of the forward between which it is served there; the others are another forward's.
+    """
 
     job: Interpreter
     run: int
     span: Span
     invokes: tuple[Span, ...]
     step: int = 0
+    since: float = -math.inf
+    until: float = math.inf
+
+    def places(self, manifest: Manifest) -> Mapping[Place, tuple[Node, ...]]:
+        """What it reads and writes in this forward."""
+        found = self.job.plan.at(self.run, self.step)
+        if (self.since, self.until) == (-math.inf, math.inf):
+            return found
+        return {place: nodes for place, nodes in found.items() if self._serves(manifest.moment(*place))}
+
+    def _serves(self, moment: int | None) -> bool:
+        assert moment is not None, "a run is divided by moments that are known"
+        return self.since <= moment < self.until
 
     def cut(self, cut: Cut) -> tuple[Span, tuple[Span, ...]]:
         """Its part, and each invoke's of that, of what a cut leaves."""
@@ -50,7 +69,16 @@ class Placed:
                 )
 
 
-def place(job: Interpreter, run: int, span: Span, step: int = 0, images: Sequence[int] = ()) -> Placed:
+def place(
+    job: Interpreter,
+    run: int,
+    span: Span,
+    step: int = 0,
+    images: Sequence[int] = (),
+    *,
+    since: float = -math.inf,
+    until: float = math.inf,
+) -> Placed:
     """A run placed in a forward: invokes follow one another by rows and images, each ends where its run ends."""
     invokes = job.plan.graph.runs[run].invokes
     images = images or [0] * len(invokes)
@@ -62,7 +90,7 @@ def place(job: Interpreter, run: int, span: Span, step: int = 0, images: Sequenc
         parts.append(
             Span(row, len(invoke.rows), span.length - length, length, span.keys - keys, keys, image, count)
         )
-    return Placed(job, run, span, tuple(parts), step)
+    return Placed(job, run, span, tuple(parts), step, since, until)
 
 
 def starts(sizes: Sequence[int]) -> list[int]:
@@ -85,6 +113,8 @@ class Forward:
         whole: the batch.
         complete: run the model to its end even when nobody waits for a point any more.
         cut: where positions are dropped that nobody looks at.
+        kept: place -> who is shown the value there that the model goes on with.
+        begun: a context for the model's forward, entered with its hooks set.
     """
 
     def __init__(
@@ -95,15 +125,19 @@ class Forward:
         *,
         complete: bool = False,
         cut: Cut | None = None,
+        kept: Mapping[Place, Callable[[Any], None]] | None = None,
+        begun: AbstractContextManager[None] | None = None,
     ) -> None:
         self.loaded = loaded
         self.cut = cut
+        self.kept = {**(kept or {})}
+        self._begun = begun or nullcontext()
         self.whole = whole
         self.complete = complete
-        self.waiting: dict[Place, list[tuple[Placed, tuple[Node, ...]]]] = {}
+        self.waiting: dict[Place, list[tuple[Placed, tuple[Node, ...]]]] = {at: [] for at in self.kept}
         for part in placed:
             if part.job.error is None:
-                for at, nodes in part.job.plan.at(part.run, part.step).items():
+                for at, nodes in part.places(loaded.manifest).items():
                     self.waiting.setdefault(at, []).append((part, nodes))
         self._at_functions: dict[str, list[tuple[Placed, Node]]] = {}
         for (module, event, _), parts in self.waiting.items():
@@ -124,7 +158,7 @@ class Forward:
         if not self.waiting and not self.complete:
             return None
         touched = {name: self.loaded.modules[name] for name, _, _ in self.waiting}
-        with hooked(touched, self.loaded.names, self, self._functions()):
+        with hooked(touched, self.loaded.names, self, self._functions()), self._begun:
             try:
                 return self.loaded.model(*args, **kwargs)
             except Enough:
@@ -164,9 +198,15 @@ class Forward:
             if part.job.error is None:
                 span, invokes = (part.span, part.invokes) if cut is None else part.cut(cut)
                 part.job.fire(nodes, touched, span, invokes)
-        if not self.complete and all(part.job.error for entries in self.waiting.values() for part, _ in entries):
+        shown = touched.result()
+        keep = self.kept.pop((module, event, call), None)
+        if keep is not None:
+            keep(shown)
+        if not (self.complete or self.kept) and all(
+            part.job.error for entries in self.waiting.values() for part, _ in entries
+        ):
             raise Enough
-        return touched.result()
+        return shown
 
     def finish(self) -> None:
         """Fail the jobs that still wait for a point: the forward is over and never came there."""

@@ -26,7 +26,8 @@ from .rows import Span
 
 ARGUMENT = "logits_to_keep"
 _DIMS = 3
-_CLOSE = {torch.float64: 1e-9, torch.float32: 1e-5, torch.float16: 1e-2, torch.bfloat16: 3e-2}
+CLOSE = {torch.float64: 1e-9, torch.float32: 1e-5, torch.float16: 1e-2, torch.bfloat16: 3e-2}
+"""Dtype -> by how much of the largest value two ways to the same logits may differ."""
 
 
 @dataclass(frozen=True)
@@ -118,7 +119,7 @@ def measure(loaded: Loaded) -> Tail | None:
     for keep in (1, torch.tensor([2, 5], device=loaded.device)):
         kept, fewer = _run(loaded, {**kwargs, ARGUMENT: keep})
         wanted = whole[:, -1:] if isinstance(keep, int) else whole[:, keep]
-        tolerance = _CLOSE.get(whole.dtype, 3e-2) * float(wanted.abs().max())
+        tolerance = CLOSE.get(whole.dtype, 3e-2) * float(wanted.abs().max())
         if kept.shape != wanted.shape or float((kept - wanted).abs().max()) > tolerance:
             return None
         modules |= {place[0] for place, seen in shapes.items() if fewer.get(place) != seen}

@@ -1,0 +1,180 @@
+"""Which forwards a group of runs takes: what runs of one prompt have in common is computed once.
+
+Runs of one job that are given the same differ only from the first point on that one of them writes. A sweep over
+layers so becomes one run of the prompt, and forwards begun at the blocks where its runs part from that.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+
+from ..graph.model import Run
+from .interpreter import Interpreter
+from .plan import Plan
+from .restart import Restart
+
+Member = tuple[Interpreter, int]
+"""A job's run."""
+
+ALL = math.inf
+
+
+@dataclass(frozen=True)
+class Seat:
+    """A run served by some rows of a forward, at the moments [since, until) of it."""
+
+    member: Member
+    since: float = -ALL
+    until: float = ALL
+
+
+@dataclass(frozen=True, eq=False)
+class Rows:
+    """Rows of a forward, and the runs that they serve, which are given the same.
+
+    Attributes:
+        origin: rows of an earlier forward whose block made what these are begun with.
+        kept: blocks before which what was made is kept, for rows of later forwards.
+    """
+
+    seats: Sequence[Seat]
+    origin: Rows | None = None
+    kept: frozenset[int] = frozenset()
+
+    @property
+    def run(self) -> Run:
+        """What they are rows of."""
+        job, run = self.seats[0].member
+        return job.plan.graph.runs[run]
+
+    @property
+    def over(self) -> bool:
+        """Whether nobody needs them any more."""
+        return all(seat.member[0].error is not None for seat in self.seats)
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One forward. `block`: where it is begun; 0 for the inputs, one more than there are for after the last."""
+
+    rows: Sequence[Rows]
+    block: int = 0
+
+    def portions(self, tokens: int) -> Iterator[Stage]:
+        """The same in several forwards of at most so many tokens each, or of one run."""
+        taken: list[Rows] = []
+        rows = longest = 0
+        for own in self.rows:
+            run = own.run
+            if taken and (rows + run.rows) * max(longest, run.longest) > tokens:
+                yield Stage(taken, self.block)
+                taken, rows, longest = [], 0, 0
+            taken.append(own)
+            rows, longest = rows + run.rows, max(longest, run.longest)
+        if taken:
+            yield Stage(taken, self.block)
+
+
+@dataclass
+class _Family:
+    """Runs of one job that are given the same, so many tokens; `depths`: for each the block it could begin at."""
+
+    size: int
+    members: list[Member] = field(default_factory=list)
+    depths: list[float] = field(default_factory=list)
+
+
+def staged(group: Sequence[Member], restart: Restart) -> list[Stage]:
+    """The forwards of a group, in order. Runs that have nothing to share have rows of their own in the first."""
+    families = _families(group)
+    if restart.ends and any(len(family.members) > 1 for family in families):
+        for family in families:
+            family.depths = [_depth(job.plan, run, restart) for job, run in family.members]
+    cuts = _cuts([family for family in families if len(family.members) > 1], restart)
+    first: list[Rows] = []
+    later: dict[int, list[Rows]] = {cut: [] for cut in cuts}
+    for family in families:
+        first += _divided(family, cuts, restart, later)
+    return [Stage(first), *(Stage(rows, block) for block, rows in later.items() if rows)]
+
+
+def _families(group: Sequence[Member]) -> list[_Family]:
+    found: dict[object, _Family] = {}
+    for job, run in group:
+        own = job.plan.graph.runs[run]
+        rows = tuple(invoke.rows for invoke in own.invokes)
+        alone = job.exclusive or own.given or job.plan.backwards
+        key = (job, run) if alone else (job, rows)
+        found.setdefault(key, _Family(own.rows * own.longest)).members.append((job, run))
+    return list(found.values())
+
+
+def _depth(plan: Plan, run: int, restart: Restart) -> float:
+    """How many blocks a run only reads from before it writes; infinite if it only reads at all."""
+    manifest = restart.loaded.manifest
+    places = plan.at(run, 0)
+    moments = {place: manifest.moment(*place) for place in places}
+    if None in moments.values() or not all(restart.steady(module) for module, _, _ in places):
+        return 0
+    written = [moments[place] or 0 for place, nodes in places.items() if any(node.op == "write" for node in nodes)]
+    return restart.depth(min(written)) if written else ALL
+
+
+def _cuts(families: Sequence[_Family], restart: Restart) -> list[int]:
+    """The blocks at which to begin, so that it costs least. A block costs its tokens, and what any forward costs.
+
+    Begun at more blocks, less is computed twice; begun at fewer, a forward does more at a time.
+    """
+    blocks = len(restart.ends) + 1  # what comes after the last counts as one more
+    tokens: dict[int, int] = {}
+    for family in families:
+        for depth in family.depths:
+            if 0 < depth < ALL:
+                tokens[int(depth)] = tokens.get(int(depth), 0) + family.size
+    depths = sorted(depth for depth in tokens if restart.works(depth))
+    if not depths:
+        return []
+    # best[i]: the least that runs of the i-th depth and deeper cost, with a cut at it, and where the next cut is.
+    best: list[tuple[float, int]] = [(0.0, len(depths))] * (len(depths) + 1)
+    for index in range(len(depths) - 1, -1, -1):
+        left = blocks - depths[index]
+        taken = [sum(tokens[depth] for depth in depths[index:end]) for end in range(index + 1, len(depths) + 1)]
+        best[index] = min(
+            (left * (restart.bare_tokens + together) + best[end][0], end)
+            for end, together in enumerate(taken, index + 1)
+        )
+    whole = sum(tokens.values())
+    costs = [
+        (blocks * sum(tokens[depth] for depth in depths[:first]) + best[first][0], first)
+        for first in range(len(depths))
+    ]
+    cost, index = min(costs)
+    if cost >= blocks * (restart.bare_tokens + whole):
+        return []
+    cuts = []
+    while index < len(depths):
+        cuts.append(depths[index])
+        index = best[index][1]
+    return cuts
+
+
+def _divided(family: _Family, cuts: Sequence[int], restart: Restart, later: Mapping[int, list[Rows]]) -> list[Rows]:
+    """A family's rows in the first stage; those that begin at later blocks are added to `later`."""
+    blocks = [max((cut for cut in cuts if cut <= depth), default=0) for depth in family.depths]
+    sharing = [
+        (member, ALL if depth == ALL else block)
+        for member, block, depth in zip(family.members, blocks, family.depths, strict=False)
+        if block or depth == ALL
+    ]
+    if len(sharing) < 2:
+        return [Rows([Seat(member)]) for member in family.members]
+    parted = [(member, int(block)) for member, block in sharing if block < ALL]
+    ends = {block: restart.ends[block - 1] for _, block in parted}
+    seats = [Seat(member, until=ALL if block == ALL else ends[int(block)]) for member, block in sharing]
+    base = Rows(seats, kept=frozenset(ends))
+    for member, block in parted:
+        later[block].append(Rows([Seat(member, since=ends[block])], origin=base))
+    taken = {member for member, _ in sharing}
+    return [base, *(Rows([Seat(member)]) for member in family.members if member not in taken)]
