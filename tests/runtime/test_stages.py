@@ -11,13 +11,14 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from interpose import LanguageModel
 from interpose.errors import IndexOutOfRange, OutOfMemory
 from interpose.graph.manifest import Manifest
 from interpose.graph.model import Graph, Invoke, Node, Point, Run
 from interpose.graph.values import Ref
+from interpose.runtime import stages
 from interpose.runtime.engine import Engine, EngineJob
 from interpose.runtime.loading import load
 from interpose.runtime.restart import Restart
@@ -98,6 +99,13 @@ def _first(on: Engine, block: str) -> str:
 # -- each run gets what it gets alone ----------------------------------------------------------------------------
 
 
+@pytest.fixture
+def eager_cuts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Forwards cost what their tokens cost, as those of large batches do: each block is worth beginning at."""
+    monkeypatch.setattr(Restart, "bare_tokens", 0.0)
+    monkeypatch.setattr(stages, "WORTH", 0)
+
+
 def one_session_as_alone(arch: str, seed: int) -> None:
     on, twin = engine(arch), precise(arch)
     rng = random.Random(seed)
@@ -113,13 +121,15 @@ def one_session_as_alone(arch: str, seed: int) -> None:
         close(part(together, begin, graph), run(on, [graph])[0], run(twin, [graph])[0])
 
 
+@pytest.mark.usefixtures("eager_cuts")
 @pytest.mark.parametrize("arch", ["gpt2", "llama", "bert"])
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(seed=st.integers(0, 2**32))
 def test_runs_of_a_session_get_what_each_gets_alone(arch: str, seed: int) -> None:
     one_session_as_alone(arch, seed)
 
 
+@pytest.mark.usefixtures("eager_cuts")
 @pytest.mark.parametrize("arch", ARCHITECTURES)
 def test_on_every_architecture(arch: str) -> None:
     for seed in (3, 77, 2024):
@@ -144,12 +154,6 @@ def sweep(manifest: Manifest, rows: Sequence[Sequence[int]] = (ROW,)) -> list[Gr
 
     clean = Graph((asked,), (early, replace(logits, id=1), Node(2, "save", (Ref(1),), invoke=0)))
     return [clean, *(Graph((asked,), (early, written(block), logits, *saves)) for block in blocks)]
-
-
-@pytest.fixture
-def eager_cuts(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Forwards cost what their tokens cost, as those of large batches do: each block is worth beginning at."""
-    monkeypatch.setattr(Restart, "bare_tokens", 0.0)
 
 
 @pytest.mark.usefixtures("eager_cuts")

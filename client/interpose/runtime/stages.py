@@ -20,6 +20,9 @@ Member = tuple[Interpreter, int]
 
 ALL = math.inf
 
+WORTH = 64
+"""Runs aren't divided to save less than what a forward of so many tokens computes."""
+
 
 @dataclass(frozen=True)
 class Seat:
@@ -133,6 +136,8 @@ def _cuts(families: Sequence[_Family], restart: Restart) -> list[int]:
         for depth in family.depths:
             if 0 < depth < ALL:
                 tokens[int(depth)] = tokens.get(int(depth), 0) + family.size
+    if sum(depth * size for depth, size in tokens.items()) < WORTH * blocks:
+        return []
     depths = sorted(depth for depth in tokens if restart.works(depth))
     if not depths:
         return []
