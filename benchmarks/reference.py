@@ -1,8 +1,8 @@
 """A server that does nothing, on the libraries ours is built of: what the stack itself costs.
 
-POST /job is answered, and one message sent on /stream; a message on /stream is answered by 64 MB in frames of
-1 MB; whoever connects to the second port gets the same bytes with nothing around them. Run as a script, it prints
-both ports.
+POST /job is answered, and one message sent on /stream; a message on /stream, a number of 8 bytes, is answered by so
+many bytes in frames of 1 MB; whoever sends one to the second port gets the same bytes with nothing around them. Run
+as a script, it prints both ports.
 """
 
 from __future__ import annotations
@@ -19,8 +19,12 @@ import uvloop
 from fastapi import FastAPI, Request, WebSocket, WebSocketDisconnect
 from fastapi.responses import JSONResponse, Response
 
-SIZE = 64 << 20
 FRAME = 1 << 20
+
+
+def asked(size: int) -> bytes:
+    """A message that asks for so many bytes, whole frames of them."""
+    return size.to_bytes(8)
 
 
 @contextmanager
@@ -52,8 +56,8 @@ async def serve() -> None:
         await websocket.accept()
         told = asyncio.create_task(tell(websocket))
         try:
-            while await websocket.receive_bytes():
-                for _ in range(SIZE // FRAME):
+            while size := await websocket.receive_bytes():
+                for _ in range(int.from_bytes(size) // FRAME):
                     await websocket.send_bytes(frame)
         except WebSocketDisconnect:
             told.cancel()
@@ -63,8 +67,8 @@ async def serve() -> None:
             await websocket.send_bytes(await messages.get())
 
     async def plain(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        while await reader.read(1):
-            for _ in range(SIZE // FRAME):
+        while size := await reader.read(8):
+            for _ in range(int.from_bytes(size) // FRAME):
                 writer.write(frame)
                 await writer.drain()
         writer.close()

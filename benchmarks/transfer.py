@@ -1,4 +1,4 @@
-"""A 64 MB save, from the `with` to the tensor, beside a raw websocket and a raw socket."""
+"""Large saves, from the `with` to the tensor, beside a raw websocket and a raw socket."""
 
 from __future__ import annotations
 
@@ -8,34 +8,33 @@ from statistics import median
 
 from interpose import LanguageModel
 from lab import PROMPT, TINY, served, tiny
-from reference import SIZE, reference
+from reference import reference
 from table import Row, mb_s
 from timing import Effort, interleaved, ratio, seconds
 from trips import trips
 
+SIZES = {64 << 20: 1, 512 << 20: 4}
+"""Bytes -> of how many rounds one is spent on it."""
 WIDE = 64
-"""The tiny model's width. One column of it, spread to 64 MB of float32, is what is saved."""
+"""The tiny model's width. One column of it, spread to so many bytes of float32, is what is saved."""
 
 
 def measure(effort: Effort) -> Iterator[Row]:
     with served(TINY, tiny()) as server, reference() as ports, trips(*ports) as away:
         model = LanguageModel(TINY, host=server.host, api_key=server.key)
-        works = (partial(save, model), away.websocket, away.tcp)
-        ours, websocket, tcp = interleaved(effort.transfers, *(partial(seconds, work) for work in works))
-    mine = mb_s(SIZE, median(ours))
-    for name, beside in (("raw websocket", websocket), ("raw TCP", tcp)):
-        part = f"{1 / ratio(ours, beside):.2f} of its rate"
-        yield Row(
-            "a save of 64 MB",
-            mine,
-            f"{name} {mb_s(SIZE, median(beside))}",
-            part,
-            "the whole trace, making the tensor included",
-        )
+        for size, part in SIZES.items():
+            works = (partial(save, model, size), partial(away.websocket, size), partial(away.tcp, size))
+            rounds = max(effort.transfers // part, 1)
+            ours, websocket, tcp = interleaved(rounds, *(partial(seconds, work) for work in works))
+            for name, beside in (("raw websocket", websocket), ("raw TCP", tcp)):
+                yield Row(
+                    f"a save of {size >> 20} MB", mb_s(size, median(ours)), f"{name} {mb_s(size, median(beside))}",
+                    f"{1 / ratio(ours, beside):.2f} of its rate", "the whole trace, making the tensor included",
+                )  # fmt: skip
 
 
-def save(model: LanguageModel) -> None:
+def save(model: LanguageModel, size: int) -> None:
     with model.trace(PROMPT, remote=True):
         column = model.transformer.h[2].output[0][0, 0].reshape(WIDE, 1)
-        large = column.repeat(1, SIZE // 4 // WIDE).save()
-    assert large.nbytes == SIZE
+        large = column.repeat(1, size // 4 // WIDE).save()
+    assert large.nbytes == size

@@ -9,7 +9,7 @@ from contextlib import contextmanager
 
 import httpx
 from interpose.transports.loop import Background
-from reference import SIZE
+from reference import asked
 from websockets.asyncio.client import ClientConnection, connect
 
 BODY = bytes(600)
@@ -27,24 +27,24 @@ class Trips:
         """A POST and one message on the websocket."""
         self._own.run(self._empty())
 
-    def websocket(self) -> None:
-        """64 MB over the websocket, into one buffer."""
-        self._own.run(self._large())
+    def websocket(self, size: int) -> None:
+        """So many bytes over the websocket, into one buffer."""
+        self._own.run(self._large(size))
 
-    def tcp(self) -> None:
-        """64 MB over a plain socket, into one buffer."""
-        self._tcp.sendall(b"!")
-        view, got = memoryview(bytearray(SIZE)), 0
-        while got < SIZE:
+    def tcp(self, size: int) -> None:
+        """So many bytes over a plain socket, into one buffer."""
+        self._tcp.sendall(asked(size))
+        view, got = memoryview(bytearray(size)), 0
+        while got < size:
             got += self._tcp.recv_into(view[got:])
 
     async def _empty(self) -> None:
         await asyncio.gather(self._client.post("/job", content=BODY), self._stream.recv())
 
-    async def _large(self) -> None:
-        await self._stream.send(b"!")
-        view, got = memoryview(bytearray(SIZE)), 0
-        while got < SIZE:
+    async def _large(self, size: int) -> None:
+        await self._stream.send(asked(size))
+        view, got = memoryview(bytearray(size)), 0
+        while got < size:
             part = await self._stream.recv(decode=False)
             view[got : got + len(part)] = part
             got += len(part)
