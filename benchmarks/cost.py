@@ -12,7 +12,7 @@ PARTS = {"interpose_server.worker": "worker", "interpose_server.gateway": "gatew
 
 def cpu(supervisor: int, work: Callable[[], object], times: int) -> dict[str, float]:
     """Seconds of processor time by part, this process being the client, for each call of `work`."""
-    parts = {_name(child): child for child in psutil.Process(supervisor).children()}
+    parts = processes(supervisor)
     before = {name: _spent(part) for name, part in parts.items()}
     own = time.process_time()
     for _ in range(times):
@@ -20,6 +20,11 @@ def cpu(supervisor: int, work: Callable[[], object], times: int) -> dict[str, fl
     found = {"client": time.process_time() - own}
     found |= {name: _spent(part) - before[name] for name, part in parts.items()}
     return {name: spent / times for name, spent in found.items()}
+
+
+def processes(supervisor: int) -> dict[str, psutil.Process]:
+    """The server's processes by part."""
+    return {_name(child): child for child in psutil.Process(supervisor).children()}
 
 
 def _name(process: psutil.Process) -> str:

@@ -25,6 +25,7 @@ import generation  # noqa: E402
 import lab  # noqa: E402
 import latency  # noqa: E402
 import local  # noqa: E402
+import memory  # noqa: E402
 import startup  # noqa: E402
 import steering  # noqa: E402
 import sweep  # noqa: E402
@@ -40,6 +41,7 @@ PARTS = {
     "latency": latency,
     "transfer": transfer,
     "startup": startup,
+    "memory": memory,
     "early": early,
     "steering": steering,
     "sweep": sweep,
