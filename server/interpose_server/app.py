@@ -21,7 +21,7 @@ from .parts import Parts
 from .positions import Positions
 from .routes import admin, health, jobs, me, models, pages, stream, tensors
 from .settings import Settings
-from .streams import OpenStreams
+from .streams import Open
 from .sweeper import sweep_forever
 from .tasks import end
 
@@ -40,7 +40,14 @@ def create_app(settings: Settings, broker: Broker, blobs: Blobs) -> FastAPI:
         positions=Positions(broker.queue, settings.position_s),
         rate=RateLimit(settings.rate_per_s, settings.rate_burst),
         metrics=metrics,
-        open_streams=OpenStreams(settings.streams_per_user, metrics.streams),
+        open_streams=Open(
+            settings.streams_per_user,
+            metrics.streams,
+            "{most} streams are open, the most allowed; one carries any number of jobs",
+        ),
+        open_downloads=Open(
+            settings.downloads_per_user, metrics.downloads, "{most} downloads are under way, the most allowed"
+        ),
     )
     app = FastAPI(title="Interpose", version=version("interpose"), lifespan=_background)
     app.state.parts = parts

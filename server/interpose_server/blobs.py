@@ -6,6 +6,8 @@ each other's. `Blobs` is the whole of what the rest of the server asks for; an o
 
 from __future__ import annotations
 
+import asyncio
+import errno
 import fcntl
 import hashlib
 import os
@@ -22,6 +24,9 @@ from interpose.wire.tensors import Buffer
 
 BLOCK = 4096
 """What a file takes on disk is a multiple of this, so empty files count too."""
+
+_NOWAIT = getattr(os, "RWF_NOWAIT", 0)
+"""Linux's: read what the page cache has, and don't wait for a disk."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,7 +54,18 @@ class Reader(Protocol):
     def readinto(self, offset: int, buffer: memoryview) -> int:
         """Fill `buffer` from `offset`; returns how many bytes there were."""
 
+    def at_hand(self, offset: int, buffer: memoryview) -> int:
+        """As `readinto`, but only what can be had without waiting, which may be nothing."""
+
     def close(self) -> None: ...
+
+
+async def read(reader: Reader, offset: int, buffer: memoryview) -> int:
+    """As `Reader.readinto`, on the event loop where that doesn't make it wait, else in a thread."""
+    done = reader.at_hand(offset, buffer)
+    if done < buffer.nbytes:
+        done += await asyncio.to_thread(reader.readinto, offset + done, buffer[done:])
+    return done
 
 
 class Writer(Protocol):
@@ -95,6 +111,14 @@ class LocalReader:
 
     def readinto(self, offset: int, buffer: memoryview) -> int:
         return os.preadv(self._descriptor, [buffer], offset)
+
+    def at_hand(self, offset: int, buffer: memoryview) -> int:
+        try:
+            return os.preadv(self._descriptor, [buffer], offset, _NOWAIT) if _NOWAIT else 0
+        except OSError as error:
+            if error.errno in (errno.EAGAIN, errno.EOPNOTSUPP):
+                return 0
+            raise
 
     def close(self) -> None:
         os.close(self._descriptor)

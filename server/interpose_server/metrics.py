@@ -20,6 +20,7 @@ class Metrics:
         )
         self.jobs = Counter("interpose_jobs", "Jobs accepted", ["model"], registry=self.registry)
         self.streams = Gauge("interpose_streams", "Open websockets", registry=self.registry)
+        self.downloads = Gauge("interpose_downloads", "Saves being fetched", registry=self.registry)
         self.sent = Counter("interpose_stream_bytes", "Bytes of saves sent", registry=self.registry)
         self.waiting = Gauge("interpose_waiting", "Jobs waiting", ["model"], registry=self.registry)
         self.ready = Gauge("interpose_model_ready", "1 if the model runs jobs", ["model"], registry=self.registry)

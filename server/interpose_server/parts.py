@@ -14,7 +14,7 @@ from .metrics import Metrics
 from .notifier import Notifier
 from .positions import Positions
 from .settings import Settings
-from .streams import OpenStreams
+from .streams import Open
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,7 +27,8 @@ class Parts:
     positions: Positions
     rate: RateLimit
     metrics: Metrics
-    open_streams: OpenStreams
+    open_streams: Open
+    open_downloads: Open
 
     @staticmethod
     def of(connection: HTTPConnection) -> Parts:

@@ -26,7 +26,7 @@ from interpose.wire.tensors import decode_spec
 from redis.exceptions import RedisError
 from starlette.websockets import WebSocket, WebSocketDisconnect
 
-from .blobs import Reader
+from .blobs import Reader, read
 from .broker import events, keys
 from .broker.events import Stored
 from .parts import Parts
@@ -39,9 +39,6 @@ SAVES = 4
 
 AWAKE_S = 10.0
 """Without a wake-up, look again after so long: one may have been lost with the broker's connection."""
-
-SMALL = 64 << 10
-"""Reads up to this size are done on the event loop."""
 
 
 class Line:
@@ -73,6 +70,7 @@ class Relay:
         self._ref = keys.ref(user, wanted.job)
         self._after = wanted.after
         self._offset = wanted.offset
+        self._apart = wanted.apart
         self._place: int | None = None
 
     async def run(self) -> None:
@@ -144,9 +142,13 @@ class Relay:
     async def _send_save(self, event: Stored, offset: int) -> None:
         body = event.body
         tensors: tuple[TensorSpec, ...] = tuple(map(decode_spec, body["tensors"]))
-        save = Save(self._job, event.seq, event.attempt, body["node"], body["tree"], tensors)
+        apart = 0 < self._apart <= body["nbytes"]
+        save = Save(self._job, event.seq, event.attempt, body["node"], body["tree"], tensors, apart)
         if offset > save.nbytes:
             raise InvalidPayload(f"offset {offset:,} lies beyond a save of {save.nbytes:,} bytes")
+        if apart:
+            await self._line.send(save)
+            return
         async with self._line.saving:
             reader = open_save(self._parts.blobs, self._user, event)
             try:
@@ -165,10 +167,7 @@ class Relay:
             del frame[_HEAD.size + size :]
             _HEAD.pack_into(frame, 0, CHUNK, bytes.fromhex(self._job), seq, offset)
             with memoryview(frame)[_HEAD.size :] as view:
-                if size <= SMALL:
-                    done = reader.readinto(offset, view)
-                else:
-                    done = await asyncio.to_thread(reader.readinto, offset, view)
+                done = await read(reader, offset, view)
             if done < size:
                 raise UnknownJob("the job's result is incomplete")
             await self._line.send_frame(frame)

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import asyncio
 import json
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,7 +12,7 @@ from interpose.errors import BadArgument, UnknownJob
 from interpose.wire.tensors import SAFETENSORS, decode_spec
 
 from . import blob_keys
-from .blobs import Blobs, Reader
+from .blobs import Blobs, Reader, read
 from .broker import events, keys
 from .broker.events import Stored
 from .parts import Parts
@@ -31,6 +30,8 @@ class Inline:
         buffer[: len(part)] = part
         return len(part)
 
+    at_hand = readinto
+
     def close(self) -> None:
         pass
 
@@ -43,6 +44,12 @@ def open_save(blobs: Blobs, user: str, save: Stored) -> Reader:
     if reader is None:
         raise UnknownJob("the job's result has expired; run it again")
     return reader
+
+
+def drop(blobs: Blobs, user: str, names: Iterable[str]) -> None:
+    """Delete saves' bytes, by their blobs' names. Blocking."""
+    for name in names:
+        blobs.delete(blob_keys.result(user, name))
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,7 +120,9 @@ class Results:
                 at = 0
                 while at < reader.size:
                     buffer = bytearray(min(step, reader.size - at))
-                    at += await asyncio.to_thread(reader.readinto, at, memoryview(buffer))
+                    if await read(reader, at, memoryview(buffer)) < len(buffer):
+                        raise UnknownJob("the job's result is incomplete")
+                    at += len(buffer)
                     yield bytes(buffer)
             finally:
                 reader.close()

@@ -28,7 +28,7 @@ class Settings(BaseSettings):
         queued_total: jobs waiting on this server.
         rate_per_s, rate_burst: requests of one user to one gateway process.
         result_ttl_s: how long an ended job and its result can be fetched.
-        acked_ttl_s: the same, once the client said that it has everything.
+        acked_ttl_s: the same, once the client said that it has everything; large results go at once.
         queue_ttl_s: how long a job may wait, and stored attachments live.
         lease_s: a worker silent for so long has lost its jobs.
         max_attempts: a job whose worker died so many times isn't tried again.
@@ -72,6 +72,7 @@ class Settings(BaseSettings):
     inline_bytes: int = Field(default=32 << 10, ge=0)
     chunk_bytes: int = Field(default=CHUNK_BYTES, ge=1, le=16 << 20)
     streams_per_user: int = Field(default=64, ge=1)
+    downloads_per_user: int = Field(default=64, ge=1)
     subscriptions: int = Field(default=4096, ge=1)
     position_s: float = Field(default=1.0, gt=0)
     metrics_open: bool = False

@@ -1,30 +1,38 @@
-"""How many websockets each user has open."""
+"""How much each user has open at once, on this gateway process."""
 
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 from interpose.errors import QueueFull
 from prometheus_client import Gauge
 
 
-class OpenStreams:
-    """Args: most: of one user, on this gateway process."""
+class Open:
+    """Args:
+    most: of one user.
+    told: what to say to who asks for more; "{most}" stands for the number.
+    """
 
-    def __init__(self, most: int, gauge: Gauge) -> None:
+    def __init__(self, most: int, gauge: Gauge, told: str) -> None:
         self._most = most
         self._gauge = gauge
+        self._told = told.format(most=most)
         self._open: Counter[str] = Counter()
 
-    def enter(self, user: str) -> None:
-        """Raises QueueFull."""
+    @contextmanager
+    def counted(self, user: str) -> Iterator[None]:
+        """One more while in the block. Raises QueueFull."""
         if self._open[user] >= self._most:
-            raise QueueFull(f"{self._most} streams are open, the most allowed; one carries any number of jobs")
+            raise QueueFull(self._told, details={"retry_after_s": 1})
         self._open[user] += 1
         self._gauge.inc()
-
-    def leave(self, user: str) -> None:
-        self._open[user] -= 1
-        if not self._open[user]:
-            del self._open[user]
-        self._gauge.dec()
+        try:
+            yield
+        finally:
+            self._gauge.dec()
+            self._open[user] -= 1
+            if not self._open[user]:
+                del self._open[user]

@@ -15,7 +15,7 @@ from interpose import LanguageModel
 from interpose.errors import JobPoisoned
 from interpose.job import Job
 from interpose.wire.result import Saved
-from interpose.wire.stream import Changed
+from interpose.wire.stream import Changed, Received
 from models import tiny
 from serving import Served, serve
 from workloads import slow
@@ -94,6 +94,26 @@ def test_submitting_right_after_a_part_was_killed(ward: Served, model: LanguageM
     wanted = expected(model)
     kill(ward, mark)
     assert torch.equal(expected(model), wanted)
+
+
+@pytest.mark.parametrize("mark", ["interpose_server.worker", "interpose_server.gateway", "valkey-server"])
+def test_a_part_is_killed_while_a_large_save_is_on_its_way(ward: Served, model: LanguageModel, mark: str) -> None:
+    with model.trace([1, 2, 3], remote=True, batching="exclusive", blocking=False) as tracer:
+        column = model.transformer.h[1].output[0][0, 0].reshape(-1, 1)
+        large = column.repeat(1, (32 << 20) // column.shape[0]).save()
+        seed = column.save()
+    killed: list[int] = []
+
+    def kill_once(event: Any) -> None:
+        if isinstance(event, Received) and event.received < event.nbytes and not killed:
+            killed.append(event.received)
+            part(ward, mark).kill()
+
+    tracer.job.wait(kill_once, 90)
+    tracer.job.result()
+    assert killed
+    assert large.nbytes == 128 << 20
+    assert torch.equal(large, seed.expand_as(large))
 
 
 def test_batch_mates_of_a_killed_worker(ward: Served, model: LanguageModel) -> None:

@@ -185,9 +185,9 @@ async def test_the_sweep_forgets_ended_jobs(valkey: Valkey, tmp_path: Path) -> N
     job = new_job()
     await broker.queue.submit(job)
     await broker.queue.cancel("ada", job.id)
-    assert await broker.queue.sweep() == []
+    assert await broker.queue.sweep() == {}
     await asyncio.sleep(0.08)
-    assert await broker.queue.sweep() == [keys.ref("ada", job.id)]
+    assert await broker.queue.sweep() == {keys.ref("ada", job.id): []}
     with pytest.raises(UnknownJob):
         await broker.queue.info("ada", job.id)
     left = {key async for key in broker.redis.scan_iter(match="*ada*")}

@@ -6,7 +6,7 @@ import asyncio
 import contextlib
 import socket
 import threading
-from collections.abc import Iterator
+from collections.abc import AsyncIterator, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -22,7 +22,7 @@ from interpose.wire.tensors import encode_tensor
 from interpose.wire.trees import flatten
 from starlette.applications import Starlette
 from starlette.requests import Request
-from starlette.responses import JSONResponse, Response
+from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.routing import Route, WebSocketRoute
 from starlette.websockets import WebSocket, WebSocketDisconnect
 
@@ -39,7 +39,11 @@ class Lab:
     values: node -> value each job saves.
     ending: how each job ends.
     cuts: for each next connection, after how many frames it drops; none left: never.
-    tamper: for each next connection, what happens to its frames before they leave.
+    tamper: for each next connection, what happens to its frames before they leave; a function among them is
+        waited for until it returns something.
+    apart: whether saves come without their bytes for who asks so.
+    faults: for each next fetch of a save, what becomes of it: after how many bytes it drops (None: never), or the
+        answer to bytes and first byte.
     hold: while it is set, jobs stay queued.
     busy: how many of the next POSTs are taken, but answered by a broken proxy.
     """
@@ -49,6 +53,9 @@ class Lab:
     ending: tuple[str, dict[str, Any] | None] = ("completed", None)
     cuts: list[int] = field(default_factory=list)
     tamper: list[Any] = field(default_factory=list)
+    apart: bool = False
+    faults: list[Any] = field(default_factory=list)
+    fetched: list[tuple[int, int]] = field(default_factory=list)
     hold: threading.Event = field(default_factory=threading.Event)
     protocol: str = "1"
     chunk: int = 1 << 20
@@ -72,6 +79,7 @@ class Lab:
                 Route("/v1/jobs", self.post, methods=["POST"]),
                 Route("/v1/jobs", self.list, methods=["GET"]),
                 Route("/v1/jobs/{id}", self.job, methods=["GET", "DELETE"]),
+                Route("/v1/jobs/{id}/saves/{seq:int}", self.saved),
                 Route("/v1/tensors/{sha}", self.tensor, methods=["HEAD", "PUT"]),
                 Route("/v1/models/{id:path}/tokenizer", self.tokenizer),
                 Route("/v1/models/{id:path}", self.model),
@@ -124,6 +132,16 @@ class Lab:
             self.cancelled.add(plain["id"])
         return self.answer(plain)
 
+    async def saved(self, request: Request) -> Response:
+        self.note(request)
+        seq = request.path_params["seq"]
+        start = int(request.headers.get("range", "bytes=0-")[6:-1])
+        self.fetched.append((seq, start))
+        _, tensors = flatten(list(self.values.values())[seq - 3])
+        data = b"".join(bytes(encode_tensor(tensor).data) for tensor in tensors)
+        fault = self.faults.pop(0) if self.faults else None
+        return fault(data, start) if callable(fault) else part_of(data, start, fault)  # type: ignore[no-any-return]
+
     async def tensor(self, request: Request) -> Response:
         self.note(request)
         sha = request.path_params["sha"]
@@ -158,7 +176,10 @@ class Lab:
                 continue
             tree, tensors = flatten(value)
             parts = [encode_tensor(tensor) for tensor in tensors]
-            yield encode(Save(ask.job, seq, 1, node, tree, tuple(part.spec for part in parts)))
+            apart = self.apart and 0 < ask.apart <= sum(part.data.nbytes for part in parts)
+            yield encode(Save(ask.job, seq, 1, node, tree, tuple(part.spec for part in parts), apart))
+            if apart:
+                continue
             offset = ask.offset if seq == ask.after + 1 else 0
             yield from chunks(ask.job, seq, [part.data for part in parts], offset, self.chunk)
         yield encode(Log(ask.job, seq + 1, 1, 0, "logged"))
@@ -202,7 +223,26 @@ class Lab:
                 if count == left:
                     await ws.close(1011)
                     return
-                await ws.send_bytes(frame)
+                while callable(frame) and not frame():  # noqa: ASYNC110 - set by another request
+                    await asyncio.sleep(0.01)
+                if not callable(frame):
+                    await ws.send_bytes(frame)
+
+
+def part_of(data: bytes, start: int, drop: int | None = None, stall: bool = False) -> Response:
+    """The bytes from `start` on; after `drop` of them the connection breaks, or with `stall` nothing more comes."""
+
+    async def body() -> AsyncIterator[bytes]:
+        yield data[start : None if drop is None else start + drop]
+        if stall:
+            await asyncio.sleep(60)
+        if drop is not None:
+            raise ConnectionError("as told")
+
+    sent = {HEADER: "1", "Content-Length": str(len(data) - start)}
+    if start:
+        sent["Content-Range"] = f"bytes {start}-{len(data) - 1}/{len(data)}"
+    return StreamingResponse(body(), 206 if start else 200, sent)
 
 
 @contextlib.contextmanager

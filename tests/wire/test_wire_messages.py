@@ -1,3 +1,5 @@
+from dataclasses import replace
+
 import msgpack
 import pytest
 from hypothesis import given, settings
@@ -27,12 +29,13 @@ JOB = "0123456789abcdef" * 2
 SAVE = Save(
     JOB, 2, 1, 7, {"tuple": [{"tensor": 0}, {"tensor": 1}]}, (TensorSpec((2,), "int16"), TensorSpec((), "bool"))
 )
-CLIENT = [Subscribe(JOB), Subscribe(JOB, 3, 2**40), Unsubscribe(JOB), Ack(JOB)]
+CLIENT = [Subscribe(JOB), Subscribe(JOB, 3, 2**40), Subscribe(JOB, apart=1 << 20), Unsubscribe(JOB), Ack(JOB)]
 SERVER = [
     Hello(),
     Status(JOB, 1, 0, JobStatus.QUEUED),
     Status(JOB, 9, 2, JobStatus.FAILED, {"code": "op_failed", "message": "no", "node": 3}),
     SAVE,
+    replace(SAVE, apart=True),
     Log(JOB, 3, 1, 4, "hello"),
     Position(JOB, 12),
     Refused.of(UnknownJob("gone"), JOB),
@@ -60,6 +63,7 @@ def test_frames_are_as_written_down():
         "job": JOB,
         "after": 3,
         "offset": 4,
+        "apart": 0,
     }
     assert encode(SAVE)[0] == 0
     assert msgpack.unpackb(encode(SAVE)[1:])["nbytes"] == 5

@@ -167,3 +167,82 @@ def test_a_tree_that_names_no_tensor_is_refused_before_its_bytes():
 
 def test_other_jobs_are_none_of_its_business():
     assert JobStream("cd" * 16).feed(conversation()[0]) == []
+
+
+# Saves whose bytes come apart
+
+
+def head(seq, node=7, attempt=1):
+    return Save(JOB, seq, attempt, node, TREE, SPECS, apart=True)
+
+
+def arrive(stream, seq):
+    """Fill a save as whoever fetches it does, three bytes at a time."""
+    incoming, whole = stream.apart[seq], b"".join(RAW)
+    while incoming.received < incoming.save.nbytes:
+        room = incoming.room()[:3]
+        room[:] = whole[incoming.received : incoming.received + room.nbytes]
+        incoming.fill(room.nbytes)
+    return stream.arrived(seq)
+
+
+def test_saves_apart_come_when_they_come_and_the_end_after_them():
+    stream = JobStream(JOB, apart=5)
+    assert stream.resume() == Subscribe(JOB, 0, 0, 5)
+    early = feed(stream, [status(1, "queued", 0), status(2, "running"), head(3), head(4, 8), save(5, 9)])
+    assert [type(event) for event in early] == [Changed, Changed]
+    feed(stream, pieces(5))
+    assert list(stream.saves) == [9]
+    assert feed(stream, [status(6, "completed")]) == []
+    assert (stream.heard, stream.done, stream.resume().after) == (True, False, 6)
+    assert feed(stream, [Refused.of(UnknownJob("expired meanwhile"), JOB)]) == []
+    (saved,) = arrive(stream, 4)
+    assert (saved.node, stream.done) == (8, False)
+    assert [type(event) for event in arrive(stream, 3)] == [Saved, Changed]
+    assert stream.done
+    assert stream.error is None
+    assert values(stream) == values(stream, 8) == values(stream, 9) == [[1, 2, 3, 4, 5], [], [6, 7, 8]]
+
+
+@pytest.mark.parametrize(
+    "after",
+    [
+        status(4, "queued", 1),
+        status(4, "running", 2),
+        status(4, "failed", 1, {"code": "op_failed", "message": "no"}),
+        status(4, "cancelled"),
+        Refused.of(UnknownJob("gone"), JOB),
+    ],
+    ids=lambda message: getattr(message, "status", "refused"),
+)
+def test_what_comes_apart_is_void_once_its_attempt_is(after):
+    stream = JobStream(JOB, apart=1)
+    feed(stream, [status(1, "queued", 0), status(2, "running"), head(3)])
+    incoming = stream.apart[3]
+    feed(stream, [after])
+    gone = after != status(4, "queued", 1)  # until the next attempt begins, these bytes may still be the ones
+    assert incoming.void is gone
+    assert bool(stream.apart) is not gone
+
+
+def test_a_stale_head_is_not_fetched_and_an_empty_one_is_whole():
+    stream = JobStream(JOB, apart=1)
+    feed(stream, [status(1, "running", 2), head(2, attempt=1)])
+    assert (stream.apart, stream.last) == ({}, 2)
+    empty = Save(JOB, 3, 2, 5, {"tensor": 0}, (TensorSpec((0,), "float32"),), apart=True)
+    assert [type(event) for event in feed(stream, [empty])] == [Saved]
+
+
+def test_bools_that_come_apart_are_checked():
+    stream = JobStream(JOB, apart=1)
+    stream.feed(Save(JOB, 1, 1, 0, {"tensor": 0}, (TensorSpec((2,), "bool"),), apart=True))
+    stream.apart[1].write(memoryview(b"\1\7"))
+    with pytest.raises(InvalidPayload):
+        stream.arrived(1)
+
+
+def test_what_comes_apart_counts_against_what_is_believed():
+    stream = JobStream(JOB, apart=1, most_bytes=15)
+    stream.feed(head(1))
+    with pytest.raises(LimitExceeded):
+        stream.feed(head(2, 8))

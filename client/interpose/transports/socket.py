@@ -22,12 +22,15 @@ from ..errors import (
 )
 from ..wire.messages import Ack, ClientMessage, Hello, Refused, ServerMessage, Unsubscribe, decode_server, encode
 from ..wire.protocol import MAX_CHUNK_BYTES, PROBLEM, PROTOCOL
-from ..wire.stream import Happening, JobStream, OutOfStep
+from ..wire.stream import Happening, Incoming, JobStream, OutOfStep, Received
+from .fetch import APART, Fetcher, direct
 from .http import delays, headers, problem, unreachable
 
 _MAX_FRAME = MAX_CHUNK_BYTES + (1 << 16)
 _SETTLED_S = 5.0
 _MAX_GAPS = 5
+_FETCHES = 2
+"""At once: the one's request is on its way while the other's bytes come."""
 
 
 @dataclass
@@ -36,11 +39,20 @@ class _Feed:
 
     Attributes:
         gaps: how often it fell out of step since it last moved.
+        fetches: by event, the saves being fetched.
     """
 
     stream: JobStream
     queue: asyncio.Queue[Happening | InterposeError | None] = field(default_factory=asyncio.Queue)
     gaps: int = 0
+    fetches: dict[int, asyncio.Task[None]] = field(default_factory=dict)
+
+    def put(self, happened: list[Happening]) -> None:
+        """Hand on what happened, and the end once it has come."""
+        for item in happened:
+            self.queue.put_nowait(item)
+        if self.stream.done:
+            self.queue.put_nowait(None if self.stream.status.terminal else self.stream.error)
 
 
 class _Again(Exception):
@@ -61,6 +73,9 @@ class Socket:
         self._connection: ClientConnection | None = None
         self._task: asyncio.Task[None] | None = None
         self._moved = False
+        self._fetcher = Fetcher(endpoint, patience)
+        self._fetching = asyncio.Semaphore(_FETCHES)
+        self._apart = APART if direct(endpoint) else 0
 
     def open(self) -> None:
         """Start connecting, unless it is connected or under way."""
@@ -74,7 +89,7 @@ class Socket:
             InterposeError: the server doesn't know the job, or can't be reached for too long.
         """
         assert job not in self._feeds, "one follower a job"
-        feed = self._feeds[job] = _Feed(JobStream(job))
+        feed = self._feeds[job] = _Feed(JobStream(job, apart=self._apart))
         try:
             self.open()
             if self._connection is not None:
@@ -85,6 +100,8 @@ class Socket:
                 yield item
         finally:
             del self._feeds[job]
+            for task in feed.fetches.values():
+                task.cancel()
             if not feed.stream.done:
                 await self.send(Unsubscribe(job))
 
@@ -97,6 +114,7 @@ class Socket:
         if self._task is not None:
             self._task.cancel()
             await asyncio.gather(self._task, return_exceptions=True)
+        self._fetcher.close()
 
     async def _keep(self) -> None:
         """Connect as long as somebody follows a job; give up on an outage longer than patience."""
@@ -160,7 +178,7 @@ class Socket:
             spoken = hello.protocol if isinstance(hello, Hello) else "?"
             raise VersionMismatch(f"the server speaks protocol {spoken}, this client {PROTOCOL}")
         # Whoever joins from here on subscribes by themselves; no await lies between.
-        waiting = list(self._feeds.values())
+        waiting = [feed for feed in self._feeds.values() if not feed.stream.heard]
         self._connection = connection
         for feed in waiting:
             await self._send(connection, feed.stream.resume())
@@ -177,7 +195,7 @@ class Socket:
         if isinstance(message, Refused):
             _heed(message)
         feed = self._feeds.get(message.job or "")
-        if feed is None or feed.stream.done:
+        if feed is None or feed.stream.heard:
             return
         try:
             happened = feed.stream.feed(message)
@@ -189,12 +207,35 @@ class Socket:
         except InterposeError as error:
             feed.queue.put_nowait(error)
         else:
-            if happened:
+            if happened or feed.stream.apart.keys() - feed.fetches.keys():
                 feed.gaps, self._moved = 0, True
-            for item in happened:
-                feed.queue.put_nowait(item)
-            if feed.stream.done:
-                feed.queue.put_nowait(None if feed.stream.status.terminal else feed.stream.error)
+            feed.put(happened)
+            self._fetch_apart(feed)
+
+    def _fetch_apart(self, feed: _Feed) -> None:
+        """Begin to fetch what was announced; give up what is no longer wanted."""
+        for seq, task in feed.fetches.items():
+            if seq not in feed.stream.apart:
+                task.cancel()
+        for seq, incoming in feed.stream.apart.items():
+            if seq not in feed.fetches:
+                feed.fetches[seq] = asyncio.create_task(self._fetch(feed, seq, incoming))
+
+    async def _fetch(self, feed: _Feed, seq: int, incoming: Incoming) -> None:
+        node, size = incoming.save.node, incoming.save.nbytes
+
+        def tell() -> None:
+            if not incoming.void:
+                self._moved = True
+                feed.queue.put_nowait(Received(node, incoming.received, size))
+
+        try:
+            async with self._fetching:
+                await self._fetcher.fetch(feed.stream.job, seq, incoming, tell)
+            if not incoming.void:
+                feed.put(feed.stream.arrived(seq))
+        except InterposeError as error:
+            feed.queue.put_nowait(error)
 
 
 def _heed(refused: Refused) -> None:

@@ -44,6 +44,12 @@ class Fields:
             raise self.wrong(name, f"a whole number from {low} to {high}")
         return value
 
+    def flag(self, name: str) -> bool:
+        value = self.take(name)
+        if type(value) is not bool:
+            raise self.wrong(name, "true or false")
+        return value
+
     def seconds(self, name: str) -> float | None:
         value = self.maybe(name)
         if value is None:

@@ -37,19 +37,23 @@ _MAX_CONTAINERS = 1 << 19
 
 @dataclass(frozen=True, slots=True)
 class Subscribe:
-    """Send a job's events after number `after`; of event after + 1, if a save, the bytes from `offset` on."""
+    """Send a job's events after number `after`; of event after + 1, if a save, the bytes from `offset` on.
+
+    Of saves of `apart` bytes and more only the head: the client fetches their bytes over HTTP. 0: of none.
+    """
 
     type: ClassVar[str] = "subscribe"
     job: str
     after: int = 0
     offset: int = 0
+    apart: int = 0
 
     def to_plain(self) -> dict[str, Any]:
-        return {"job": self.job, "after": self.after, "offset": self.offset}
+        return {"job": self.job, "after": self.after, "offset": self.offset, "apart": self.apart}
 
     @classmethod
     def read(cls, fields: Fields) -> Subscribe:
-        return cls(fields.job(), fields.whole("after", 0, _MAX_SEQ), fields.whole("offset"))
+        return cls(fields.job(), fields.whole("after", 0, _MAX_SEQ), fields.whole("offset"), fields.whole("apart"))
 
 
 @dataclass(frozen=True, slots=True)
@@ -124,7 +128,10 @@ class Status:
 
 @dataclass(frozen=True, slots=True)
 class Save:
-    """A saved value: its tree, and the tensors whose bytes follow, one after another, in chunks."""
+    """A saved value: its tree, and the tensors whose bytes follow, one after another, in chunks.
+
+    Those of one that comes `apart` don't follow: they are fetched over HTTP, by job and `seq`.
+    """
 
     type: ClassVar[str] = "save"
     job: str
@@ -133,6 +140,7 @@ class Save:
     node: int
     tree: Tree
     tensors: tuple[TensorSpec, ...]
+    apart: bool = False
 
     @property
     def nbytes(self) -> int:
@@ -140,7 +148,8 @@ class Save:
 
     def to_plain(self) -> dict[str, Any]:
         tensors = [encode_spec(spec) for spec in self.tensors]
-        return {**_event(self), "node": self.node, "tree": self.tree, "tensors": tensors, "nbytes": self.nbytes}
+        plain = {**_event(self), "node": self.node, "tree": self.tree, "tensors": tensors}
+        return {**plain, "nbytes": self.nbytes, "apart": self.apart}
 
     @classmethod
     def read(cls, fields: Fields) -> Save:
@@ -148,7 +157,7 @@ class Save:
         tensors = tuple(decode_spec(plain) for plain in fields.list("tensors", _MAX_ITEMS))
         if total(tensors) != claimed:
             raise InvalidPayload(f"a save of {total(tensors):,} bytes says it has {claimed:,}")
-        return cls(*_read_event(fields), node, tree, tensors)
+        return cls(*_read_event(fields), node, tree, tensors, fields.flag("apart"))
 
 
 @dataclass(frozen=True, slots=True)

@@ -75,31 +75,44 @@ class JobStream:
     """Follows one job.
 
     Attributes:
-        last: number of the last event fully received.
+        last: number of the last event fully received, of saves that come apart the head.
         status, attempt, position: as the server last said.
         saves: node -> value of the newest attempt.
+        apart: by event, the saves whose bytes have to be fetched; `arrived` is told of each that is whole.
         error: why the job ended, if not by completing.
     """
 
-    def __init__(self, job: str, *, most_bytes: int = 1 << 42) -> None:
-        """`most_bytes`: of all saves together; a server that announces more is not believed."""
+    def __init__(self, job: str, *, apart: int = 0, most_bytes: int = 1 << 42) -> None:
+        """`apart`: ask for saves of so many bytes and more without their bytes, unless 0.
+
+        `most_bytes`: of all saves together; a server that announces more is not believed.
+        """
         self.job = job
         self.last = 0
         self.status = JobStatus.QUEUED
         self.attempt = 0
         self.position: int | None = None
         self.saves: dict[int, Saved] = {}
+        self.apart: dict[int, Incoming] = {}
         self.error: InterposeError | None = None
+        self._apart = apart
         self._most = most_bytes
-        self._open: _Incoming | None = None
+        self._open: Incoming | None = None
+        self._end: Status | None = None
+        """It completed, and saves that come apart are still missing."""
 
     @property
     def done(self) -> bool:
         return self.status.terminal or self.error is not None
 
+    @property
+    def heard(self) -> bool:
+        """Whether the server has nothing more to say; bytes that come apart may still be missing."""
+        return self.done or self._end is not None
+
     def resume(self) -> Subscribe:
         """The subscription that continues here."""
-        return Subscribe(self.job, self.last, self._open.received if self._open else 0)
+        return Subscribe(self.job, self.last, self._open.received if self._open else 0, self._apart)
 
     def feed(self, message: ServerMessage) -> list[Happening]:
         """Take one message; what it made happen. Repeated events and messages of other jobs change nothing.
@@ -109,17 +122,30 @@ class JobStream:
             InvalidPayload: the message contradicts itself or what came before.
             LimitExceeded: a save of more bytes than this side takes.
         """
-        if self.done or isinstance(message, Hello) or message.job != self.job:
+        if self.heard or isinstance(message, Hello) or message.job != self.job:
             return []
         if isinstance(message, Position):
             self.position = message.position
             return [Moved(message.position)]
         if isinstance(message, Refused):
             self.error = message.exception()
+            self._void_apart()
             return []
         if isinstance(message, Chunk):
             return self._chunk(message)
         return self._event(message)
+
+    def arrived(self, seq: int) -> list[Happening]:
+        """The bytes of a save that came apart are all there; what that made happen.
+
+        Raises:
+            InvalidPayload: they aren't what the save's head announced.
+        """
+        happened: list[Happening] = [self._keep(self.apart.pop(seq))]
+        if self._end is not None and not self.apart:
+            end, self._end = self._end, None
+            happened += self._status(end, stale=False)
+        return happened
 
     def _event(self, event: Event) -> list[Happening]:
         if event.seq <= self.last:
@@ -132,6 +158,7 @@ class JobStream:
         if event.attempt > self.attempt:
             self.attempt = event.attempt
             self.saves.clear()
+            self._void_apart()
         if isinstance(event, Save):
             return self._begin(event, stale)
         self.last = event.seq
@@ -141,7 +168,12 @@ class JobStream:
             return [] if stale else [NewTokens(event.attempt, event.run, event.step, event.ids)]
         return self._status(event, stale)
 
-    def _repeated(self, event: Event, incoming: _Incoming) -> list[Happening]:
+    def _void_apart(self) -> None:
+        for incoming in self.apart.values():
+            incoming.void = True
+        self.apart.clear()
+
+    def _repeated(self, event: Event, incoming: Incoming) -> list[Happening]:
         """The head of the save in progress, sent again after a reconnect."""
         if event == incoming.save:
             return []
@@ -151,19 +183,31 @@ class JobStream:
     def _status(self, event: Status, stale: bool) -> list[Happening]:
         if stale and event.status not in (JobStatus.FAILED, JobStatus.CANCELLED):
             return []
+        if event.status is JobStatus.COMPLETED and self.apart:
+            self._end = event
+            return []
         self.status = event.status
         if event.status is not JobStatus.QUEUED:
             self.position = None
         self.error = reason(event.status, event.error)
+        if self.error is not None:
+            self._void_apart()
         return [Changed(event.status, event.attempt, event.error)]
 
     def _begin(self, save: Save, stale: bool) -> list[Happening]:
         held = sum(total(saved.specs) for saved in self.saves.values())
+        held += sum(incoming.save.nbytes for incoming in self.apart.values())
         if held + save.nbytes > self._most:
             raise LimitExceeded(f"the server announces {held + save.nbytes:,} bytes, {self._most:,} are taken")
         unflatten(save.tree, save.tensors)
-        self._open = _Incoming(save, stale)
-        return self._close(self._open) if not save.nbytes else []
+        incoming = Incoming(save, stale)
+        if save.apart and save.nbytes:
+            self.last = save.seq
+            if not stale:
+                self.apart[save.seq] = incoming
+            return []
+        self._open = incoming
+        return self._close(incoming) if not save.nbytes else []
 
     def _chunk(self, chunk: Chunk) -> list[Happening]:
         if chunk.seq <= self.last:
@@ -182,21 +226,22 @@ class JobStream:
             happened.append(Received(incoming.save.node, incoming.received, incoming.save.nbytes))
         return happened + self._close(incoming) if incoming.received == incoming.save.nbytes else happened
 
-    def _close(self, incoming: _Incoming) -> list[Happening]:
-        save = incoming.save
+    def _close(self, incoming: Incoming) -> list[Happening]:
         self._open = None
-        self.last = save.seq
-        if incoming.void:
-            return []
-        saved = incoming.finish()
-        self.saves[save.node] = saved
-        return [saved]
+        self.last = incoming.save.seq
+        return [] if incoming.void else [self._keep(incoming)]
+
+    def _keep(self, incoming: Incoming) -> Saved:
+        saved = self.saves[incoming.save.node] = incoming.finish()
+        return saved
 
 
-class _Incoming:
+class Incoming:
     """A save in progress: a buffer for each tensor, made when its first byte arrives.
 
-    `void` saves belong to an attempt that was given up: their bytes are counted and dropped.
+    Attributes:
+        received: bytes so far.
+        void: it belongs to an attempt that was given up: its bytes are counted and dropped.
     """
 
     def __init__(self, save: Save, void: bool) -> None:
@@ -207,13 +252,25 @@ class _Incoming:
         self._filled = 0
 
     def write(self, data: memoryview) -> None:
-        self.received += data.nbytes
-        while data.nbytes and not self.void:
-            part = self._current()
-            taken = data[: len(part) - self._filled]
-            part[self._filled : self._filled + taken.nbytes] = taken
-            self._filled += taken.nbytes
+        """Take the next bytes, at most as many as are missing."""
+        if self.void:
+            self.received += data.nbytes
+            return
+        while data.nbytes:
+            room = self.room()
+            taken = data[: room.nbytes]
+            room[: taken.nbytes] = taken
+            self.fill(taken.nbytes)
             data = data[taken.nbytes :]
+
+    def room(self) -> memoryview:
+        """Where the next bytes belong: as much as is left of one tensor. Not to be asked for once all are there."""
+        return self._current()[self._filled :]
+
+    def fill(self, size: int) -> None:
+        """The first `size` bytes of `room` have been written."""
+        self.received += size
+        self._filled += size
 
     def _current(self) -> memoryview:
         """The buffer with room left; the next tensors' if none has."""

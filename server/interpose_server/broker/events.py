@@ -32,6 +32,12 @@ async def read(redis: Redis, ref: str, after: int, most: int = MOST) -> list[Sto
     return [_stored(row_id, row) for row_id, row in rows]
 
 
+async def one(redis: Redis, ref: str, seq: int) -> Stored | None:
+    """A job's event of that number; None if it isn't there."""
+    rows: Any = await redis.xrange(keys.EVENTS.format(ref=ref), f"{seq}-0", f"{seq}-0")
+    return _stored(*rows[0]) if rows else None
+
+
 def _stored(row_id: bytes, row: dict[bytes, bytes]) -> Stored:
     return Stored(
         seq=int(row_id.split(b"-")[0]),

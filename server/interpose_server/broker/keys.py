@@ -14,6 +14,8 @@ JOB = "ip:job:{ref}"
 """Hash: everything known of one job."""
 EVENTS = "ip:events:{ref}"
 """Stream: the job's events, with ids `<seq>-0`, seq from 1."""
+BLOBS = "ip:blobs:{ref}"
+"""List: names of the blobs with its results."""
 QUEUE = "ip:queue:{model}/{user}"
 """Sorted set of refs: one user's waiting jobs for one model, first one lowest."""
 USERS = "ip:users:{model}"
@@ -77,9 +79,9 @@ def split(ref: str) -> tuple[str, str]:
 
 
 _FORMATS = {
-    "JOB": JOB, "EVENTS": EVENTS, "QUEUE": QUEUE, "USERS": USERS, "CLOCK": CLOCK, "BELL": BELL, "QUEUED": QUEUED,
-    "RUNNING": RUNNING, "JOBS": JOBS, "USAGE": USAGE, "LEASES": LEASES, "EXPIRY": EXPIRY, "ORDER": ORDER,
-    "TOTAL": TOTAL, "WAKE": WAKE,
+    "JOB": JOB, "EVENTS": EVENTS, "BLOBS": BLOBS, "QUEUE": QUEUE, "USERS": USERS, "CLOCK": CLOCK, "BELL": BELL,
+    "QUEUED": QUEUED, "RUNNING": RUNNING, "JOBS": JOBS, "USAGE": USAGE, "LEASES": LEASES, "EXPIRY": EXPIRY,
+    "ORDER": ORDER, "TOTAL": TOTAL, "WAKE": WAKE,
 }  # fmt: skip
 
 

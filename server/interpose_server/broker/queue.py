@@ -221,9 +221,10 @@ class Queue:
             raise _unknown(job)
         return await self.info(user, job)
 
-    async def ack(self, user: str, job: str) -> None:
-        """The owner has everything: keep the job only a little longer."""
-        await self._run("ack", keys.ref(user, job), int(self._settings.acked_ttl_s * 1000))
+    async def ack(self, user: str, job: str) -> list[str]:
+        """The owner has everything: keep the job only a little longer. Returns the blobs its results were in."""
+        names = await self._run("ack", keys.ref(user, job), int(self._settings.acked_ttl_s * 1000))
+        return [name.decode() for name in names]
 
     async def reap(self, worker: str = "") -> list[tuple[str, JobStatus]]:
         """Requeue or fail jobs whose lease ended, or, with a name, all that a dead worker held."""
@@ -235,10 +236,15 @@ class Queue:
         flat = await self._run("reap", worker, most, msgpack.packb(error.to_wire()), self._ttl_ms)
         return [(ref.decode(), JobStatus(end.decode())) for ref, end in zip(flat[::2], flat[1::2], strict=True)]
 
-    async def sweep(self) -> list[str]:
-        """Forget ended jobs whose time is over, fail those that waited too long. Returns the refs forgotten."""
+    async def sweep(self) -> dict[str, list[str]]:
+        """Forget ended jobs whose time is over, fail those that waited too long.
+
+        Returns:
+            The refs forgotten, each with the names of the blobs its results are in: nobody can ask for them.
+        """
         error = JobTimeout("the job waited too long for its model; submit it again later")
-        return [ref.decode() for ref in await self._run("sweep", msgpack.packb(error.to_wire()), self._ttl_ms)]
+        gone = await self._run("sweep", msgpack.packb(error.to_wire()), self._ttl_ms)
+        return {ref.decode(): [name.decode() for name in names] for ref, names in gone}
 
     async def info(self, user: str, job: str) -> JobInfo:
         """Raises UnknownJob."""

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from fastapi import APIRouter, Request
+from fastapi import APIRouter, Header, Path, Request
 from fastapi.responses import JSONResponse, Response, StreamingResponse
 from interpose.errors import from_wire
 from interpose.wire.fields import check_job
 from interpose.wire.status import JobStatus
 
 from ..auth import User
+from ..downloads import download
 from ..limits import read_body
 from ..parts import Parts
 from ..results import Results
@@ -45,6 +46,17 @@ async def get(request: Request, job: str, user: User) -> dict[str, Any]:
 async def delete(request: Request, job: str, user: User) -> dict[str, Any]:
     info = await Parts.of(request).broker.queue.cancel(user.user, check_job(job))
     return info.to_plain()
+
+
+@router.get("/{job}/saves/{event}", summary="The bytes of the save that an event announced", response_model=None)
+async def save(
+    request: Request,
+    job: str,
+    event: Annotated[int, Path(ge=1, lt=1 << 32)],
+    user: User,
+    wanted: Annotated[str, Header(alias="Range")] = "",
+) -> Response:
+    return await download(Parts.of(request), user.user, check_job(job), event, wanted)
 
 
 @router.get("/{job}/result", summary="All saves of a completed job; 202 while it isn't over", response_model=None)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from typing import Any
 
 from fastapi import APIRouter, WebSocket
@@ -16,6 +16,7 @@ from ..broker.accounts import Key
 from ..parts import Parts
 from ..problems import problem
 from ..relay import Line, Relay
+from ..results import drop
 from ..tasks import end
 
 router = APIRouter(prefix="/v1/stream")
@@ -27,17 +28,15 @@ REVOKED = 4401
 @router.websocket("")
 async def stream(websocket: WebSocket) -> None:
     parts = Parts.of(websocket)
-    try:
-        key = await identify(websocket)
-        parts.open_streams.enter(key.user)
-    except InterposeError as error:
-        await websocket.send_denial_response(problem(error))
-        return
-    try:
+    with ExitStack() as held:
+        try:
+            key = await identify(websocket)
+            held.enter_context(parts.open_streams.counted(key.user))
+        except InterposeError as error:
+            await websocket.send_denial_response(problem(error))
+            return
         await websocket.accept()
         await Stream(parts, key, websocket).run()
-    finally:
-        parts.open_streams.leave(key.user)
 
 
 class Stream:
@@ -96,6 +95,8 @@ class Stream:
                 if old is not None:
                     await end([old])
             case Ack():
-                await self._parts.broker.queue.ack(self._key.user, message.job)
+                names = await self._parts.broker.queue.ack(self._key.user, message.job)
+                if names:
+                    await asyncio.to_thread(drop, self._parts.blobs, self._key.user, names)
             case _:
                 raise InvalidPayload("an unknown message")

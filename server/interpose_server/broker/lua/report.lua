@@ -9,7 +9,10 @@ if job.status ~= 'running' or job.worker ~= ARGV[2] or job.attempt ~= ARGV[3] th
 end
 local index, applied, bytes = tonumber(ARGV[4]), tonumber(job.applied), 0
 for i = 10, #ARGV, 4 do
-    if index >= applied then emit(ref, ARGV[i], ARGV[i + 1], ARGV[i + 2], ARGV[i + 3]) end
+    if index >= applied then
+        emit(ref, ARGV[i], ARGV[i + 1], ARGV[i + 2], ARGV[i + 3])
+        if ARGV[i + 3] ~= '' then redis.call('RPUSH', BLOBS(ref), ARGV[i + 3]) end
+    end
     index = index + 1
 end
 redis.call('HSET', key, 'applied', math.max(index, applied))
