@@ -10,7 +10,7 @@ from .checker import LATE, Checker, Known, Moment, arity, handles
 from .functions import call_of, no_such_point, placing
 from .inputs import counted
 from .manifest import ATTENTION, EVENT, Leaf, leaves, walk
-from .model import Node, Point
+from .model import Node, Point, Run
 from .ops import UNKNOWN
 from .ops.dtypes import category
 from .specs import FLOATING, Sizes, Spec, flat, nbytes, spec_of
@@ -140,6 +140,17 @@ def sizes(checker: Checker, node: Node) -> Sizes:
     if checker.symbolic:
         return Sizes(None, None, None)
     whole = checker.run(node.run)
+    first = not checker.scope[node.id] and (node.point is None or not node.point.step)
+    known = checker.sizes.get((node.run, node.invoke)) if first else None
+    if known is not None and known[0] is whole:
+        return known[1]
+    found = _sizes(checker, node, whole)
+    if first:
+        checker.sizes[node.run, node.invoke] = whole, found
+    return found
+
+
+def _sizes(checker: Checker, node: Node, whole: Run) -> Sizes:
     if node.invoke is not None and node.invoke >= len(whole.invokes):
         raise InvalidGraph(f"run {node.run} has no invoke {node.invoke}")
     of = whole if node.invoke is None else whole.invokes[node.invoke]

@@ -21,7 +21,7 @@ from . import ops
 from .manifest import Manifest
 from .model import Node, Run
 from .ops import UNKNOWN
-from .specs import Spec
+from .specs import Sizes, Spec
 from .values import Ref, TensorSpec, refs, substitute
 
 Moment: TypeAlias = tuple[int, int, int]
@@ -90,6 +90,7 @@ class Checker:
         parts: tensors given by ops that give several, so far.
         ended: loops whose end was seen.
         upstream: nodes that follow from gradients -> the runs of these.
+        sizes: (run, invoke) -> what rows and positions it has at its first step, and the run as it then was.
     """
 
     manifest: Manifest
@@ -105,6 +106,7 @@ class Checker:
     parts: int = 0
     ended: set[int] = field(default_factory=set)
     upstream: dict[int, frozenset[int]] = field(default_factory=dict)
+    sizes: dict[tuple[int, int | None], tuple[Run, Sizes]] = field(default_factory=dict)
 
     def add(self, node: Node) -> Known:
         """Check one node. Raises a GraphError that names it."""
@@ -113,7 +115,8 @@ class Checker:
             if node.point is not None and node.op not in ("read", "write"):
                 raise InvalidGraph("only reads and writes name a hook point")
             self._enter(node)
-            self._trace_gradients(node)
+            if self.upstream:
+                self._trace_gradients(node)
             handler = HANDLERS.get(node.op)
             known = handler(self, node) if handler else self._pure(node)
             if isinstance(known.spec, tuple):
@@ -139,7 +142,7 @@ class Checker:
             raise InvalidGraph(f"bodies nest deeper than {MAX_NESTING}")
         if node.op in LEAVES_BODIES:
             return
-        for ref in refs((*node.args, *node.kwargs.values())):
+        for ref in node.refs:
             if self.scope[ref] != scope[: len(self.scope[ref])]:
                 raise BadArgument(
                     "a value made inside a condition, loop or step exists only there; let it return it"
@@ -147,7 +150,7 @@ class Checker:
 
     def _trace_gradients(self, node: Node) -> None:
         """Note what follows from a gradient. If the same forward needs it, it can't wait for others' losses."""
-        sources = (*refs((*node.args, *node.kwargs.values())), *(() if node.when is None else (node.when,)))
+        sources = (*node.refs, *(() if node.when is None else (node.when,)))
         runs = frozenset[int]().union(*(self.upstream.get(source, ()) for source in sources))
         if runs and node.op not in ("grad", "set_grad"):
             self.upstream[node.id] = runs
@@ -163,7 +166,7 @@ class Checker:
         decided = self.known[node.when].moment
         if control.op == "branch" and decided > known.moment and node.op in ("read", "write"):
             raise WrongOrder("the condition is known only after the model has passed this point")
-        return replace(known, moment=max(known.moment, decided))
+        return known if known.moment >= decided else replace(known, moment=decided)
 
     def spec(self, ref: int) -> Spec:
         spec = self.known[ref].spec
@@ -195,9 +198,8 @@ class Checker:
         op = ops.lookup(node.op)
         args = self.specs(node.args)
         kwargs = {name: self.specs(arg) for name, arg in node.kwargs.items()}
-        spec = ops.infer(op.name, args, kwargs)
-        cost = ops.cost(op.name, args, kwargs)
-        moment = self.moment((*node.args, *node.kwargs.values()))
+        spec, cost = ops.measure(op.name, args, kwargs)
+        moment = max((self.known[ref].moment for ref in node.refs), default=ALWAYS)
         if cost is None:
             return Known(spec, moment)
         return Known(spec, moment, cost.kept_bytes, cost.peak_bytes, cost.flops)

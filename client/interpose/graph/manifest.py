@@ -11,7 +11,7 @@ import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, lru_cache
 from typing import Any, TypeAlias
 
 from ..errors import InvalidGraph, UnknownModule
@@ -47,11 +47,12 @@ class Leaf:
     dims: tuple[int | str, ...]
     dtype: str
     alone: bool = False
+    by_rows: bool = field(init=False, repr=False, compare=False)
+    """Whether every value in it belongs to one row, and which."""
 
-    @property
-    def by_rows(self) -> bool:
-        """Whether every value in it belongs to one row, and which."""
-        return sum(map(self.dims.count, (BATCH, BATCH_SEQ, IMAGE))) == 1 and UNKNOWN not in self.dims
+    def __post_init__(self) -> None:
+        one = sum(map(self.dims.count, (BATCH, BATCH_SEQ, IMAGE))) == 1
+        object.__setattr__(self, "by_rows", one and UNKNOWN not in self.dims)
 
     @property
     def shared(self) -> bool:
@@ -60,13 +61,17 @@ class Leaf:
 
     def spec(self, batch: int, seq: int, key: int | None = None, images: int = 0) -> TensorSpec | None:
         """The tensor for so many rows, positions and images, or None if a dimension is unknown."""
-        sizes = {BATCH: batch, SEQ: seq, KEY: seq if key is None else key, BATCH_SEQ: batch * seq, IMAGE: images}
-        shape = []
-        for dim in self.dims:
-            if dim == UNKNOWN:
-                return None
-            shape.append(dim if isinstance(dim, int) else sizes[dim])
-        return TensorSpec(tuple(shape), self.dtype)
+        return _spec(self.dims, self.dtype, batch, seq, seq if key is None else key, images)
+
+
+@lru_cache(maxsize=1024)
+def _spec(
+    dims: tuple[int | str, ...], dtype: str, batch: int, seq: int, key: int, images: int
+) -> TensorSpec | None:
+    if UNKNOWN in dims:
+        return None
+    sizes = {BATCH: batch, SEQ: seq, KEY: key, BATCH_SEQ: batch * seq, IMAGE: images}
+    return TensorSpec(tuple([dim if isinstance(dim, int) else sizes[dim] for dim in dims]), dtype)
 
 
 Layout: TypeAlias = "Leaf | tuple[Layout, ...] | dict[str, Layout] | None"
@@ -195,6 +200,11 @@ class Manifest:
                 parent, _, name = path.rpartition(".")
                 found[parent].append(name)
         return {path: tuple(names) for path, names in found.items()}
+
+    @cached_property
+    def found(self) -> dict[tuple[str, str, int | None, bool], Any]:
+        """What names in the language were found to stand for, kept by those who look them up."""
+        return {}
 
     @cached_property
     def _weights(self) -> dict[str, int]:

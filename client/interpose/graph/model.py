@@ -10,7 +10,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any, Literal, TypeAlias
 
 from ..errors import Source
-from .values import Arg, TensorSpec
+from .values import Arg, TensorSpec, refs
 
 FORMAT = 1
 """Version of the graph's plain form."""
@@ -42,6 +42,13 @@ class Point:
         """The point without its path: what one hook serves."""
         return self.module, self.name, self.call, self.step
 
+    def inner(self, *path: Key) -> Point:
+        """What lies deeper in it."""
+        return Point(self.module, self.name, (*self.path, *path), self.call, self.step)
+
+    def at_step(self, step: int) -> Point:
+        return self if step == self.step else replace(self, step=step)
+
     def __str__(self) -> str:
         keys = "".join(f"[{key!r}]" for key in self.path)
         extra = f" call {self.call}" if self.call else ""
@@ -54,7 +61,8 @@ class Node:
     """One operation.
 
     `op` is a key of the op table. `invoke` is the index of the invoke it belongs to within `run` (None: the
-    whole batch of the run), `when` the control node whose body holds it (None: always).
+    whole batch of the run), `when` the control node whose body holds it (None: always). `refs` are the ids of all
+    nodes its arguments refer to, in order, repeats included.
     """
 
     id: int
@@ -66,6 +74,13 @@ class Node:
     run: int = 0
     when: int | None = None
     source: Source | None = None
+    refs: tuple[int, ...] = field(init=False, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        found = refs(self.args)
+        if self.kwargs:
+            found += refs([*self.kwargs.values()])
+        object.__setattr__(self, "refs", tuple(found))
 
 
 @dataclass(frozen=True, slots=True)

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from .model import Node
-from .values import Ref, refs, substitute
+from .values import Ref, substitute
 
 EFFECTS = frozenset({"save", "write", "tell", "set_grad"})
 """Ops that matter in themselves; any other node matters if one of these needs it."""
@@ -18,7 +18,7 @@ def live(nodes: Sequence[Node]) -> set[int]:
     for node in reversed(nodes):
         if node.op in EFFECTS or node.id in found:
             found.add(node.id)
-            found.update(refs((*node.args, *node.kwargs.values())))
+            found.update(node.refs)
             if node.when is not None:
                 found.add(node.when)
     return found

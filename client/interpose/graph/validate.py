@@ -19,7 +19,7 @@ from .inputs import alone, check_inputs, counted
 from .limits import Limits
 from .manifest import Manifest, leaves
 from .model import Graph, Node, Run
-from .values import TensorSpec, refs
+from .values import TensorSpec
 
 HEAVY_FLOPS = 10**12
 """A graph that computes more than this by itself shares no batch: its mates would wait, and be charged, for it."""
@@ -149,7 +149,7 @@ def _most_alive(graph: Graph, known: Sequence[Known]) -> int:
     order = sorted(graph.nodes, key=lambda node: (known[node.id].moment, node.id))
     last: dict[int, int] = {}
     for position, node in enumerate(order):
-        for ref in refs((*node.args, *node.kwargs.values())):
+        for ref in node.refs:
             last[ref] = position
     _outlive(order, last)
     dies: dict[int, int] = {}
@@ -170,7 +170,7 @@ def _outlive(order: Sequence[Node], last: dict[int, int]) -> None:
     for node in reversed(order):
         op = ops.OPS.get(node.op)
         if node.id in last and (node.op in ALIASES or (op is not None and op.view)):
-            for ref in refs((*node.args, *node.kwargs.values())):
+            for ref in node.refs:
                 last[ref] = max(last[ref], last[node.id])
 
 

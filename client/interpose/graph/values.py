@@ -7,7 +7,7 @@ dict is always a tag with one key, so nothing a client sends can be taken for so
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from types import EllipsisType
 from typing import Any, TypeAlias
@@ -181,28 +181,31 @@ def text(value: Any, what: str, longest: int) -> str:
     return value
 
 
-def refs(value: Arg) -> Iterator[int]:
+def refs(value: Arg) -> list[int]:
     """Ids of all nodes an argument refers to, in order, repeats included."""
-    match value:
-        case Ref():
-            yield value.id
-        case list() | tuple():
-            for item in value:
-                yield from refs(item)
-        case slice():
-            for part in (value.start, value.stop, value.step):
-                yield from refs(part)
+    found: list[int] = []
+    _gather(value, found)
+    return found
+
+
+def _gather(value: Arg, found: list[int]) -> None:
+    if isinstance(value, Ref):
+        found.append(value.id)
+    elif isinstance(value, (list, tuple)):
+        for item in value:
+            _gather(item, found)
+    elif isinstance(value, slice):
+        _gather((value.start, value.stop, value.step), found)
 
 
 def substitute(value: Arg, look: Callable[[int], Any]) -> Any:
-    """`value` with every Ref replaced by `look(id)`; containers are rebuilt only where needed."""
-    match value:
-        case Ref():
-            return look(value.id)
-        case list():
-            return [substitute(item, look) for item in value]
-        case tuple():
-            return tuple(substitute(item, look) for item in value)
-        case slice():
-            return slice(substitute(value.start, look), substitute(value.stop, look), substitute(value.step, look))
+    """`value` with every Ref replaced by `look(id)`; lists, tuples and slices are made anew."""
+    if isinstance(value, Ref):
+        return look(value.id)
+    if isinstance(value, list):
+        return [substitute(item, look) for item in value]
+    if isinstance(value, tuple):
+        return tuple([substitute(item, look) for item in value])
+    if isinstance(value, slice):
+        return slice(substitute(value.start, look), substitute(value.stop, look), substitute(value.step, look))
     return value

@@ -61,9 +61,12 @@ class Absences:
 
     def concerns(self, values: object) -> bool:
         """Whether anything among some arguments comes from rows that have ended."""
+        return self._concern(refs(values))
+
+    def _concern(self, nodes: Sequence[int]) -> bool:
         if not self._holed and not self._masks:
             return False
-        return any(ref in self._holed or ref in self._masks for ref in refs(values))
+        return any(ref in self._holed or ref in self._masks for ref in nodes)
 
     def read(self, node: Node, layout: Any, view: Span, value: Any) -> Any:
         """What a read gives: the value with nan in the rows that have ended, or ABSENT."""
@@ -85,7 +88,7 @@ class Absences:
         ended = self.rows(node.run, view)
         if any(ended) and isinstance(layout, Leaf) and layout.by_rows:
             new &= ~_by_rows(layout, after, ended)
-        if new.any() or any(ref in self._masks for ref in refs(node.args)):
+        if new.any() or any(ref in self._masks for ref in node.refs):
             raise NotReached(_WRITTEN)
 
     def check_condition(self, node: Node) -> None:
@@ -95,7 +98,7 @@ class Absences:
 
     def follow(self, node: Node, value: Any, look: Look) -> Any:
         """The result of a node some of whose arguments are partly absent, with that noted."""
-        if not self.concerns((*node.args, *node.kwargs.values())):
+        if not self._concern(node.refs):
             return value
         values = value if isinstance(value, tuple) else (value,)
         absent = self._absent(node, values, look)
@@ -113,7 +116,7 @@ class Absences:
 
     def saved(self, node: Node, value: Any) -> Any:
         """A value as a save gives it: absent elements are the smallest integer; ABSENT where none can say so."""
-        mask = next((self._masks[ref] for ref in refs(node.args) if ref in self._masks), None)
+        mask = next((self._masks[ref] for ref in node.refs if ref in self._masks), None)
         if mask is None:
             return value
         if not isinstance(value, Tensor) or value.dtype in (torch.bool, torch.uint8) or bool(mask.all()):
@@ -127,7 +130,7 @@ class Absences:
 
     def _absent(self, node: Node, values: Sequence[Any], look: Look) -> list[Tensor | None]:
         """By result; None where nan tells."""
-        marked = any(ref in self._masks for ref in refs((*node.args, *node.kwargs.values())))
+        marked = any(ref in self._masks for ref in node.refs)
         if not marked and node.op != "end_loop" and all(_holds_nan(value) for value in values):
             return [None] * len(values)
         try:

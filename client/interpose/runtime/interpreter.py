@@ -131,8 +131,7 @@ class Interpreter:
         with self.guard():
             self.check_wanted()
             values = RunValues(touched, span)
-            whole = span.itself
-            views = [whole if node.invoke is None else invokes[node.invoke] for node in nodes]
+            views = [values.itself if node.invoke is None else invokes[node.invoke] for node in nodes]
             for node, view in zip(nodes, views, strict=True):
                 if node.op == "read" and node.id in self.plan.gradients and not self.skips(node):
                     # Before any read, so that all who read here are seen by the gradient.
@@ -231,11 +230,13 @@ class Interpreter:
 
     def skips(self, node: Node) -> bool:
         """Whether a node lies in a branch that wasn't taken."""
-        return any(self._values.get(control) is False for control in self.plan.scope[node.id])
+        scope = self.plan.scope[node.id]
+        return bool(scope) and any(self._values.get(control) is False for control in scope)
 
     def lacks(self, node: Node) -> bool:
         """Whether a node needs what is absent."""
-        return any(self._values.get(ref) is ABSENT for ref in self.plan.needs[node.id])
+        look = self._values.get
+        return any(look(ref) is ABSENT for ref in self.plan.needs[node.id])
 
     # -- running nodes -----------------------------------------------------------------------------------------
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import heapq
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -41,8 +42,17 @@ class Plan:
     live: frozenset[int]
 
     def nodes(self, *wanted: str) -> Iterator[Node]:
-        """The live nodes of some ops."""
-        return (node for node in self.graph.nodes if node.op in wanted and node.id in self.live)
+        """The live nodes of some ops, in the user's order."""
+        found = [nodes for op in wanted if (nodes := self._by_op.get(op))]
+        return iter(found[0]) if len(found) == 1 else heapq.merge(*found, key=_id)
+
+    @cached_property
+    def _by_op(self) -> Mapping[str, list[Node]]:
+        found: dict[str, list[Node]] = {}
+        for node in self.graph.nodes:
+            if node.id in self.live:
+                found.setdefault(node.op, []).append(node)
+        return found
 
     @cached_property
     def accesses(self) -> Mapping[tuple[int, int], Mapping[Place, tuple[Node, ...]]]:
@@ -91,8 +101,12 @@ class Plan:
 
     def at(self, run: int, step: int) -> Mapping[Place, tuple[Node, ...]]:
         """Place -> everything read and written there at one step, in the user's order."""
-        found = {place: list(nodes) for place, nodes in self.accesses.get((run, step), {}).items()}
-        for control in self.active(run, step):
+        own = self.accesses.get((run, step), {})
+        active = self.active(run, step)
+        if not active:
+            return own
+        found = {place: list(nodes) for place, nodes in own.items()}
+        for control in active:
             for node in self.templates[control]:
                 if node.op in ACCESSES:
                     found.setdefault(place_of(node), []).append(node)
@@ -201,11 +215,19 @@ class Plan:
 
     def idle(self, run: int) -> bool:
         """Whether a run serves nobody."""
-        return not any(node.run == run for node in self.nodes(*ACCESSES, *GIVEN, "steps"))
+        return run not in self._busy
+
+    @cached_property
+    def _busy(self) -> frozenset[int]:
+        return frozenset(node.run for node in self.nodes(*ACCESSES, *GIVEN, "steps"))
 
     def attention(self, run: int) -> bool:
         """Whether a run looks inside attention."""
-        return any(place_of(node)[1] in ATTENTION for node in self.nodes(*ACCESSES) if node.run == run)
+        return run in self._attentive
+
+    @cached_property
+    def _attentive(self) -> frozenset[int]:
+        return frozenset(node.run for node in self.nodes(*ACCESSES) if place_of(node)[1] in ATTENTION)
 
 
 def place_of(node: Node) -> Place:
@@ -225,7 +247,7 @@ def _taken(node: Node) -> set[int]:
     """The nodes whose values a node takes: what it refers to, and for a gradient only the value it writes."""
     if node.op in ("grad", "set_grad"):
         return set(refs(node.args[2:]))
-    return set(refs((*node.args, *node.kwargs.values())))
+    return set(node.refs)
 
 
 def compile_graph(graph: Graph) -> Plan:
@@ -260,7 +282,7 @@ def _levels(graph: Graph) -> tuple[tuple[int, ...], ...]:
     for node in graph.nodes:
         # What decides over a node counts like what it takes.
         source = 0 if node.when is None else comes_from[node.when]
-        for ref in refs((*node.args, *node.kwargs.values())):
+        for ref in node.refs:
             source |= comes_from[ref]
         if node.op in MOMENTS:
             wanted[node.run] |= source & ~(1 << node.run)

@@ -36,6 +36,8 @@ class Span:
     @property
     def itself(self) -> Span:
         """All of this part, relative to it."""
+        if not (self.row or self.start or self.key or self.image):
+            return self
         return Span.whole(self.rows, self.length, self.keys, self.images)
 
     def within(self, outer: Span) -> Span:
@@ -69,7 +71,7 @@ class View:
     @property
     def whole(self) -> bool:
         """Whether the cut would leave everything: always so for values that don't belong to rows."""
-        return not self.leaf.by_rows or self.span == self.of
+        return not self.leaf.by_rows or self.span is self.of or self.span == self.of
 
     def open(self, tensor: torch.Tensor) -> torch.Tensor:
         """The cut with batch and positions apart, sharing memory with `tensor`."""

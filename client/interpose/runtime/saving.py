@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
+
 from ..graph.limits import Limits
 from ..graph.model import Node
 from . import nests
@@ -30,13 +32,17 @@ class Saves:
 
     def keep(self, node: Node, value: Any) -> None:
         """Save a value. Raises LimitExceeded."""
-        value = nests.transform(value, lambda tensor: compact(tensor.detach()))
-        self.bytes += sum(tensor.nbytes for _, tensor in nests.tensors(value))
+        value = nests.transform(value, self._taken)
         self._limits.check("result_bytes", self.bytes)
         if self._repeats(node):
             self._lists.setdefault(node.id, []).append(value)
         else:
             self._emit(node, value)
+
+    def _taken(self, tensor: torch.Tensor) -> torch.Tensor:
+        own = compact(tensor.detach())
+        self.bytes += own.nbytes
+        return own
 
     def skip(self, node: Node) -> None:
         """A save in a branch that wasn't taken: one that repeats keeps its step's place."""

@@ -117,6 +117,7 @@ class RunValues:
     def __init__(self, touched: Touched, span: Span) -> None:
         self.touched = touched
         self.span = span
+        self.itself = span.itself
         self.slots: dict[Path, Slot] = {}
 
     def layout(self, path: Path) -> Layout:
@@ -175,7 +176,7 @@ class RunValues:
         return slot
 
     def _within(self, leaf: Leaf, invoke: Span) -> View:
-        return View(leaf, invoke, self.span.itself)
+        return View(leaf, invoke, self.itself)
 
 
 def fitted(value: torch.Tensor, like: torch.Tensor) -> torch.Tensor:

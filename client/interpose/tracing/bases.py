@@ -7,12 +7,13 @@ value) and the views that lead from there; its node is looked up when it is used
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol, TypeAlias
 
 from ..errors import BadArgument, DeferredError, InterposeError, NotReached, NotSaved
-from ..graph.model import Point
+from ..graph.model import Key, Point
 from ..graph.values import Ref
 from .outside import is_deferred
 
@@ -33,7 +34,28 @@ class Base(Protocol):
         """Make a new version in which a part is changed."""
 
 
-@dataclass
+@dataclass(eq=False)
+class Track:
+    """The versions of one hook point in one run.
+
+    Attributes:
+        writes: how many there were, by the invoke that wrote.
+        bases: who looks at it.
+        reads: (invoke, path, version, body) -> the node that reads it.
+    """
+
+    writes: Counter[int | None] = field(default_factory=Counter)
+    bases: list[PointBase] = field(default_factory=list)
+    reads: dict[tuple[int | None, tuple[Key, ...], int, int | None], int] = field(default_factory=dict)
+
+    def version(self, invoke: int | None) -> int:
+        """How many writes an invoke sees."""
+        if not self.writes:
+            return 0
+        return self.writes.total() if invoke is None else self.writes[None] + self.writes[invoke]
+
+
+@dataclass(eq=False)
 class PointBase:
     """A hook point as one invoke sees it, until it is replaced as a whole."""
 
@@ -41,6 +63,7 @@ class PointBase:
     run: int
     invoke: int | None
     point: Point
+    track: Track
     pinned: int | None = None
     """The last node before the whole was replaced: old names keep the old value."""
     views: tuple[View, ...] = ()

@@ -25,6 +25,8 @@ def scopes(nodes: Sequence[Node], control: int | None) -> Iterator[int | None]:
 
 def steps(nodes: Sequence[Node], control: int | None) -> int | None:
     """The body of steps that a control node is or lies in."""
+    if control is None:
+        return None
     *_, outermost = scopes(nodes, control)
     return outermost
 

@@ -82,7 +82,7 @@ class Gradients:
             self.saved.append((recorder.node("save", (Ref(recorder.ref(gradient)),)), value))
         early, self.early = self.early, []
         for value, kept, _ in early:
-            recorder.saved.append((recorder.node("save", (Ref(recorder.ref(self.of(value))),)), kept))
+            recorder.keep(recorder.ref(self.of(value)), kept)
         return Backward(self, self.backward)
 
     def check(self) -> None:

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import replace
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any
 
 from ..errors import BadArgument, UnknownModule, UnknownPoint
@@ -65,17 +64,18 @@ class Module:
             return self._manifest.module(self._path)
         if name == "_manifest":
             return self._owner._tree()
-        info = self._info
-        if name in self._manifest.children[self._path]:
+        manifest = self._owner._tree()
+        info = manifest.module(self._path)
+        if name in manifest.children[self._path]:
             return self._child(name)
         for target in self._owner._aliases.get(name, ()):
-            if target in self._manifest.children[self._path]:
+            if target in manifest.children[self._path]:
                 return self._child(target)
-            if not self._path and target.startswith(".") and target[1:] in self._manifest.modules:
+            if not self._path and target.startswith(".") and target[1:] in manifest.modules:
                 return Module(self._owner, target[1:])
         if name in COMMON or name in info.points:
             return self.points[name]
-        if standard.find(self._manifest, self._path, name) is not None:
+        if standard.find(manifest, self._path, name) is not None:
             return self.points[name]
         if not self._path and (found := standard.attribute(self, name)) is not None:
             return found
@@ -84,9 +84,9 @@ class Module:
         if name in info.params:
             recorder = self._owner._recording()
             return recorder.value(recorder.node("param", (self._path, name)))
-        where = f"{self._path} ({info.cls})" if self._path else f"{self._manifest.model} ({info.cls})"
-        also = [*COMMON, *standard.names(self._manifest, self._path)]
-        raise UnknownModule(f"{where} has no {name!r}{self._manifest.nearest(self._child_path(name), also)}")
+        where = f"{self._path} ({info.cls})" if self._path else f"{manifest.model} ({info.cls})"
+        also = [*COMMON, *standard.names(manifest, self._path)]
+        raise UnknownModule(f"{where} has no {name!r}{manifest.nearest(self._child_path(name), also)}")
 
     def __setattr__(self, name: str, value: Any) -> None:
         named = name in COMMON or name in self._info.points
@@ -139,17 +139,12 @@ class Module:
         self._owner._recording()
         return _open().all()
 
-    @contextmanager
-    def _own_step(self, recorder: Recorder) -> Iterator[None]:
+    def _own_step(self, recorder: Recorder) -> AbstractContextManager[None]:
         """Where `next` has brought it."""
         ahead = getattr(_open(), "ahead", None)
-        before = recorder.step
-        if ahead and not recorder.in_steps():
-            recorder.step += ahead[recorder.invoke, self._path]
-        try:
-            yield
-        finally:
-            recorder.step = before
+        if not ahead or recorder.in_steps():
+            return nullcontext()
+        return _further(recorder, ahead[recorder.invoke, self._path])
 
     def __repr__(self) -> str:
         from ..draw import draw
@@ -238,6 +233,14 @@ class Points:
 
     def _find(self, name: str) -> tuple[Point, str]:
         """The point a name stands for here, and the role of what is read there."""
+        module, known = self._module, self._module._manifest.found
+        about = module._path, name, module._call, module._owner._output_is_logits
+        if about not in known:
+            known[about] = self._found(name)
+        found: tuple[Point, str] = known[about]
+        return found
+
+    def _found(self, name: str) -> tuple[Point, str]:
         module = self._module
         info, call = module._info, module._call or 0
         times = len(info.events.get("enter", ()))
@@ -259,10 +262,10 @@ class Points:
         layout = info.points["output"]
         if point.module in self._module._manifest.stream:
             path: tuple[Key, ...] = (0,) if isinstance(layout, tuple) else ()
-            return replace(point, path=path), "block"
+            return point.inner(*path), "block"
         logits = self._module._owner._output_is_logits and isinstance(layout, dict) and layout.get("logits")
         if not point.module and logits:
-            return replace(point, path=("logits",)), "model"
+            return point.inner("logits"), "model"
         return point, ""
 
     def _first(self, info: ModuleInfo, name: str) -> tuple[Key, ...]:
@@ -303,6 +306,16 @@ def _open() -> Any:
     return ACTIVE.get()
 
 
+@contextmanager
+def _further(recorder: Recorder, steps: int) -> Iterator[None]:
+    before = recorder.step
+    recorder.step += steps
+    try:
+        yield
+    finally:
+        recorder.step = before
+
+
 def _replace_parts(recorder: Recorder, point: Point, layout: Any, value: Any) -> None:
     """Replace every tensor of a nest by the one at the same place of `value`."""
     keys = list(layout) if isinstance(layout, dict) else list(range(len(layout or ())))
@@ -311,7 +324,7 @@ def _replace_parts(recorder: Recorder, point: Point, layout: Any, value: Any) ->
     except (LookupError, TypeError):
         raise BadArgument(f"{point} is a nest of {keys}; give one value for each") from None
     for key, part in parts.items():
-        inner, at = layout[key], replace(point, path=(*point.path, key))
+        inner, at = layout[key], point.inner(key)
         if isinstance(inner, Leaf):
             recorder.points.replace(at, part)
         elif inner is not None:

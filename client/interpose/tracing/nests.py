@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from ..errors import UnknownPoint
@@ -48,13 +47,13 @@ class Nest:
         part = self._part(key)
         if part is None:
             raise UnknownPoint(f"{self._point}[{key!r}] is no tensor: there is nothing to read")
-        return self._recorder.points.at(replace(self._point, path=(*self._point.path, key)))
+        return self._recorder.points.at(self._point.inner(key))
 
     def __setitem__(self, key: Key, value: Any) -> None:
         if isinstance(self._layout, tuple) and isinstance(key, int) and key < 0:
             key += len(self._layout)
         self._part(key)
-        self._recorder.points.replace(replace(self._point, path=(*self._point.path, key)), value)
+        self._recorder.points.replace(self._point.inner(key), value)
 
     def __getattr__(self, name: str) -> Any:
         if not name.startswith("_") and isinstance(self._layout, dict) and name in self._layout:

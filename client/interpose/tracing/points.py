@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 from ..errors import BadArgument, UnknownPoint, WrongOrder
@@ -12,25 +10,12 @@ from ..graph.manifest import Leaf, walk
 from ..graph.model import Point
 from ..graph.values import Ref
 from . import bodies
-from .bases import PointBase, View
+from .bases import PointBase, Track, View
 from .nests import Nest
 from .outside import is_deferred
 
 if TYPE_CHECKING:
     from .recorder import Recorder
-
-
-@dataclass
-class Track:
-    """The versions of one hook point in one run: how many writes so far, and who looks at it."""
-
-    writes: Counter[int | None] = field(default_factory=Counter)
-    """By the invoke that wrote."""
-    bases: list[PointBase] = field(default_factory=list)
-
-    def version(self, invoke: int | None) -> int:
-        """How many writes an invoke sees."""
-        return self.writes.total() if invoke is None else self.writes[None] + self.writes[invoke]
 
 
 class Points:
@@ -39,7 +24,6 @@ class Points:
     def __init__(self, recorder: Recorder) -> None:
         self._recorder = recorder
         self._tracks: dict[tuple[int, tuple[str, str, int, int]], Track] = {}
-        self._reads: dict[tuple[int, int | None, Point, int, int | None], int] = {}
         self._skipped: set[tuple[int, int, int | None, str]] = set()
 
     @property
@@ -53,9 +37,9 @@ class Points:
         layout = walk(recorder.manifest.module(point.module).points.get(point.name), point.path)
         if not isinstance(layout, Leaf):
             return Nest(recorder, point, layout)
-        base = self._base(replace(point, step=recorder.step))
+        base = self._base(point.at_step(recorder.step))
         node = base.node()
-        self._track(base).bases.append(base)
+        base.track.bases.append(base)
         return recorder.make(recorder, base, (), node)
 
     def output_field(self, value: Any, name: str) -> Any:
@@ -68,28 +52,30 @@ class Points:
             return None
         if layout[name] is None:
             raise UnknownPoint(f"the model's output has no tensor in its field {name!r}")
-        return self.at(replace(point, path=(name,)))
+        return self.at(Point(point.module, point.name, (name,), point.call, point.step))
 
     def read(self, base: PointBase) -> int:
         """The node that reads a point in its newest version."""
         nodes, here = self._recorder.nodes, self._recorder.when
         # A name from outside a body of steps stays the value it was there, whatever step the body runs at.
         when = here if bodies.steps(nodes, here) == bodies.steps(nodes, base.when) else base.when
-        about = base.run, base.invoke, base.point, self._track(base).version(base.invoke)
+        reads, version = base.track.reads, base.track.version(base.invoke)
         for scope in bodies.scopes(nodes, when):
-            if (*about, scope) in self._reads:
-                return self._reads[*about, scope]
-        self._reads[*about, when] = self._node("read", (), base, when=when)
-        return self._reads[*about, when]
+            found = reads.get((base.invoke, base.point.path, version, scope))
+            if found is not None:
+                return found
+        node = self._node("read", (), base, when=when)
+        reads[base.invoke, base.point.path, version, when] = node
+        return node
 
     def write(self, base: PointBase, chain: tuple[View, ...], index: Any, value: Any) -> None:
         """Record a write of what `chain` and `index` lead to."""
         self._recorder.check_repeats(base.when)
         self._node("write", (chain, index, value), base)
-        self._track(base).writes[base.invoke] += 1
+        base.track.writes[base.invoke] += 1
         if self._recorder.in_steps():
             for (run, place), track in self._tracks.items():
-                if run == base.run and place[:3] == base.point.place[:3] and track is not self._track(base):
+                if run == base.run and place[:3] == base.point.place[:3] and track is not base.track:
                     track.writes[base.invoke] += 1
 
     def replace(self, point: Point, value: Any, views: tuple[View, ...] = ()) -> None:
@@ -97,14 +83,14 @@ class Points:
         if self._is_whole(value, point, views):
             return  # the second half of `module.output += y`, which has been written already
         recorder = self._recorder
-        point = replace(point, step=recorder.step)
+        point = point.at_step(recorder.step)
         given = recorder.arg(value)
         if not isinstance(given, Ref):
             raise BadArgument(
                 f"{point} is replaced by a tensor, not by {type(value).__name__}; to fill it write [:] = ..."
             )
         base = self._base(point)
-        track = self._track(base)
+        track = base.track
         over = [old for old in track.bases if old.point == point and recorder.invoke in (None, old.invoke)]
         over = [old for old in over if not views or old.views == views]
         for old in over:
@@ -129,7 +115,11 @@ class Points:
 
     def _base(self, point: Point) -> PointBase:
         recorder = self._recorder
-        return PointBase(recorder, len(recorder.runs) - 1, recorder.invoke, point, when=recorder.when)
+        run = len(recorder.runs) - 1
+        track = self._tracks.get((run, point.place))
+        if track is None:
+            track = self._tracks[run, point.place] = Track()
+        return PointBase(recorder, run, recorder.invoke, point, track, when=recorder.when)
 
     def _is_whole(self, value: Any, point: Point, views: tuple[View, ...]) -> bool:
         """Whether `value` is all of what lies there for the current invoke, in its newest version."""
@@ -137,7 +127,7 @@ class Points:
             return False
         root, recorder = value._root, self._recorder
         here = root.recorder, root.point, root.invoke, root.run, root.pinned
-        point = replace(point, step=recorder.step)
+        point = point.at_step(recorder.step)
         return here == (recorder, point, recorder.invoke, len(recorder.runs) - 1, None)
 
     def _node(self, op: str, args: Sequence[Any], base: PointBase, **rest: Any) -> int:
@@ -145,11 +135,8 @@ class Points:
         if base.run == len(recorder.runs) - 1 and recorder.stopped:
             raise WrongOrder(f"{base.point}: the forward was stopped before this line")
         here = base.run, base.point.step, bodies.steps(recorder.nodes, base.when)
-        inside = {prefix for *where, prefix in self._skipped if tuple(where) == here}
-        edits = (prefix for edit in recorder.edits for prefix in edit.skipped)
-        if base.point.module.startswith((*inside, *edits)):
+        inside = [prefix for *where, prefix in self._skipped if tuple(where) == here]
+        inside += [prefix for edit in recorder.edits for prefix in edit.skipped]
+        if inside and base.point.module.startswith(tuple(inside)):
             raise WrongOrder(f"{base.point} lies in a module that this trace skips")
         return recorder.node(op, args, point=base.point, invoke=base.invoke, run=base.run, **rest)
-
-    def _track(self, base: PointBase) -> Track:
-        return self._tracks.setdefault((base.run, base.point.place), Track())

@@ -62,6 +62,7 @@ class Recorder:
         self.when: int | None = None
         self.stopped = False
         self.saved: list[tuple[int, Any]] = []
+        self._kept: set[int] = set()
         self.open = True
         self.standard: dict[Any, Any] = {}
         self.parameters: dict[str, str] = {}
@@ -117,11 +118,20 @@ class Recorder:
     # -- nodes -------------------------------------------------------------------------------------------------
 
     def node(self, op: str, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None, **rest: Any) -> int:
-        """Record one node, checked. `rest`: point, invoke. Returns its id."""
+        """Record one node, checked. `rest`: point, invoke, run, when. Returns its id."""
         if not self.open:
             raise NotSaved("this value was not saved: add .save() inside the block to keep it")
-        rest = {"invoke": self.invoke, "when": self.when, "run": max(len(self.runs) - 1, 0), **rest}
-        node = Node(len(self.nodes), op, tuple(args), kwargs or {}, source=caller(), **rest)
+        node = Node(
+            len(self.nodes),
+            op,
+            tuple(args),
+            kwargs or {},
+            rest.get("point"),
+            rest.get("invoke", self.invoke),
+            rest.get("run", max(len(self.runs) - 1, 0)),
+            rest.get("when", self.when),
+            caller(),
+        )
         self._checker.add(node)
         self.nodes.append(node)
         return node.id
@@ -216,10 +226,15 @@ class Recorder:
         kept: Any = value
         if self.in_steps():
             kept = StepValues()
-        elif any(value is other for _, other in self.saved):
+        elif id(value) in self._kept:
             kept = self.again(value)
-        self.saved.append((self.node("save", (Ref(ref),)), kept))
+        self.keep(ref, kept)
         return kept
+
+    def keep(self, ref: int, kept: Any) -> None:
+        """Save the value of a node: `kept` becomes it."""
+        self.saved.append((self.node("save", (Ref(ref),)), kept))
+        self._kept.add(id(kept))
 
     def keep_tokens(self) -> None:
         """Save a generation's token ids for nobody: it runs to its end even if all that is wanted is to watch."""

@@ -7,6 +7,7 @@ themselves over to it; when its value comes, the real tensor's content is swappe
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -121,13 +122,16 @@ class SavedTensor(torch.Tensor):
 def make(recorder: Recorder, base: Base, chain: tuple[View, ...], node: int) -> DeferredTensor:
     """The deferred tensor of a node."""
     spec = recorder.spec(node)
-    known = isinstance(spec, TensorSpec)
-    meta = torch.empty(
-        spec.shape if known else (), dtype=getattr(torch, spec.dtype) if known else None, device="meta"
-    )
+    meta = _meta(spec.shape, spec.dtype) if isinstance(spec, TensorSpec) else _meta((), "float32")
     value: DeferredTensor = torch.Tensor._make_subclass(DeferredTensor, meta)
     value._begin(recorder, base, chain, node)
     return value
+
+
+@lru_cache(maxsize=256)
+def _meta(shape: tuple[int, ...], dtype: str) -> torch.Tensor:
+    """What deferred tensors of a shape are made of. It holds no memory."""
+    return torch.empty(shape, dtype=named_dtype(dtype), device="meta")
 
 
 def become(deferred: torch.Tensor, value: torch.Tensor) -> None:

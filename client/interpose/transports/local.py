@@ -122,16 +122,17 @@ class _Kept:
     """
 
     def __init__(self, taken: set[int] | None, on_tokens: Callable[[NewTokens], None] | None = None) -> None:
+        from ..runtime.nests import transform
+
         self.values: dict[int, Any] = {}
+        self._transform = transform
         self.broken: BaseException | None = None
         """What the user's own function raised; it ends the run."""
         self._taken = None if taken is None else set(taken)
         self._on_tokens = on_tokens
 
     def save(self, node: int, value: Any) -> None:
-        from ..runtime.nests import transform
-
-        self.values[node] = transform(value, self._own)
+        self.values[node] = self._transform(value, self._own)
 
     def _own(self, tensor: torch.Tensor) -> torch.Tensor:
         if self._taken is None:
