@@ -17,6 +17,7 @@ from interpose.graph.manifest import Leaf, Manifest, leaves
 from interpose.graph.model import Graph, Invoke, Node, Point, Run
 from interpose.graph.validate import Checker
 from interpose.graph.values import Ref, TensorSpec
+from interpose.runtime import products
 from interpose.runtime.engine import Engine, EngineJob
 from interpose.runtime.hooks import CURRENT
 from interpose.runtime.loading import load, wrap
@@ -54,7 +55,8 @@ class Kept:
 
 
 @pytest.fixture(autouse=True)
-def nothing_stays_hooked() -> Iterator[None]:
+def nothing_stays_hooked(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    monkeypatch.setattr(products, "LARGE_BYTES", 0)
     yield
     assert CURRENT.get() is None
     for arch in ("gpt2", "llama", "bert"):
@@ -120,6 +122,7 @@ def random_job(
     run = run or lengths(rng)
     checker, nodes = Checker(manifest, [run], {}), []
     places = places or points(manifest)
+    blocks = [point for point in places if point.module in manifest.blocks and point.name == "output"]
 
     def add(op: str, *args: Any, point: Point | None = None, invoke: int | None = 0) -> None:
         node = Node(len(nodes), op, args, point=point, invoke=invoke)
@@ -134,7 +137,10 @@ def random_job(
     for _ in range(size):
         invoke = rng.randrange(len(run.invokes))
         some = [Ref(node.id) for node in nodes if node.op not in ("save", "write")] or [0.5]
-        match rng.randrange(6):
+        match rng.randrange(7):
+            case 6:
+                add("read", point=rng.choice(blocks), invoke=invoke)
+                add("call", manifest.roles.get("unembed", ""), Ref(nodes[-2].id))
             case 0 | 1:
                 add("read", point=rng.choice(places), invoke=invoke)
             case 2:

@@ -18,7 +18,7 @@ from ..errors import BadArgument, InternalError, InterposeError, OutOfMemory
 from ..graph.inputs import counted
 from ..graph.limits import UNLIMITED, Limits
 from ..graph.model import Graph, Run
-from ..graph.validate import Report, validate
+from ..graph.validate import Report
 from .forward import Forward, Placed, place, starts
 from .generation import Begun, Generation
 from .gradients import run_backwards
@@ -27,7 +27,8 @@ from .inputs import ModelInputs, call_kwargs
 from .interpreter import Interpreter
 from .loading import Loaded
 from .pieces import check_given, joined, pieces
-from .plan import Place, compile_graph
+from .plan import Place
+from .prepared import Preparation
 from .restart import Made, Restart
 from .rows import Span
 from .sink import Sink
@@ -48,6 +49,7 @@ class EngineJob:
     Attributes:
         attachments: digest -> tensor, for every digest the graph names.
         report: what validation found, if it was validated against this very manifest; else it is done again.
+        owner: whose it is: what is kept of a graph's preparation serves its owner alone.
         saved: ids of saves that already left, in an attempt that had to be cut short.
         seeds: (run, row) -> what a generation without a seed drew from: the next attempt must draw the same.
     """
@@ -58,6 +60,7 @@ class EngineJob:
     limits: Limits = UNLIMITED
     exclusive: bool = False
     report: Report | None = None
+    owner: str = ""
     saved: set[int] = field(default_factory=set)
     seeds: dict[tuple[int, int], int] = field(default_factory=dict)
 
@@ -90,6 +93,7 @@ class Engine:
         self._buffers = Buffers(loaded.model)
         self._tail: Tail | None = measure(loaded)
         self._restart = Restart(loaded)
+        self._prepare = Preparation(loaded.manifest)
 
     def run(self, jobs: Sequence[EngineJob]) -> list[InterposeError | None]:
         """Run jobs to their end, together where they can be.
@@ -156,12 +160,12 @@ class Engine:
 
     def start(self, job: EngineJob) -> Interpreter | InterposeError:
         try:
-            report = job.report or validate(job.graph, self.manifest, job.limits)
+            plan, report, attachments = self._prepare(job.graph, job.attachments, job.limits, job.owner, job.report)
             check_given(job.graph, job.attachments, self.manifest)
             started = Interpreter(
-                compile_graph(job.graph),
+                plan,
                 report.known,
-                job.attachments,
+                attachments,
                 job.sink,
                 job.limits,
                 self._world,

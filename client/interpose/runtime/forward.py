@@ -19,6 +19,7 @@ from .hooks import hooked
 from .interpreter import Interpreter
 from .loading import Loaded
 from .plan import Place
+from .products import Products
 from .rows import Span
 from .slots import Touched
 from .tail import Cut
@@ -144,6 +145,8 @@ class Forward:
             if call_of(event):
                 touching = [(part, nodes[0]) for part, nodes in parts]
                 self._at_functions.setdefault(module, []).extend(touching)
+        self._placed = placed
+        self._products = _products(placed)
         self.attention = any(part.job.plan.attention(part.run) for part in placed)
         self._writes_stream = any(
             node.op == "write"
@@ -157,6 +160,8 @@ class Forward:
         """The model's output; None if it was stopped early."""
         if not self.waiting and not self.complete:
             return None
+        for part in self._placed:
+            part.job.products = self._products
         touched = {name: self.loaded.modules[name] for name, _, _ in self.waiting}
         with hooked(touched, self.loaded.names, self, self._functions()), self._begun:
             try:
@@ -198,6 +203,8 @@ class Forward:
             if part.job.error is None:
                 span, invokes = (part.span, part.invokes) if cut is None else part.cut(cut)
                 part.job.fire(nodes, touched, span, invokes)
+                if self._products is not None:
+                    self._products.relieve()
         shown = touched.result()
         keep = self.kept.pop((module, event, call), None)
         if keep is not None:
@@ -209,9 +216,19 @@ class Forward:
         return shown
 
     def finish(self) -> None:
-        """Fail the jobs that still wait for a point: the forward is over and never came there."""
+        """The forward is over: run what waited for that; fail the jobs that wait for a point it never came to."""
+        if self._products is not None:
+            self._products.settle()
+        for part in self._placed:
+            part.job.products = None
         for entries in self.waiting.values():
             for part, nodes in entries:
                 missed = [node for node in nodes if not part.job.skips(node)]
                 if missed:
                     part.job.fail(unreached(missed[0]))
+
+
+def _products(placed: Sequence[Placed]) -> Products | None:
+    """For runs that share a forward, and want no gradients."""
+    alone = len(placed) == 1 or any(part.job.exclusive or part.job.plan.backwards for part in placed)
+    return None if alone else Products()

@@ -16,7 +16,7 @@ from .hooks import no_hooks
 from .kernels import described
 from .loops import truth
 from .plan import ACCESSES, GIVEN, MOMENTS
-from .skipped import ABSENT, SKIPPED
+from .skipped import ABSENT, LATER, SKIPPED, NoValue
 from .slots import assign
 from .telling import told
 
@@ -45,12 +45,14 @@ def param(job: Interpreter, node: Node, args: tuple[Any, ...]) -> torch.Tensor:
     return job.world.modules[path].get_parameter(name).detach()
 
 
-def call(job: Interpreter, node: Node, args: tuple[Any, ...]) -> torch.Tensor:
+def call(job: Interpreter, node: Node, args: tuple[Any, ...]) -> torch.Tensor | NoValue:
     path, value = args
     check_call(job.world.manifest, job.world.modules[path], path, value, job.limits)
     if job.unknown(node.id) and isinstance(value, torch.Tensor):
         spec, flops = called(job.world.manifest, path, described(value))
         job.afford(5 * nbytes(spec), flops)
+    if job.products is not None and job.products.take(job, node, path, value):
+        return LATER
     with no_hooks():
         output = job.world.modules[path](value)
     if not isinstance(output, torch.Tensor):

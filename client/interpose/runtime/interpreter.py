@@ -24,11 +24,12 @@ from .handlers import HANDLERS
 from .held import Held
 from .indices import check_written
 from .loops import run_loop
-from .plan import MOMENTS, Plan
+from .plan import Plan
+from .products import Products
 from .rows import Span
 from .saving import Saves
 from .sink import Sink
-from .skipped import ABSENT, SKIPPED, NoValue
+from .skipped import ABSENT, LATER, SKIPPED, NoValue
 from .slots import RunValues, Touched
 from .world import World
 
@@ -66,19 +67,18 @@ class Interpreter:
         self.flops = 0
         self.held = Held(limits)
         self.gradients = Gradients(self)
+        self.products: Products | None = None
+        """Where layers called on values wait for other jobs' calls, while a forward is shared."""
         self.absences = Absences()
         self._values: dict[int, Any] = {}
         self._waits = list(map(len, plan.needs))
         self._uses = [len(users) for users in plan.users]
         self._ready: list[int] = []
-        self._kept = _kept(plan)
 
     def begin(self) -> None:
         """Run what needs nothing from the model."""
         with self.guard():
-            for node in self.nodes:
-                if node.id in self.plan.live and not self._waits[node.id] and self._free(node):
-                    heapq.heappush(self._ready, node.id)
+            self._ready = [*self.plan.first]
             self._drain()
 
     def begin_step(self, run: int, step: int, ended: Sequence[bool]) -> None:
@@ -94,7 +94,7 @@ class Interpreter:
                 self._uses[node.id] = len(self.plan.users[node.id])
             with self.guard():
                 for node in body:
-                    if not self._waits[node.id] and self._startable(node):
+                    if not self._waits[node.id] and self.plan.startable(node):
                         heapq.heappush(self._ready, node.id)
                 self._drain()
         for node in self.plan.alive(run, step):
@@ -141,6 +141,18 @@ class Interpreter:
                 self._access(node, values, view)
             values.finish()
 
+    def settle(self, node: Node, value: Any) -> None:
+        """The value of a node that had to wait for others' calls; what waited for it runs."""
+        with self.guard():
+            if self.error is not None:
+                return
+            try:
+                value = self._followed(node, value)
+            except Exception as error:
+                raise located(error, node) from error
+            self.release(node)
+            self.provide(node.id, value)
+
     def guard(self) -> Guard:
         """A context that turns whatever is raised inside into this job's failure."""
         return Guard(self)
@@ -167,7 +179,7 @@ class Interpreter:
         """A node has run: let go of the values that only it still needed."""
         for ref in self.plan.needs[node.id]:
             self._uses[ref] -= 1
-            if not self._uses[ref] and ref not in self._kept:
+            if not self._uses[ref] and ref not in self.plan.kept:
                 self._let_go(ref)
 
     def _let_go(self, node: int) -> None:
@@ -240,15 +252,6 @@ class Interpreter:
 
     # -- running nodes -----------------------------------------------------------------------------------------
 
-    def _free(self, node: Node) -> bool:
-        """Whether a node without needs may run at the start, and somebody will use it."""
-        idle = node.op in ("attachment", "param") and not self.plan.users[node.id]
-        return not idle and self.plan.template_of(node.id) is None and self._startable(node)
-
-    def _startable(self, node: Node) -> bool:
-        """Whether a node runs as soon as its needs are there: not at the model's moments, not in a loop's turn."""
-        return node.op not in MOMENTS and node.id not in self.plan.looped
-
     def give(self, node: int, value: Any) -> None:
         users = self.plan.users[node]
         if users:
@@ -257,7 +260,7 @@ class Interpreter:
                 self.held.add(value)
         for user in users:
             self._waits[user] -= 1
-            if not self._waits[user] and self._startable(self.nodes[user]):
+            if not self._waits[user] and self.plan.startable(self.nodes[user]):
                 heapq.heappush(self._ready, user)
 
     def check_wanted(self) -> None:
@@ -278,8 +281,9 @@ class Interpreter:
                 value = self._run(node)
             except Exception as error:
                 raise located(error, node) from error
-            self.release(node)
-            self.give(node.id, value)
+            if value is not LATER:
+                self.release(node)
+                self.give(node.id, value)
         for ready in later:
             heapq.heappush(self._ready, ready)
 
@@ -288,7 +292,12 @@ class Interpreter:
         if absent or self.skips(node):
             return self._pass(node, ABSENT if absent else SKIPPED)
         look = self._values.__getitem__
-        value = self.absences.follow(node, self.execute(node, look), look)
+        value = self.execute(node, look)
+        return value if value is LATER else self._followed(node, value)
+
+    def _followed(self, node: Node, value: Any) -> Any:
+        """A node's result, with what is to be noted of it."""
+        value = self.absences.follow(node, value, self._values.__getitem__)
         return self.gradients.watch_value(node.id, value) if node.id in self.plan.gradients else value
 
     def _pass(self, node: Node, value: NoValue) -> NoValue:
@@ -334,8 +343,3 @@ class Interpreter:
         self.flops += flops
         self.limits.check("memory_bytes", self.held.bytes + peak_bytes)
         self.limits.check("flops", self.flops)
-
-
-def _kept(plan: Plan) -> frozenset[int]:
-    """Values that live to the end: those that a body of steps takes from outside, once a step."""
-    return frozenset(ref for body in plan.templates.values() for node in body for ref in plan.needs[node.id])

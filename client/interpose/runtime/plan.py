@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import copy
 import heapq
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import TypeAlias
 
 from ..graph.manifest import ATTENTION, EVENT
-from ..graph.model import Graph, Node
+from ..graph.model import Graph, Node, Run
 from ..graph.trim import live
 from ..graph.values import refs
 
@@ -40,6 +41,14 @@ class Plan:
     users: tuple[tuple[int, ...], ...]
     scope: tuple[tuple[int, ...], ...]
     live: frozenset[int]
+
+    def of(self, runs: Sequence[Run]) -> Plan:
+        """The plan of the same nodes with other prompts of the same lengths; what was found out is shared."""
+        for name in _FOUND:
+            getattr(self, name)
+        plan = copy.copy(self)
+        object.__setattr__(plan, "graph", replace(self.graph, runs=tuple(runs)))
+        return plan
 
     def nodes(self, *wanted: str) -> Iterator[Node]:
         """The live nodes of some ops, in the user's order."""
@@ -111,6 +120,38 @@ class Plan:
                 if node.op in ACCESSES:
                     found.setdefault(place_of(node), []).append(node)
         return {place: tuple(sorted(nodes, key=_id)) for place, nodes in found.items()}
+
+    @cached_property
+    def first(self) -> tuple[int, ...]:
+        """Nodes that need nothing and serve somebody: they run before the model does."""
+        return tuple(
+            node.id
+            for node in self.graph.nodes
+            if node.id in self.live
+            and not self.needs[node.id]
+            and not (node.op in ("attachment", "param") and not self.users[node.id])
+            and self.template_of(node.id) is None
+            and self.startable(node)
+        )
+
+    def startable(self, node: Node) -> bool:
+        """Whether a node runs as soon as its needs are there: not at the model's moments, not in a loop's turn."""
+        return node.op not in MOMENTS and node.id not in self.looped
+
+    @cached_property
+    def kept(self) -> frozenset[int]:
+        """Values that live to the end: those that a body of steps takes from outside, once a step."""
+        return frozenset(ref for body in self.templates.values() for node in body for ref in self.needs[node.id])
+
+    @cached_property
+    def late(self) -> frozenset[int]:
+        """Calls of modules that no moment of the model's waits for, nor any step: they may come when it is over."""
+        early: set[int] = set()
+        for node in reversed(self.graph.nodes):
+            own = node.op in MOMENTS or node.op == "backward" or self.template_of(node.id) is not None
+            if own or node.id in self.looped or not early.isdisjoint(self.users[node.id]):
+                early.add(node.id)
+        return frozenset(node.id for node in self.nodes("call")) - early
 
     @cached_property
     def moments_within(self) -> Mapping[int, tuple[int, ...]]:
@@ -228,6 +269,10 @@ class Plan:
     @cached_property
     def _attentive(self) -> frozenset[int]:
         return frozenset(node.run for node in self.nodes(*ACCESSES) if place_of(node)[1] in ATTENTION)
+
+
+_FOUND = tuple(name for name, made in vars(Plan).items() if isinstance(made, cached_property))
+"""What a plan finds out of its nodes alone."""
 
 
 def place_of(node: Node) -> Place:

@@ -12,3 +12,6 @@ SKIPPED = NoValue()
 
 ABSENT = NoValue()
 """It comes from a prompt whose text had ended."""
+
+LATER = NoValue()
+"""It has to wait for others' calls of the same layer."""

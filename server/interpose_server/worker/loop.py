@@ -261,7 +261,14 @@ class Worker:
         graph = await asyncio.to_thread(self._graph, claim) if claim.blob else self._graph(claim)
         tensors = await asyncio.to_thread(self._attachments, claim, graph) if graph.attachments else {}
         exclusive = claim.footprint.exclusive or claim.alone
-        return EngineJob(graph=graph, attachments=tensors, sink=sink, limits=sink.limits, exclusive=exclusive)
+        return EngineJob(
+            graph=graph,
+            attachments=tensors,
+            sink=sink,
+            limits=sink.limits,
+            exclusive=exclusive,
+            owner=claim.user,
+        )
 
     def _graph(self, claim: Claim) -> Graph:
         payload: bytes | bytearray = claim.payload
