@@ -25,7 +25,7 @@ from ..wire.protocol import HEADER, PROBLEM
 from ..wire.stream import Incoming
 from .http import check_protocol, delays, headers, problem, unreachable
 
-APART = 1 << 20
+APART = 2 << 20
 """Saves of so many bytes and more are fetched: below, a request of their own costs more than it spares."""
 
 _TOLD = 8 << 20

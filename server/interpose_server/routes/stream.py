@@ -97,6 +97,7 @@ class Stream:
             case Ack():
                 names = await self._parts.broker.queue.ack(self._key.user, message.job)
                 if names:
-                    await asyncio.to_thread(drop, self._parts.blobs, self._key.user, names)
+                    # Nobody waits for it, and what the client asks next must not.
+                    asyncio.get_running_loop().run_in_executor(None, drop, self._parts.blobs, self._key.user, names)
             case _:
                 raise InvalidPayload("an unknown message")

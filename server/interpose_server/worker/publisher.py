@@ -22,6 +22,9 @@ log = logging.getLogger(__name__)
 MOST = 256
 """Items of one round: with the inline bound, a few MB at most."""
 
+ROUND_BYTES = 4 << 20
+"""Bytes of one round, but for its last item: what is written is told of before the rest is."""
+
 MOST_INLINED = 64
 """So many times the bound on one inline save may the inline saves of a job take together."""
 
@@ -58,8 +61,10 @@ class Publisher:
         """Publish until cancelled."""
         while True:
             taken = [await self._items.get()]
-            while not self._items.empty() and len(taken) < MOST:
+            size = _size(taken[0][1])
+            while not self._items.empty() and len(taken) < MOST and size < ROUND_BYTES:
                 taken.append(self._items.get_nowait())
+                size += _size(taken[-1][1])
             await self._round(taken)
 
     async def _round(self, taken: list[tuple[JobSink, Item]]) -> None:
@@ -70,7 +75,7 @@ class Publisher:
         held = await self._send(reports)
         for (sink, items), report, mine in zip(by_job.items(), reports, held, strict=True):
             sink.sent += len(report.records)
-            self.backlog.remove(sum(item.nbytes for item in items if isinstance(item, Saved)))
+            self.backlog.remove(sum(map(_size, items)))
             if not mine:
                 sink.lose()
             if isinstance(items[-1], Outcome):
@@ -128,3 +133,7 @@ class Publisher:
             except (RedisError, OSError) as error:
                 log.warning("the broker doesn't answer (%s); trying again", type(error).__name__)
                 await asyncio.sleep(RETRY_S)
+
+
+def _size(item: Item) -> int:
+    return item.nbytes if isinstance(item, Saved) else 0
