@@ -78,26 +78,35 @@ def encode_tensor(value: Any) -> Encoded:
     Raises:
         BadArgument: not a tensor, or one with no wire form (sparse, quantised, on the meta device, uint16, ...).
     """
+    spec = tensor_spec(value)
     if is_torch(value):
-        from .torch_tensors import encode_torch
+        from .torch_tensors import torch_bytes
 
-        spec, flat = encode_torch(value)
-    elif isinstance(value, (np.ndarray, np.generic)):
-        spec, flat = _encode_numpy(np.asarray(value))
-    else:
-        raise BadArgument(f"a {type(value).__name__} isn't a tensor or a NumPy array")
-    if len(spec.shape) > MAX_DIMS:
-        raise BadArgument(f"a tensor of {len(spec.shape)} dimensions can't be sent; {MAX_DIMS} are the most")
+        return Encoded(spec, memoryview(torch_bytes(value)))
+    flat: Any = np.ascontiguousarray(value, dtype=NUMPY[spec.dtype]).reshape(-1).view(np.uint8)
     return Encoded(spec, memoryview(flat))
 
 
-def _encode_numpy(array: np.ndarray[Any, Any]) -> tuple[TensorSpec, np.ndarray[Any, Any]]:
-    little = array.dtype.newbyteorder("<") if array.dtype.byteorder == ">" else array.dtype
-    name = _NAMES.get(little)
+def tensor_spec(value: Any) -> TensorSpec:
+    """What `encode_tensor` would send it as; copies nothing. Raises as it does."""
+    if is_torch(value):
+        from .torch_tensors import torch_dtype
+
+        name = torch_dtype(value)
+    elif isinstance(value, (np.ndarray, np.generic)):
+        name = _numpy_dtype(value.dtype)
+    else:
+        raise BadArgument(f"a {type(value).__name__} isn't a tensor or a NumPy array")
+    if value.ndim > MAX_DIMS:
+        raise BadArgument(f"a tensor of {value.ndim} dimensions can't be sent; {MAX_DIMS} are the most")
+    return TensorSpec(tuple(value.shape), name)
+
+
+def _numpy_dtype(dtype: np.dtype[Any]) -> str:
+    name = _NAMES.get(dtype.newbyteorder("<") if dtype.byteorder == ">" else dtype)
     if name is None:
-        raise BadArgument(f"an array of {array.dtype} can't be sent; convert it to one of {', '.join(DTYPES)}")
-    flat = np.ascontiguousarray(array, dtype=little).reshape(-1).view(np.uint8)
-    return TensorSpec(tuple(array.shape), name), flat
+        raise BadArgument(f"an array of {dtype} can't be sent; convert it to one of {', '.join(DTYPES)}")
+    return name
 
 
 def decode_tensor(spec: TensorSpec, data: Buffer, backend: Backend) -> Any:

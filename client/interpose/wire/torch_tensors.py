@@ -28,20 +28,21 @@ TORCH: dict[str, torch.dtype] = {
 _NAMES = {dtype: name for name, dtype in TORCH.items()}
 
 
-def encode_torch(tensor: torch.Tensor) -> tuple[TensorSpec, Any]:
-    """The spec and a flat NumPy view of the bytes; copied only from a device, a stride or a pending conjugate.
-
-    Raises:
-        BadArgument: the tensor has no wire form.
-    """
+def torch_dtype(tensor: torch.Tensor) -> str:
+    """The wire's name of its dtype. Raises BadArgument if the tensor has no wire form."""
     name = _NAMES.get(tensor.dtype)
     if name is None:
         raise BadArgument(f"a tensor of {tensor.dtype} can't be sent; convert it to one of {', '.join(DTYPES)}")
     if tensor.layout is not torch.strided or tensor.is_meta or tensor.is_nested:
         raise BadArgument("a sparse, nested or meta tensor can't be sent; make it a plain one first")
+    return name
+
+
+def torch_bytes(tensor: torch.Tensor) -> Any:
+    """A flat NumPy view of the bytes; copied only from a device, a stride or a pending conjugate."""
     plain = tensor.detach().cpu().resolve_conj().resolve_neg().contiguous()
     # Flat first: a tensor without dimensions can't be viewed as a dtype of another size.
-    return TensorSpec(tuple(tensor.shape), name), plain.reshape(-1).view(torch.uint8).numpy()
+    return plain.reshape(-1).view(torch.uint8).numpy()
 
 
 def decode_torch(spec: TensorSpec, buffer: bytearray | bytes | memoryview) -> torch.Tensor:

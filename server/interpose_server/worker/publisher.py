@@ -112,17 +112,18 @@ class Publisher:
                 "nbytes": item.nbytes,
             }
         )
-        parts = [tensor.data for tensor in item.tensors]
         if len(body) > MAX_BODY:
             raise LimitExceeded(f"a save's plain values take {len(body):,} bytes, {MAX_BODY:,} are allowed")
         # The broker keeps results in memory: beyond a job's share they go where there is a cap.
         if sink.inlined + item.nbytes <= MOST_INLINED * self._settings.inline_bytes >= MOST_INLINED * item.nbytes:
             sink.inlined += item.nbytes
+            parts = item.parts() if item.ready else await asyncio.to_thread(item.parts)
             return Record("save", body, b"".join(parts))
         name = f"{sink.claim.id}/{sink.claim.attempt}/{item.node}"
         # Longer than the job: its time to live starts only when it ends.
         ttl_s = self._settings.result_ttl_s + sink.limits.wall_s + 60
-        await asyncio.to_thread(self._blobs.put, blob_keys.result(sink.claim.user, name), parts, ttl_s)
+        key = blob_keys.result(sink.claim.user, name)
+        await asyncio.to_thread(lambda: self._blobs.put(key, item.parts(), ttl_s))
         return Record("save", body, blob=name)
 
     async def _send(self, reports: list[Report]) -> list[bool]:

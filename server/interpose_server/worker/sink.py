@@ -1,4 +1,4 @@
-"""Where the engine puts a job's values: counted, encoded, handed to the publisher while the engine goes on."""
+"""Where the engine puts a job's values: counted, and handed to the publisher while the engine goes on."""
 
 from __future__ import annotations
 
@@ -10,10 +10,11 @@ from typing import Any, TypeAlias
 
 from interpose.errors import InterposeError, JobCancelled, JobTimeout
 from interpose.graph.limits import Limits
-from interpose.wire.tensors import Encoded, encode_tensor
+from interpose.wire.tensors import tensor_spec, total
 from interpose.wire.trees import Tree, flatten
 
 from ..broker.queue import Claim, Outcome
+from .leaving import Leaving, leave
 
 MAX_LOG = 4096
 MAX_LOGS = 1000
@@ -23,11 +24,19 @@ MAX_LOGS = 1000
 class Saved:
     node: int
     tree: Tree
-    tensors: tuple[Encoded, ...]
+    tensors: tuple[Leaving, ...]
 
     @property
     def nbytes(self) -> int:
-        return sum(tensor.spec.nbytes for tensor in self.tensors)
+        return total(tensor.spec for tensor in self.tensors)
+
+    def parts(self) -> list[memoryview]:
+        """Each tensor's bytes. Blocks where one isn't `ready`."""
+        return [tensor.data() for tensor in self.tensors]
+
+    @property
+    def ready(self) -> bool:
+        return all(tensor.ready() for tensor in self.tensors)
 
 
 @dataclass(frozen=True, slots=True)
@@ -122,10 +131,16 @@ class JobSink:
 
     def save(self, node: int, value: Any) -> None:
         tree, tensors = flatten(value)
-        saved = Saved(node, tree, tuple(encode_tensor(tensor) for tensor in tensors))
-        self._bytes += saved.nbytes
+        size = total(map(tensor_spec, tensors))
+        self._bytes += size
         self.limits.check("result_bytes", self._bytes)
-        self._backlog.add(saved.nbytes, lambda: self.stopped is not None)
+        # Before it begins to leave: on its way it takes memory of this machine's.
+        self._backlog.add(size, lambda: self.stopped is not None)
+        try:
+            saved = Saved(node, tree, tuple(map(leave, tensors)))
+        except BaseException:
+            self._backlog.remove(size)
+            raise
         self._publish(self, saved)
 
     def log(self, node: int, text: str) -> None:
