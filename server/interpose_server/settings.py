@@ -34,6 +34,7 @@ class Settings(BaseSettings):
         max_attempts: a job whose worker died so many times isn't tried again.
         batch_rows, batch_tokens: of one shared forward; tokens are rows times the longest row.
         batch_memory_bytes: what the values of a batch's jobs may take together.
+        shelf_bytes: what a worker keeps of attachments, for the next jobs of the users whose they are.
         backlog_bytes: what a worker holds of saves not yet published before its engine waits.
         inline_bytes: saves and payloads up to this size go through the broker, larger ones through the blob store.
         grace_s: how long a running batch may take to finish when the server stops.
@@ -68,6 +69,7 @@ class Settings(BaseSettings):
     worker_threads: int | None = None
     grace_s: float = Field(default=20.0, ge=0)
 
+    shelf_bytes: int = Field(default=512 << 20, ge=0)
     backlog_bytes: int = Field(default=256 << 20, ge=0)
     inline_bytes: int = Field(default=32 << 10, ge=0)
     chunk_bytes: int = Field(default=CHUNK_BYTES, ge=1, le=16 << 20)

@@ -19,17 +19,15 @@ from interpose.errors import (
     InterposeError,
     InvalidPayload,
     JobTimeout,
-    MissingAttachment,
     UnknownModel,
 )
 from interpose.graph.codec import decode_graph
 from interpose.graph.manifest import Manifest
 from interpose.graph.model import Graph
 from interpose.runtime.engine import EngineJob
-from interpose.wire.tensors import decode_tensor
 from redis.exceptions import RedisError
 
-from .. import attachments, blob_keys
+from .. import blob_keys
 from ..blobs import Blobs
 from ..broker.connect import Broker
 from ..broker.queue import Claim
@@ -38,6 +36,7 @@ from ..tasks import end
 from .company import Company, Ready
 from .publisher import Publisher
 from .scheduler import Budget, between, choose
+from .shelf import Shelf
 from .sink import JobSink
 
 log = logging.getLogger(__name__)
@@ -64,6 +63,7 @@ class Worker:
 
     Args:
         name: under which its jobs are leased.
+        place: brings a tensor to the device of the engine's model.
         check: called after each batch, on the engine's thread; raises if the device is broken.
         give_up: ends the process, where an operation doesn't end.
     """
@@ -76,6 +76,7 @@ class Worker:
         broker: Broker,
         blobs: Blobs,
         settings: Settings,
+        place: Callable[[torch.Tensor], torch.Tensor] = lambda tensor: tensor,
         check: Callable[[], None] = lambda: None,
         give_up: Callable[[], None] = lambda: os._exit(70),
     ) -> None:
@@ -85,6 +86,7 @@ class Worker:
         self._broker = broker
         self._blobs = blobs
         self._settings = settings
+        self._shelf = Shelf(blobs, settings.shelf_bytes, place)
         self._check = check
         self._give_up = give_up
         self._running: tuple[float, Collection[JobSink]] | None = None
@@ -284,13 +286,11 @@ class Worker:
         return decode_graph(msgpack.unpackb(payload), self._settings.limits)
 
     def _attachments(self, claim: Claim, graph: Graph) -> dict[str, torch.Tensor]:
-        found = {}
-        for sha, spec in graph.attachments.items():
-            data = attachments.load(self._blobs, claim.user, sha, spec)
-            if data is None:
-                raise MissingAttachment(f"tensor {sha} has expired; submit the job again")
-            found[sha] = decode_tensor(spec, data, "torch")
-        return found
+        inputs = {sha for run in graph.runs for invoke in run.invokes for sha in invoke.tensors.values()}
+        return {
+            sha: self._shelf.get(claim.user, sha, spec, placed=sha not in inputs)
+            for sha, spec in graph.attachments.items()
+        }
 
     async def _beat(self) -> None:
         """Keep the leases, and hear of jobs that were cancelled."""

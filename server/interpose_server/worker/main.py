@@ -76,7 +76,11 @@ async def _main(wanted: argparse.Namespace, settings: Settings) -> None:
             await broker.models.announce(name, wanted.name, ModelState.STOPPED)
             # The thread that loads can't be told to stop, and an orderly exit would wait for it.
             os._exit(0)
-        await Worker(name, wanted.name, loading.result(), broker, blobs, settings, _check).run(stop)
+        engine = loading.result()
+        device = engine.loaded.device
+        await Worker(
+            name, wanted.name, engine, broker, blobs, settings, lambda tensor: tensor.to(device), _check
+        ).run(stop)
         stopping.cancel()
         await broker.models.announce(name, wanted.name, ModelState.STOPPED)
     finally:
