@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import struct
+from collections.abc import Awaitable, Callable
 from contextlib import suppress
 
 from interpose.errors import InternalError, InterposeError, InvalidPayload, UnknownJob
@@ -31,6 +33,8 @@ from .broker import events, keys
 from .broker.events import Stored
 from .parts import Parts
 from .results import open_save
+
+log = logging.getLogger(__name__)
 
 _HEAD = struct.Struct(">B16sIQ")
 
@@ -60,9 +64,20 @@ class Line:
 
 
 class Relay:
-    """Sends everything after the event the client has, then follows the job to its end."""
+    """Sends everything after the event the client has, then follows the job to its end.
 
-    def __init__(self, parts: Parts, line: Line, user: str, wanted: Subscribe) -> None:
+    Args:
+        hand_in: what enqueues the job, where that is still to be done; gives its model, and whether it is new.
+    """
+
+    def __init__(
+        self,
+        parts: Parts,
+        line: Line,
+        user: str,
+        wanted: Subscribe,
+        hand_in: Callable[[], Awaitable[tuple[str, bool]]] | None = None,
+    ) -> None:
         self._parts = parts
         self._line = line
         self._user = user
@@ -71,6 +86,7 @@ class Relay:
         self._after = wanted.after
         self._offset = wanted.offset
         self._apart = wanted.apart
+        self._hand_in = hand_in
         self._place: int | None = None
 
     async def run(self) -> None:
@@ -83,14 +99,17 @@ class Relay:
             await self._refuse(InternalError("the server lost its queue for a moment; subscribe again"))
         except WebSocketDisconnect:
             pass
+        except Exception:
+            log.exception("a job's stream failed")
+            await self._refuse(InternalError("the server failed on this job's stream; its log says why"))
 
     async def _refuse(self, error: InterposeError) -> None:
         with suppress(WebSocketDisconnect):
             await self._line.send(Refused.of(error, self._job))
 
     async def _follow(self, bell: asyncio.Event) -> None:
-        info = await self._parts.broker.queue.info(self._user, self._job)
-        waiting, waited = info.status is JobStatus.QUEUED, False
+        model, waiting = await self._begin(bell)
+        waited = False
         while True:
             bell.clear()
             batch = await events.read(self._parts.broker.redis, self._ref, self._after)
@@ -104,8 +123,21 @@ class Relay:
             if not batch and waited and not await self._parts.broker.redis.exists(keys.JOB.format(ref=self._ref)):
                 raise UnknownJob("the job has expired")
             # Whatever came after the read has set the bell, so there is no need to read until nothing comes.
-            await self._wait(bell, info.model, waiting)
+            await self._wait(bell, model, waiting)
             waited = True
+
+    async def _begin(self, bell: asyncio.Event) -> tuple[str, bool]:
+        """Hand the job in, if that is to be done. Returns its model, and whether it waits to run."""
+        if self._hand_in is not None:
+            model, new = await self._hand_in()
+            if new:
+                # Its first event, known without reading; the next one rings.
+                await self._line.send(Status(self._job, 1, 0, JobStatus.QUEUED))
+                self._after = 1
+                await self._wait(bell, model, True)
+                return model, True
+        info = await self._parts.broker.queue.info(self._user, self._job)
+        return info.model, info.status is JobStatus.QUEUED
 
     async def _wait(self, bell: asyncio.Event, model: str, waiting: bool) -> None:
         if waiting:

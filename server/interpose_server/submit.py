@@ -8,7 +8,7 @@ from collections.abc import Callable
 from typing import TypeVar
 
 import msgpack
-from interpose.errors import MissingAttachment
+from interpose.errors import InvalidPayload, MissingAttachment
 from interpose.graph.codec import encode_graph
 from interpose.graph.footprint import Footprint
 from interpose.graph.manifest import Manifest
@@ -30,9 +30,12 @@ T = TypeVar("T")
 
 
 async def submit(
-    parts: Parts, key: Key, body: bytes, content_type: str
+    parts: Parts, key: Key, body: bytes, content_type: str, named: str | None = None
 ) -> tuple[Submission, JobStatus, int | None]:
-    """Accept a job. Returns it, its status and its place in the queue.
+    """Accept a job. Returns it, its status and, if it is new, its place in the queue.
+
+    Args:
+        named: the id it must have.
 
     Raises:
         InterposeError: whatever is wrong with it; nothing is queued then.
@@ -41,6 +44,8 @@ async def submit(
     kind = JSON if content_type == JSON else content_type or MSGPACK
     large = len(body) > QUICK_BYTES
     job = await _maybe_thread(large, lambda: decode_submission(body, limits, kind))
+    if named not in (None, job.id):
+        raise InvalidPayload("a submission is sent under another id than its own")
     allow(key, job.model)
     manifest = await parts.catalogue.ready(job.model, job.revision)
     footprint = await _maybe_thread(large, lambda: _check(parts, job, manifest))
@@ -61,6 +66,7 @@ async def submit(
             footprint=footprint,
             timeout_s=min(job.timeout_s or limits.wall_s, limits.wall_s),
             key=key.id,
+            key_digest=key.digest,
             revision=job.revision or "",
         )
     )

@@ -14,7 +14,19 @@ import uvicorn
 from interpose.errors import InterposeError, NotFound, Unauthorized, UnknownJob
 from interpose.graph.model import Graph, Invoke, Node, Point, Run
 from interpose.graph.values import Ref
-from interpose.wire.messages import Ack, Hello, Log, Refused, Save, Status, Subscribe, chunks, decode_client, encode
+from interpose.wire.messages import (
+    Ack,
+    Hello,
+    Log,
+    Refused,
+    Save,
+    Status,
+    Submit,
+    Subscribe,
+    chunks,
+    decode_client,
+    encode,
+)
 from interpose.wire.protocol import HEADER, PROBLEM
 from interpose.wire.status import JobStatus
 from interpose.wire.submission import decode_submission
@@ -204,6 +216,10 @@ class Lab:
                 message = decode_client(await ws.receive_bytes())
                 if isinstance(message, Ack):
                     self.acked.append(message.job)
+                if isinstance(message, Submit):
+                    self.calls.append("SUBMIT")
+                    self.jobs[message.job] = decode_submission(bytes(message.body))
+                    message = Subscribe(message.job, apart=message.apart)
                 if not isinstance(message, Subscribe):
                     continue
                 self.asked.append(message)

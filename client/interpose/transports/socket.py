@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncGenerator, Callable
+from contextlib import suppress
 from dataclasses import dataclass, field
 
 from websockets.asyncio.client import ClientConnection, connect
@@ -20,8 +21,18 @@ from ..errors import (
     ModelUnavailable,
     VersionMismatch,
 )
-from ..wire.messages import Ack, ClientMessage, Hello, Refused, ServerMessage, Unsubscribe, decode_server, encode
-from ..wire.protocol import MAX_CHUNK_BYTES, PROBLEM, PROTOCOL
+from ..wire.messages import (
+    Ack,
+    ClientMessage,
+    Hello,
+    Refused,
+    ServerMessage,
+    Submit,
+    Unsubscribe,
+    decode_server,
+    encode,
+)
+from ..wire.protocol import MAX_CHUNK_BYTES, PROBLEM, PROTOCOL, SUBMIT_BYTES
 from ..wire.stream import Happening, Incoming, JobStream, OutOfStep, Received
 from .fetch import APART, Fetcher, direct
 from .http import delays, headers, problem, unreachable
@@ -29,6 +40,7 @@ from .http import delays, headers, problem, unreachable
 _MAX_FRAME = MAX_CHUNK_BYTES + (1 << 16)
 _SETTLED_S = 5.0
 _MAX_GAPS = 5
+_ANSWER_S = 10.0
 _FETCHES = 2
 """At once: the one's request is on its way while the other's bytes come."""
 
@@ -38,11 +50,13 @@ class _Feed:
     """One job's stream, and what it made happen but nobody has taken yet; None ends it.
 
     Attributes:
+        accepted: whether the server took the job in, where it was handed in here.
         gaps: how often it fell out of step since it last moved.
         fetches: by event, the saves being fetched.
     """
 
     stream: JobStream
+    accepted: asyncio.Future[bool] | None = None
     queue: asyncio.Queue[Happening | InterposeError | None] = field(default_factory=asyncio.Queue)
     gaps: int = 0
     fetches: dict[int, asyncio.Task[None]] = field(default_factory=dict)
@@ -82,17 +96,43 @@ class Socket:
         if self._task is None or self._task.done():
             self._task = asyncio.create_task(self._keep(), name="interpose-stream")
 
+    async def submit(self, job: str, body: bytes) -> bool:
+        """Hand a job in over the open connection, and keep what happens to it for `follow`.
+
+        Returns:
+            False if it may not have arrived: there is no connection, or it was lost, or the server is at fault.
+
+        Raises:
+            InterposeError: the server refused it.
+        """
+        connection = self._connection
+        if connection is None or len(body) > SUBMIT_BYTES:
+            return False
+        accepted: asyncio.Future[bool] = asyncio.get_running_loop().create_future()
+        self._feeds[job] = _Feed(JobStream(job, apart=self._apart), accepted)
+        taken = False
+        try:
+            await self._send(connection, Submit(job, self._apart, body))
+            with suppress(TimeoutError):
+                taken = await asyncio.wait_for(accepted, _ANSWER_S)
+        finally:
+            if not taken:
+                self._feeds.pop(job, None)
+        return taken
+
     async def follow(self, job: str) -> AsyncGenerator[Happening, None]:
         """What happens to a job, from its beginning to its end. One follower a job.
 
         Raises:
             InterposeError: the server doesn't know the job, or can't be reached for too long.
         """
-        assert job not in self._feeds, "one follower a job"
-        feed = self._feeds[job] = _Feed(JobStream(job, apart=self._apart))
+        handed_in = self._feeds.get(job)
+        assert handed_in is None or handed_in.accepted is not None, "one follower a job"
+        feed = self._feeds[job] = handed_in or _Feed(JobStream(job, apart=self._apart))
+        feed.accepted = None
         try:
             self.open()
-            if self._connection is not None:
+            if self._connection is not None and handed_in is None:
                 await self._send(self._connection, feed.stream.resume())
             while (item := await feed.queue.get()) is not None:
                 if isinstance(item, InterposeError):
@@ -169,6 +209,7 @@ class Socket:
             raise ConfigError(f"{self.endpoint.url} isn't an address a websocket can have") from error
         finally:
             self._connection = None
+            self._lose_submissions()
 
     async def _greet(self, connection: ClientConnection) -> None:
         hello = _decoded(await asyncio.wait_for(connection.recv(), 10))
@@ -183,6 +224,13 @@ class Socket:
         for feed in waiting:
             await self._send(connection, feed.stream.resume())
 
+    def _lose_submissions(self) -> None:
+        """Let nobody wait for the answer to a submission that the connection took with it."""
+        for job, feed in list(self._feeds.items()):
+            if feed.accepted is not None and not feed.accepted.done():
+                feed.accepted.set_result(False)
+                del self._feeds[job]
+
     async def _send(self, connection: ClientConnection, message: ClientMessage) -> None:
         try:
             await connection.send(encode(message))
@@ -192,9 +240,14 @@ class Socket:
     def _take(self, message: ServerMessage) -> None:
         if isinstance(message, Hello):
             return
+        feed = self._feeds.get(message.job or "")
+        if feed is not None and feed.accepted is not None and not feed.accepted.done():
+            if isinstance(message, Refused):
+                _decline(feed.accepted, message.exception())
+                return
+            feed.accepted.set_result(True)
         if isinstance(message, Refused):
             _heed(message)
-        feed = self._feeds.get(message.job or "")
         if feed is None or feed.stream.heard:
             return
         try:
@@ -236,6 +289,13 @@ class Socket:
                 feed.put(feed.stream.arrived(seq))
         except InterposeError as error:
             feed.queue.put_nowait(error)
+
+
+def _decline(accepted: asyncio.Future[bool], error: InterposeError) -> None:
+    if isinstance(error, InternalError):
+        accepted.set_result(False)
+    else:
+        accepted.set_exception(error)
 
 
 def _heed(refused: Refused) -> None:

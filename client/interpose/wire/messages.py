@@ -1,8 +1,8 @@
 """What travels over the websocket: typed messages, and their frames.
 
 Every frame is binary. Its first byte says what follows: `MESSAGE`, a msgpack map with a "type"; `CHUNK`, a fixed
-header and raw bytes of a save. Events (status, save, log, tokens) carry a job's own sequence number, from 1,
-without gaps.
+header and raw bytes of a save; `SUBMIT`, a fixed header and the body of a submission. Events (status, save, log,
+tokens) carry a job's own sequence number, from 1, without gaps.
 
 Decoding is strict: an unknown type or field, or a mistyped one, is an InvalidPayload.
 """
@@ -24,9 +24,10 @@ from .status import JobStatus
 from .tensors import Buffer, decode_spec, encode_spec, total
 from .trees import Tree
 
-MESSAGE, CHUNK = 0, 1
+MESSAGE, CHUNK, SUBMIT = 0, 1, 2
 
 _HEAD = struct.Struct(">B16sIQ")
+_SUBMIT = struct.Struct(">B16sQ")
 _MAX_SEQ = 2**32 - 1
 _MAX_ITEMS = 1 << 17
 _MAX_CONTAINERS = 1 << 19
@@ -82,6 +83,20 @@ class Ack:
     @classmethod
     def read(cls, fields: Fields) -> Ack:
         return cls(fields.job())
+
+
+@dataclass(frozen=True, slots=True)
+class Submit:
+    """Take a job in, as POST /v1/jobs would, and send its events from the first on. Refused if it isn't accepted.
+
+    Attributes:
+        apart: as of `Subscribe`.
+        body: the submission's msgpack, at most `SUBMIT_BYTES`.
+    """
+
+    job: str
+    apart: int
+    body: Buffer
 
 
 # Server to client
@@ -259,11 +274,13 @@ class Chunk:
     data: memoryview
 
 
-ClientMessage: TypeAlias = Subscribe | Unsubscribe | Ack
+ClientMessage: TypeAlias = Subscribe | Unsubscribe | Ack | Submit
 Event: TypeAlias = Status | Save | Log | Tokens
 ServerMessage: TypeAlias = Hello | Event | Position | Refused | Chunk
 
-_CLIENT: Mapping[str, type[ClientMessage]] = {cls.type: cls for cls in (Subscribe, Unsubscribe, Ack)}
+_CLIENT: Mapping[str, type[Subscribe | Unsubscribe | Ack]] = {
+    cls.type: cls for cls in (Subscribe, Unsubscribe, Ack)
+}
 _SERVER: Mapping[str, type[Hello | Event | Position | Refused]] = {
     Hello.type: Hello,
     Status.type: Status,
@@ -285,6 +302,8 @@ def _read_event(fields: Fields) -> tuple[str, int, int]:
 
 def encode(message: ClientMessage | Hello | Event | Position | Refused) -> bytes:
     """The message's frame."""
+    if isinstance(message, Submit):
+        return b"".join((_SUBMIT.pack(SUBMIT, bytes.fromhex(message.job), message.apart), message.body))
     body: bytes = msgpack.packb({"type": message.type, **message.to_plain()})
     return bytes([MESSAGE]) + body
 
@@ -312,16 +331,19 @@ def chunks(
 
 def decode_client(frame: Buffer) -> ClientMessage:
     """What a client sent. Raises InvalidPayload."""
-    kind, body = _split(frame)
-    if kind != MESSAGE:
-        raise InvalidPayload("clients send no chunks")
+    kind, body = _split(frame, MESSAGE, SUBMIT)
+    if kind == SUBMIT:
+        if body.nbytes + 1 < _SUBMIT.size:
+            raise InvalidPayload("a submission ends within its header")
+        _, job, apart = _SUBMIT.unpack_from(frame)
+        return Submit(job.hex(), apart, memoryview(frame)[_SUBMIT.size :])
     message: ClientMessage = _read(body, _CLIENT, longest=64, containers=64)
     return message
 
 
 def decode_server(frame: Buffer) -> ServerMessage:
     """What a server sent; a chunk's data is a view into `frame`. Raises InvalidPayload."""
-    kind, body = _split(frame)
+    kind, body = _split(frame, MESSAGE, CHUNK)
     if kind == MESSAGE:
         message: ServerMessage = _read(body, _SERVER, longest=_MAX_ITEMS, containers=_MAX_CONTAINERS)
         return message
@@ -331,11 +353,11 @@ def decode_server(frame: Buffer) -> ServerMessage:
     return Chunk(job.hex(), seq, offset, memoryview(frame)[_HEAD.size :])
 
 
-def _split(frame: Buffer) -> tuple[int, memoryview]:
+def _split(frame: Buffer, *kinds: int) -> tuple[int, memoryview]:
     if not isinstance(frame, (bytes, bytearray, memoryview)) or not len(frame):
         raise InvalidPayload("a frame is binary and not empty")
     view = memoryview(frame)
-    if view[0] not in (MESSAGE, CHUNK):
+    if view[0] not in kinds:
         raise InvalidPayload(f"unknown kind of frame {view[0]}")
     return view[0], view[1:]
 

@@ -20,5 +20,8 @@ INLINE_BYTES = 1 << 20
 CHUNK_BYTES = 1 << 20
 """Bytes of a save in one websocket message, unless a server's hello says otherwise."""
 
+SUBMIT_BYTES = 32 << 10
+"""Submissions up to here may be handed in over the websocket; POST takes those and larger ones."""
+
 MAX_CHUNK_BYTES = 16 << 20
 """What a client accepts in one websocket message."""

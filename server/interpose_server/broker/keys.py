@@ -81,7 +81,7 @@ def split(ref: str) -> tuple[str, str]:
 _FORMATS = {
     "JOB": JOB, "EVENTS": EVENTS, "BLOBS": BLOBS, "QUEUE": QUEUE, "USERS": USERS, "CLOCK": CLOCK, "BELL": BELL,
     "QUEUED": QUEUED, "RUNNING": RUNNING, "JOBS": JOBS, "USAGE": USAGE, "LEASES": LEASES, "EXPIRY": EXPIRY,
-    "ORDER": ORDER, "TOTAL": TOTAL, "WAKE": WAKE,
+    "ORDER": ORDER, "TOTAL": TOTAL, "WAKE": WAKE, "ACCOUNTS": KEYS,
 }  # fmt: skip
 
 

@@ -15,6 +15,7 @@ from interpose.errors import (
     JobPoisoned,
     JobTimeout,
     QueueFull,
+    Unauthorized,
     UnknownJob,
 )
 from interpose.graph.footprint import Footprint
@@ -35,7 +36,7 @@ class NewJob:
     Attributes:
         digest: SHA-256 of the request's body; the same id with another digest is a conflict.
         payload, blob: the graph's msgpack, or the name of the blob that holds it.
-        key: id of the API key it came with.
+        key, key_digest: id of the API key it came with, and its digest: one that was revoked by then is refused.
         revision: the model's that it must run on; "" for any.
     """
 
@@ -49,6 +50,7 @@ class NewJob:
     timeout_s: float
     priority: int = 0
     key: str = ""
+    key_digest: str = ""
     revision: str = ""
 
 
@@ -145,17 +147,20 @@ class Queue:
         Raises:
             JobConflict: another payload was sent under this id.
             QueueFull: the user, or the server, has too many jobs waiting.
+            Unauthorized: the key it came with was revoked.
         """
         settings = self._settings
         answer, number = await self._run(
             "submit", keys.ref(job.user, job.id), job.user, job.id, job.model, job.digest, job.priority,
             job.payload, job.blob, msgpack.packb(job.footprint.to_plain()), job.timeout_s,
             settings.queued_per_user, settings.queued_total, settings.running_per_user,
-            int(settings.queue_ttl_s * 1000), job.key, job.revision,
+            int(settings.queue_ttl_s * 1000), job.key, job.revision, job.key_digest,
         )  # fmt: skip
         match answer.decode():
             case "conflict":
                 raise JobConflict(f"job {job.id} exists with another payload; choose a new id")
+            case "revoked":
+                raise Unauthorized("the API key was revoked")
             case "full":
                 raise QueueFull(
                     f"{number:,} of your jobs are waiting, the most allowed; wait for some to finish",

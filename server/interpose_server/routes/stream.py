@@ -3,12 +3,25 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Awaitable, Callable
 from contextlib import ExitStack, suppress
+from functools import partial
 from typing import Any
 
 from fastapi import APIRouter, WebSocket
 from interpose.errors import InterposeError, InvalidPayload, QueueFull, Unauthorized
-from interpose.wire.messages import Ack, Hello, Refused, Subscribe, Unsubscribe, decode_client
+from interpose.wire.messages import (
+    Ack,
+    ClientMessage,
+    Hello,
+    Refused,
+    Submit,
+    Subscribe,
+    Unsubscribe,
+    decode_client,
+)
+from interpose.wire.protocol import MSGPACK, SUBMIT_BYTES
+from interpose.wire.status import JobStatus
 from starlette.websockets import WebSocketDisconnect
 
 from ..auth import identify
@@ -17,6 +30,7 @@ from ..parts import Parts
 from ..problems import problem
 from ..relay import Line, Relay
 from ..results import drop
+from ..submit import submit
 from ..tasks import end
 
 router = APIRouter(prefix="/v1/stream")
@@ -80,17 +94,18 @@ class Stream:
             except InterposeError as error:
                 await self._line.send(Refused.of(error))
 
-    async def _take(self, message: Subscribe | Unsubscribe | Ack) -> None:
+    async def _take(self, message: ClientMessage) -> None:
         old = self._relays.pop(message.job, None)
         match message:
             case Subscribe():
-                if old is not None:
-                    await end([old])
-                self._relays = {job: task for job, task in self._relays.items() if not task.done()}
-                if len(self._relays) >= self._parts.settings.subscriptions:
-                    raise QueueFull(f"more than {self._parts.settings.subscriptions} jobs on one stream")
-                relay = Relay(self._parts, self._line, self._key.user, message)
-                self._relays[message.job] = asyncio.create_task(relay.run())
+                await self._follow(message, old)
+            case Submit():
+                try:
+                    self._parts.rate.take(self._key.user)
+                    wanted = Subscribe(message.job, apart=message.apart)
+                    await self._follow(wanted, old, partial(self._submit, message.job, bytes(message.body)))
+                except InterposeError as error:
+                    await self._line.send(Refused.of(error, message.job))
             case Unsubscribe():
                 if old is not None:
                     await end([old])
@@ -101,3 +116,25 @@ class Stream:
                     asyncio.get_running_loop().run_in_executor(None, drop, self._parts.blobs, self._key.user, names)
             case _:
                 raise InvalidPayload("an unknown message")
+
+    async def _follow(
+        self,
+        wanted: Subscribe,
+        old: asyncio.Task[None] | None,
+        hand_in: Callable[[], Awaitable[tuple[str, bool]]] | None = None,
+    ) -> None:
+        """Relay a job, in place of the relay it had."""
+        if old is not None:
+            await end([old])
+        self._relays = {job: task for job, task in self._relays.items() if not task.done()}
+        if len(self._relays) >= self._parts.settings.subscriptions:
+            raise QueueFull(f"more than {self._parts.settings.subscriptions} jobs on one stream")
+        relay = Relay(self._parts, self._line, self._key.user, wanted, hand_in)
+        self._relays[wanted.job] = asyncio.create_task(relay.run())
+
+    async def _submit(self, named: str, body: bytes) -> tuple[str, bool]:
+        """Accept a job. Returns its model, and whether it is new. Raises what is wrong with it."""
+        if len(body) > SUBMIT_BYTES:
+            raise InvalidPayload(f"a submission of more than {SUBMIT_BYTES:,} bytes goes to POST /v1/jobs")
+        job, status, place = await submit(self._parts, self._key, body, MSGPACK, named)
+        return job.model, status is JobStatus.QUEUED and place is not None

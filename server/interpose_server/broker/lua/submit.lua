@@ -1,7 +1,8 @@
 -- ARGV: ref user id model digest priority payload blob footprint timeout_s queued_per_user queued_total
---       running_per_user queue_ttl_ms created_by revision
+--       running_per_user queue_ttl_ms created_by revision key_digest
 local ref, user, id, model, digest = ARGV[1], ARGV[2], ARGV[3], ARGV[4], ARGV[5]
 local key = JOB(ref)
+if ARGV[17] ~= '' and redis.call('HEXISTS', ACCOUNTS, ARGV[17]) == 0 then return {'revoked', 0} end
 local known = redis.call('HGET', key, 'digest')
 if known then
     if known ~= digest then return {'conflict', 0} end
