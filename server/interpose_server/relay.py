@@ -31,6 +31,7 @@ from starlette.websockets import WebSocket, WebSocketDisconnect
 from .blobs import Reader, read
 from .broker import events, keys
 from .broker.events import Stored
+from .notifier import Bell
 from .parts import Parts
 from .results import open_save
 
@@ -107,12 +108,11 @@ class Relay:
         with suppress(WebSocketDisconnect):
             await self._line.send(Refused.of(error, self._job))
 
-    async def _follow(self, bell: asyncio.Event) -> None:
+    async def _follow(self, bell: Bell) -> None:
         model, waiting = await self._begin(bell)
         waited = False
         while True:
-            bell.clear()
-            batch = await events.read(self._parts.broker.redis, self._ref, self._after)
+            batch = bell.take(self._after) or await events.read(self._parts.broker.redis, self._ref, self._after)
             for event in batch:
                 status = await self._send(event)
                 if status is not None and status.terminal:
@@ -126,7 +126,7 @@ class Relay:
             await self._wait(bell, model, waiting)
             waited = True
 
-    async def _begin(self, bell: asyncio.Event) -> tuple[str, bool]:
+    async def _begin(self, bell: Bell) -> tuple[str, bool]:
         """Hand the job in, if that is to be done. Returns its model, and whether it waits to run."""
         if self._hand_in is not None:
             model, new = await self._hand_in()
@@ -139,10 +139,10 @@ class Relay:
         info = await self._parts.broker.queue.info(self._user, self._job)
         return info.model, info.status is JobStatus.QUEUED
 
-    async def _wait(self, bell: asyncio.Event, model: str, waiting: bool) -> None:
+    async def _wait(self, bell: Bell, model: str, waiting: bool) -> None:
         if waiting:
             place = await self._parts.positions.place(model, self._ref)
-            if place is not None and place != self._place and not bell.is_set():
+            if place is not None and place != self._place and not bell.rung:
                 self._place = place
                 await self._line.send(Position(self._job, place))
         try:

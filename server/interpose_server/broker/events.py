@@ -38,6 +38,15 @@ async def one(redis: Redis, ref: str, seq: int) -> Stored | None:
     return _stored(*rows[0]) if rows else None
 
 
+def pushed(message: bytes) -> tuple[str, list[Stored]]:
+    """A job's ref, and the events that went along with its wake-up."""
+    ref, rows = msgpack.unpackb(message, raw=True)
+    return ref.decode(), [
+        Stored(seq, kind.decode(), int(attempt), msgpack.unpackb(body, strict_map_key=False), data, blob.decode())
+        for seq, kind, attempt, body, data, blob in rows
+    ]
+
+
 def _stored(row_id: bytes, row: dict[bytes, bytes]) -> Stored:
     return Stored(
         seq=int(row_id.split(b"-")[0]),

@@ -47,8 +47,10 @@ KEYS = "ip:keys"
 """Hash: SHA-256 of a token -> its record."""
 KEY_IDS = "ip:key-ids"
 """Hash: a key's id -> SHA-256 of its token."""
+PUSHED = 16 << 10
+"""Bytes of events up to which they go along with the wake-up."""
 WAKE = "ip:wake"
-"""Channel: a ref whose events grew, or "!id" for a revoked key."""
+"""Channel: a ref whose events grew, perhaps with these (see `wake` in lua/common.lua), or "!id" for a revoked key."""
 
 _USER = re.compile(r"[A-Za-z0-9][A-Za-z0-9._@-]{0,63}")
 _MODEL = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*(/[A-Za-z0-9][A-Za-z0-9._-]*){0,3}")
@@ -98,4 +100,5 @@ def prelude() -> str:
     ways = ", ".join(
         f"{old} = {{{', '.join(f'{new} = true' for new in sorted(news))}}}" for old, news in TRANSITIONS.items()
     )
+    lines.append(f"local PUSHED = {PUSHED}")
     return "\n".join([*lines, f"local WAYS = {{{ways}}}"])

@@ -173,12 +173,22 @@ class Queue:
 
     async def peek(self, model: str) -> list[Waiting]:
         """The next jobs of a model, fairest first; they stay where they are."""
+        return (await self._peek(model, ""))[0]
+
+    async def take(self, model: str, worker: str) -> tuple[list[Waiting], list[Claim]]:
+        """As `peek`; but one that waits alone is claimed at once, as there is nothing to choose."""
+        return await self._peek(model, worker)
+
+    async def _peek(self, model: str, worker: str) -> tuple[list[Waiting], list[Claim]]:
         settings = self._settings
-        flat = await self._run("peek", model, settings.batch_jobs, settings.running_per_user)
-        return [
+        flat, claimed = await self._run(
+            "peek", model, settings.batch_jobs, settings.running_per_user, worker, self._lease_ms
+        )
+        waiting = [
             Waiting(ref.decode(), _footprint(footprint), bool(alone), int(created))
             for ref, footprint, alone, created in zip(*(flat[i::4] for i in range(4)), strict=True)
         ]
+        return waiting, list(map(_claim, claimed))
 
     async def order(self, model: str, most: int = 256) -> list[str]:
         """Refs of a model's waiting jobs, fairest first."""
@@ -191,7 +201,7 @@ class Queue:
     async def claim(self, model: str, worker: str, refs: Sequence[str]) -> list[Claim]:
         """Make waiting jobs this worker's, for one lease. Those no longer waiting are left out."""
         rows = await self._run("claim", model, worker, self._lease_ms, *refs)
-        return [_claim(dict(zip(row[::2], row[1::2], strict=True))) for row in rows]
+        return list(map(_claim, rows))
 
     async def heartbeat(self, worker: str, held: Sequence[tuple[str, int]]) -> set[str]:
         """Extend the leases on (ref, attempt). Returns the refs that are no longer this worker's."""
@@ -306,7 +316,8 @@ class Queue:
         return {"jobs": int(raw.get(b"jobs", 0)), "seconds": float(raw.get(b"seconds", 0))}
 
 
-def _claim(row: Mapping[bytes, bytes]) -> Claim:
+def _claim(flat: Sequence[bytes]) -> Claim:
+    row = dict(zip(flat[::2], flat[1::2], strict=True))
     user, job = row[b"user"].decode(), row[b"id"].decode()
     return Claim(
         ref=keys.ref(user, job),

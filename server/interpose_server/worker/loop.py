@@ -129,11 +129,12 @@ class Worker:
 
     async def _turn(self, stop: asyncio.Event) -> None:
         try:
-            refs = choose(await self._broker.queue.peek(self._model), self._budget)
-            if not refs:
+            waiting, claims = await self._broker.queue.take(self._model, self._name)
+            if not waiting and not claims:
                 await _either(self._bell(), stop)
                 return
-            claims = await self._broker.queue.claim(self._model, self._name, refs)
+            if waiting:
+                claims = await self._broker.queue.claim(self._model, self._name, choose(waiting, self._budget))
         except (RedisError, OSError) as error:
             log.warning("the broker doesn't answer (%s); trying again", type(error).__name__)
             await asyncio.sleep(0.2)

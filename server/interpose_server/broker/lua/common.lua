@@ -11,15 +11,29 @@ local function map(flat)
     return found
 end
 
+-- What this script appended, by ref: {seq, kind, attempt, body, data, blob} each.
+local fresh = {}
+
 -- Append an event. kind: status, save, log. body: msgpack. blob: where its bytes are, or ''. data: the bytes.
 local function emit(ref, kind, body, data, blob)
     local seq = redis.call('HINCRBY', JOB(ref), 'seq', 1)
-    redis.call('XADD', EVENTS(ref), seq .. '-0', 'k', kind, 'a', redis.call('HGET', JOB(ref), 'attempt'),
-        'm', body, 'd', data or '', 'b', blob or '')
+    local attempt = redis.call('HGET', JOB(ref), 'attempt')
+    redis.call('XADD', EVENTS(ref), seq .. '-0', 'k', kind, 'a', attempt, 'm', body, 'd', data or '', 'b', blob or '')
+    fresh[ref] = fresh[ref] or {}
+    table.insert(fresh[ref], {seq, kind, attempt, body, data or '', blob or ''})
 end
 
-local function wake(ref)
-    redis.call('PUBLISH', WAKE, ref)
+-- Tell whoever follows a job that there is more of it. Small events go along, so that nobody has to read them:
+-- '+' and msgpack of {ref, events}, or '~' where it can wait a moment. Else the ref alone.
+local function wake(ref, lazily)
+    local events, size = fresh[ref] or {}, 0
+    fresh[ref] = nil
+    for _, event in ipairs(events) do size = size + #event[4] + #event[5] end
+    if #events == 0 or size > PUSHED then
+        redis.call('PUBLISH', WAKE, ref)
+    else
+        redis.call('PUBLISH', WAKE, (lazily and '~' or '+') .. cmsgpack.pack({ref, events}))
+    end
 end
 
 local function ring(model)
@@ -86,8 +100,21 @@ local function become(ref, status, problem, ttl)
         body = '\130\166status' .. cmsgpack.pack(status) .. '\165error' .. problem
     end
     emit(ref, 'status', body)
-    wake(ref)
+    wake(ref, status == 'running')
     return true
+end
+
+-- Make a waiting job this worker's, for one lease. Returns its hash; nothing if it waits no longer.
+local function claim(ref, model, worker, lease)
+    local job = redis.call('HMGET', JOB(ref), 'status', 'model', 'user')
+    if job[1] ~= 'queued' or job[2] ~= model then return nil end
+    local tag = tonumber(redis.call('ZSCORE', USERS(model), job[3]) or 0)
+    local clock = tonumber(redis.call('HGET', CLOCK(model), '/now') or 0)
+    if tag > clock then redis.call('HSET', CLOCK(model), '/now', tag) end
+    become(ref, 'running')
+    redis.call('HSET', JOB(ref), 'worker', worker)
+    redis.call('ZADD', LEASES, now() + lease, ref)
+    return redis.call('HGETALL', JOB(ref))
 end
 
 -- The next refs of a model, fairest first: users by virtual time, each further job of one user counted as what

@@ -1,10 +1,15 @@
--- ARGV: model most running_per_user. Flat (ref, footprint, alone, created_ms), fairest first.
+-- ARGV: model most running_per_user worker lease_ms. Two lists: flat (ref, footprint, alone, created_ms) of those
+-- who may run next, fairest first; and, with a worker's name, the hash of the only one, which is this worker's then.
+local refs = fair(ARGV[1], tonumber(ARGV[2]), tonumber(ARGV[3]))
+if #refs == 1 and ARGV[4] ~= '' then
+    return {{}, {claim(refs[1], ARGV[1], ARGV[4], tonumber(ARGV[5]))}}
+end
 local found = {}
-for _, ref in ipairs(fair(ARGV[1], tonumber(ARGV[2]), tonumber(ARGV[3]))) do
+for _, ref in ipairs(refs) do
     local job = redis.call('HMGET', JOB(ref), 'footprint', 'alone', 'created_ms')
     table.insert(found, ref)
     table.insert(found, job[1])
     table.insert(found, job[2] or '')
     table.insert(found, job[3])
 end
-return found
+return {found, {}}
