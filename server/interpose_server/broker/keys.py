@@ -50,7 +50,7 @@ KEY_IDS = "ip:key-ids"
 PUSHED = 16 << 10
 """Bytes of events up to which they go along with the wake-up."""
 WAKE = "ip:wake"
-"""Channel: a ref whose events grew, perhaps with these (see `wake` in lua/common.lua), or "!id" for a revoked key."""
+"""Channel: a ref whose events grew, perhaps with them (see `wake` in common.lua), or "!id" for a revoked key."""
 
 _USER = re.compile(r"[A-Za-z0-9][A-Za-z0-9._@-]{0,63}")
 _MODEL = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*(/[A-Za-z0-9][A-Za-z0-9._-]*){0,3}")
