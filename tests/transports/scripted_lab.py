@@ -53,6 +53,7 @@ class Lab:
     cuts: for each next connection, after how many frames it drops; none left: never.
     tamper: for each next connection, what happens to its frames before they leave; a function among them is
         waited for until it returns something.
+    answers: to the next jobs that come over the websocket: a refusal; None: the connection closes.
     apart: whether saves come without their bytes for who asks so.
     faults: for each next fetch of a save, what becomes of it: after how many bytes it drops (None: never), or the
         answer to bytes and first byte.
@@ -72,6 +73,7 @@ class Lab:
     protocol: str = "1"
     chunk: int = 1 << 20
     busy: int = 0
+    answers: list[InterposeError | None] = field(default_factory=list)
     jobs: dict[str, Any] = field(default_factory=dict)
     tensors: dict[str, bytes] = field(default_factory=dict)
     calls: list[str] = field(default_factory=list)
@@ -218,6 +220,13 @@ class Lab:
                     self.acked.append(message.job)
                 if isinstance(message, Submit):
                     self.calls.append("SUBMIT")
+                    answer = self.answers.pop(0) if self.answers else self
+                    if isinstance(answer, InterposeError):
+                        await ws.send_bytes(encode(Refused.of(answer, message.job)))
+                        continue
+                    if answer is None:
+                        await ws.close(1011)
+                        break
                     self.jobs[message.job] = decode_submission(bytes(message.body))
                     message = Subscribe(message.job, apart=message.apart)
                 if not isinstance(message, Subscribe):

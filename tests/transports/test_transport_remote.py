@@ -14,15 +14,18 @@ from interpose.errors import (
     BadArgument,
     ConfigError,
     ConnectionFailed,
+    InternalError,
     InvalidPayload,
     JobCancelled,
+    ModelUnavailable,
     OpFailed,
+    QueueFull,
     Source,
     Unauthorized,
     UnknownJob,
     VersionMismatch,
 )
-from interpose.graph.model import Node
+from interpose.graph.model import Invoke, Node, Run
 from interpose.wire.result import Saved
 from interpose.wire.status import JobStatus
 from interpose.wire.stream import Changed, Logged, Received
@@ -166,6 +169,46 @@ def test_a_post_whose_answer_was_lost_is_the_same_job(lab: Lab):
     assert run_remote(GRAPH, "m", {}) == {1: 1}
     assert len(lab.jobs) == 1
     assert lab.calls.count("POST /v1/jobs") == 3
+
+
+def test_once_the_websocket_is_open_jobs_go_in_over_it(lab: Lab):
+    lab.values = {1: torch.arange(3)}
+    for _ in range(3):
+        assert run_remote(GRAPH, "m", {})[1].tolist() == [0, 1, 2]
+    assert lab.calls == ["WS", "POST /v1/jobs", "SUBMIT", "SUBMIT"] or lab.calls[1:] == ["WS", "SUBMIT", "SUBMIT"]
+    assert len(lab.jobs) == 3
+
+
+@pytest.mark.parametrize("answer", [None, InternalError("the queue is away")])
+def test_one_that_may_not_have_arrived_is_posted_as_the_same_job(lab: Lab, answer: InternalError | None):
+    lab.values = {1: 1}
+    run_remote(GRAPH, "m", {})
+    lab.answers = [answer]
+    assert run_remote(GRAPH, "m", {}) == {1: 1}
+    assert lab.calls.count("SUBMIT") == 1
+    assert lab.calls.count("POST /v1/jobs") == 2
+    assert len(lab.jobs) == 2
+
+
+def test_one_that_is_refused_over_the_websocket_raises_and_the_next_job_runs(lab: Lab):
+    lab.values = {1: 1}
+    run_remote(GRAPH, "m", {})
+    lab.answers = [QueueFull("too many"), ModelUnavailable("not now")]
+    with pytest.raises(QueueFull, match="too many"):
+        run_remote(GRAPH, "m", {})
+    with pytest.raises(ModelUnavailable):
+        submit_remote(GRAPH, "m", {})
+    assert run_remote(GRAPH, "m", {}) == {1: 1}
+    assert lab.calls.count("WS") == 1
+    assert lab.calls.count("POST /v1/jobs") == 1
+
+
+def test_a_large_graph_is_posted(lab: Lab):
+    lab.values = {1: 1}
+    run_remote(GRAPH, "m", {})
+    large = replace(GRAPH, runs=(Run("trace", (Invoke((tuple(range(40_000)),)),)),))
+    assert run_remote(large, "m", {}) == {1: 1}
+    assert lab.calls.count("POST /v1/jobs") == 2
 
 
 def test_waiting_has_an_end_and_cancelling_works(lab: Lab):
