@@ -210,9 +210,9 @@ async def test_who_never_reads_holds_few_files(valkey: Valkey, tmp_path: Path) -
         opened = most = 0
         plain = gateway.blobs.open
 
-        def counted(key: Any) -> Any:
+        def counted(key: Any, size: Any = None) -> Any:
             nonlocal opened, most
-            reader = plain(key)
+            reader = plain(key, size)
             if reader is not None:
                 opened, close = opened + 1, reader.close
                 most = max(most, opened)
