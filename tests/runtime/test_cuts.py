@@ -1,4 +1,4 @@
-"""What a forward leaves out unless it is asked for: later modules, the head, gradients, a cache, attention's inside."""
+"""What a forward leaves out unless asked for: later modules, the head, gradients, a cache, attention's inside."""
 
 from __future__ import annotations
 
