@@ -16,6 +16,7 @@ import os
 import tomllib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, Generic, TypeVar, overload
 from urllib.parse import urlsplit
@@ -184,9 +185,7 @@ def _file() -> tuple[Path, dict[str, Any]]:
     if named:
         path = Path(named).expanduser()
     else:
-        import platformdirs
-
-        path = platformdirs.user_config_path("interpose") / "config.toml"
+        path = _usual(*map(os.environ.get, ("XDG_CONFIG_HOME", "HOME", "APPDATA")))
     try:
         changed = path.stat().st_mtime_ns
         if path not in _read or _read[path][0] != changed:
@@ -198,6 +197,14 @@ def _file() -> tuple[Path, dict[str, Any]]:
         return path, {}
     except (OSError, ValueError) as error:
         raise ConfigError(f"{path} can't be read: {error}") from error
+
+
+@lru_cache(maxsize=8)
+def _usual(*where: str | None) -> Path:
+    """The file's path, unless the user names another. `where`: what it depends on."""
+    import platformdirs
+
+    return platformdirs.user_config_path("interpose") / "config.toml"
 
 
 def cache_folder() -> Path:
