@@ -13,7 +13,7 @@ from .manifest import ATTENTION, EVENT, Leaf, leaves, walk
 from .model import Node, Point, Run
 from .ops import UNKNOWN
 from .ops.dtypes import category
-from .specs import FLOATING, Sizes, Spec, flat, nbytes, spec_of
+from .specs import FLOATING, Sizes, Spec, nbytes, spec_of, total
 from .values import TensorSpec
 
 MAX_CHAIN = 32
@@ -24,7 +24,7 @@ def read(checker: Checker, node: Node) -> Known:
     arity(node, 0)
     point, layout = _touch(checker, node)
     spec = spec_of(layout, sizes(checker, node))
-    return Known(spec, _when(checker, node, point), bytes=sum(map(nbytes, flat(spec))))
+    return Known(spec, _when(checker, node, point), bytes=total(spec))
 
 
 @handles("write")
@@ -106,6 +106,9 @@ def _touch(checker: Checker, node: Node) -> tuple[Point, Any]:
         raise BadArgument("a body of steps is for all of them; its points name no step of their own")
     if point.name in ATTENTION:
         checker.attention = True
+    if isinstance(layout, Leaf):
+        checker.exclusive |= not layout.shared
+        return point, layout
     found = leaves(layout)
     if not found:
         raise UnknownPoint(f"{point} holds no tensor")
@@ -130,8 +133,11 @@ def _layout(checker: Checker, point: Point) -> Any:
 
 def _when(checker: Checker, node: Node, point: Point) -> Moment:
     moment = checker.manifest.moment(point.module, point.name, point.call)
-    bodies = (checker.nodes[control] for control in checker.scope[node.id])
-    step = next((body.args[0] for body in bodies if body.op == "steps"), point.step)
+    step = point.step
+    for control in checker.scope[node.id]:
+        if checker.nodes[control].op == "steps":
+            step = checker.nodes[control].args[0]
+            break
     return node.run, step, LATE if moment is None else moment
 
 

@@ -178,6 +178,10 @@ class Checker:
         """When the last of some arguments exists."""
         return max((self.known[ref].moment for ref in refs(values)), default=ALWAYS)
 
+    def moment_of(self, node: Node) -> Moment:
+        """When the last of a node's arguments exists."""
+        return max([self.known[ref].moment for ref in node.refs], default=ALWAYS)
+
     def run(self, index: int) -> Run:
         if index >= len(self.runs):
             raise InvalidGraph(f"there is no run {index}")
@@ -199,7 +203,7 @@ class Checker:
         args = self.specs(node.args)
         kwargs = {name: self.specs(arg) for name, arg in node.kwargs.items()}
         spec, cost = ops.measure(op.name, args, kwargs)
-        moment = max((self.known[ref].moment for ref in node.refs), default=ALWAYS)
+        moment = self.moment_of(node)
         if cost is None:
             return Known(spec, moment)
         return Known(spec, moment, cost.kept_bytes, cost.peak_bytes, cost.flops)

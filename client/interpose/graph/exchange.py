@@ -62,9 +62,12 @@ def attention_mask(checker: Checker, node: Node) -> Known:
 def save(checker: Checker, node: Node) -> Known:
     arity(node, 1)
     spec = checker.specs(node.args[0])
-    return Known(
-        spec, checker.moment(node.args), bytes=sum(nbytes(item) or plain_bytes(item) for item in flat(spec))
+    size = (
+        spec.nbytes
+        if isinstance(spec, TensorSpec)
+        else sum(nbytes(item) or plain_bytes(item) for item in flat(spec))
     )
+    return Known(spec, checker.moment_of(node), bytes=size)
 
 
 @handles("tell")

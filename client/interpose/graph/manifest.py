@@ -104,6 +104,14 @@ class ModuleInfo:
     params: Mapping[str, Param] = field(default_factory=dict)
     stands_for: tuple[str, str] | None = None
 
+    @cached_property
+    def reentered(self) -> bool:
+        """Whether, in the measured forward, a call of it began before the one before had ended."""
+        enters, exits = self.events.get("enter", ()), self.events.get("exit", ())
+        return len(enters) != len(exits) or any(
+            later < over for over, later in zip(exits, enters[1:], strict=False)
+        )
+
 
 @dataclass(frozen=True)
 class Manifest:

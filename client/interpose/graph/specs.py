@@ -52,5 +52,10 @@ def plain_bytes(value: object) -> int:
     return len(value) if isinstance(value, str) else 8 if isinstance(value, (bool, int, float)) else 0
 
 
+def total(spec: Spec) -> int:
+    """Bytes of all tensors in it."""
+    return spec.nbytes if isinstance(spec, TensorSpec) else sum(map(nbytes, flat(spec)))
+
+
 def nbytes(spec: Spec) -> int:
     return spec.nbytes if isinstance(spec, TensorSpec) else 0

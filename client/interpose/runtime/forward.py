@@ -163,11 +163,17 @@ class Forward:
         for part in self._placed:
             part.job.products = self._products
         touched = {name: self.loaded.modules[name] for name, _, _ in self.waiting}
-        with hooked(touched, self.loaded.names, self, self._functions()), self._begun:
+        with hooked(touched, self.loaded.names, self, self._functions(), self._exits()), self._begun:
             try:
                 return self.loaded.model(*args, **kwargs)
             except Enough:
                 return None
+
+    def _exits(self) -> set[str]:
+        """The modules that are asked for nothing but what they return, and aren't called within themselves."""
+        modules = self.loaded.manifest.modules
+        entered = {module for module, event, _ in self.waiting if event != EVENT["output"]}
+        return {module for module, _, _ in self.waiting if not (module in entered or modules[module].reentered)}
 
     def _functions(self) -> dict[str, list[str]]:
         """The modules whose functions are touched, and what they call; none where a later step calls others."""

@@ -6,7 +6,7 @@ other. Whatever happens inside, nothing stays hooked afterwards.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from contextvars import ContextVar
 from typing import Any, Protocol
@@ -69,9 +69,14 @@ class Scope:
             self._veils -= 1
             self.running.pop()
 
-    def enter(self, module: str) -> int:
+    def count(self, module: str) -> int:
+        """The number of a module's call, each counted once."""
         call = self._calls.get(module, 0)
         self._calls[module] = call + 1
+        return call
+
+    def enter(self, module: str) -> int:
+        call = self.count(module)
         self._open.setdefault(module, []).append(call)
         return call
 
@@ -118,6 +123,7 @@ def hooked(
     names: Mapping[nn.Module, str],
     visitor: Visitor,
     functions: Mapping[str, Sequence[str] | None] | None = None,
+    exits: Collection[str] = (),
 ) -> Iterator[Scope]:
     """Hook the given modules for the forwards made inside, in this context only.
 
@@ -126,6 +132,7 @@ def hooked(
         names: module -> path for the whole model.
         functions: those of them whose functions' calls are shown -> the calls that were measured, in order; None
             for whatever calls come.
+        exits: those of them that are asked for nothing but what they return, a call at a time.
     """
     scope = Scope(visitor, names)
     functions = functions or {}
@@ -134,7 +141,10 @@ def hooked(
     try:
         with _mode(scope, functions) as mode:
             for name, module in modules.items():
-                handles += _hook(scope, name, module, mode)
+                if mode is None and name in exits:
+                    handles.append(_exit(scope, name, module))
+                else:
+                    handles += _hook(scope, name, module, mode)
             for module in _within(modules, functions):
                 handles += _veiled(scope, module)
             yield scope
@@ -182,6 +192,15 @@ def _hook(scope: Scope, name: str, module: nn.Module, mode: Functions | None) ->
         module.register_forward_pre_hook(enter, with_kwargs=True),
         module.register_forward_hook(leave, with_kwargs=True),
     ]
+
+
+def _exit(scope: Scope, name: str, module: nn.Module) -> RemovableHandle:
+    """A hook at what a module returns alone."""
+
+    def leave(_: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
+        return scope.visitor.visit(name, "exit", scope.count(name), output) if CURRENT.get() is scope else None
+
+    return module.register_forward_hook(leave)
 
 
 def _veiled(scope: Scope, module: nn.Module) -> list[RemovableHandle]:

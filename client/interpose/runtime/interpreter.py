@@ -132,7 +132,7 @@ class Interpreter:
             self.check_wanted()
             values = RunValues(touched, span)
             views = [values.itself if node.invoke is None else invokes[node.invoke] for node in nodes]
-            for node, view in zip(nodes, views, strict=True):
+            for node, view in zip(nodes, views, strict=True) if self.plan.gradients else ():
                 if node.op == "read" and node.id in self.plan.gradients and not self.skips(node):
                     # Before any read, so that all who read here are seen by the gradient.
                     assert node.point is not None

@@ -129,9 +129,9 @@ class Module:
     def next(self, count: int = 1) -> Module:
         """The module at the next step of a generation, here and in the lines that follow."""
         recorder, tracer = self._owner._recording(), _open()
-        step = recorder.step + tracer.ahead[recorder.invoke, self._path]
+        step = recorder.step + recorder.ahead[recorder.invoke, self._path]
         tracer.iter.later(step, count)
-        tracer.ahead[recorder.invoke, self._path] += count
+        recorder.ahead[recorder.invoke, self._path] += count
         return self
 
     def all(self) -> Any:
@@ -141,10 +141,9 @@ class Module:
 
     def _own_step(self, recorder: Recorder) -> AbstractContextManager[None]:
         """Where `next` has brought it."""
-        ahead = getattr(_open(), "ahead", None)
-        if not ahead or recorder.in_steps():
+        if not recorder.ahead or recorder.in_steps():
             return nullcontext()
-        return _further(recorder, ahead[recorder.invoke, self._path])
+        return _further(recorder, recorder.ahead[recorder.invoke, self._path])
 
     def __repr__(self) -> str:
         from ..draw import draw

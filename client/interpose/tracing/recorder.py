@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
@@ -43,6 +44,7 @@ class Recorder:
     Attributes:
         invoke, step, when: of the nodes that come next.
         stopped: nothing later in the current run may be asked for.
+        ahead: (invoke, module) -> how many steps `module.next()` went on in the current run.
         saved: save nodes, and what becomes real when their values come.
         standard: bases of named points that are computed, by run, invoke, step and name.
         parameters: names of values that may change when the graph runs again -> keys of their attachments.
@@ -61,6 +63,7 @@ class Recorder:
         self.step = 0
         self.when: int | None = None
         self.stopped = False
+        self.ahead: Counter[tuple[int | None, str]] = Counter()
         self.saved: list[tuple[int, Any]] = []
         self._kept: set[int] = set()
         self.open = True
@@ -77,6 +80,7 @@ class Recorder:
     def start_run(self, kind: RunKind = "trace") -> None:
         self.runs.append(Run(kind))
         self.invoke, self.step, self.stopped = None, 0, False
+        self.ahead.clear()
 
     def generate(self, options: Mapping[str, Any]) -> None:
         """Make the current run a generation."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextvars import ContextVar, Token
 from types import TracebackType
@@ -79,8 +78,6 @@ class Tracer:
         self._owner = owner
         self._last: list[Callable[[], None]] = []
         """What is recorded when the invoke, or the block, is left."""
-        self.ahead: Counter[tuple[int | None, str]] = Counter()
-        """(invoke, module) -> how many steps `module.next()` went on."""
 
     def __enter__(self) -> Tracer:
         if ACTIVE.get() is not None:
