@@ -134,6 +134,8 @@ class Forward:
         self.kept = {**(kept or {})}
         self._begun = begun or nullcontext()
         self.whole = whole
+        self.serving = False
+        """Whether a hook's code runs, and not the model's; stays so once that raises."""
         self.complete = complete
         self.waiting: dict[Place, list[tuple[Placed, tuple[Node, ...]]]] = {at: [] for at in self.kept}
         for part in placed:
@@ -191,9 +193,12 @@ class Forward:
             )
 
     def visit(self, module: str, event: str, call: int, value: Any) -> Any:
+        self.serving = True
         if event == EVENT["inputs"]:
             value = self._serve(module, EVENT["stream"], call, value)
-        return self._serve(module, event, call, value)
+        value = self._serve(module, event, call, value)
+        self.serving = False
+        return value
 
     def _serve(self, module: str, event: str, call: int, value: Any) -> Any:
         parts = self.waiting.pop((module, event, call), None)

@@ -22,6 +22,7 @@ from .inputs import FILL, positions
 from .interpreter import Interpreter
 from .loading import Loaded
 from .pieces import Piece, joined
+from .refusals import refusing
 from .rows import Span
 from .tail import ARGUMENT, Tail
 
@@ -158,7 +159,8 @@ class Generation:
             state["position_ids"] = positions(mask) + (self._loaded.feeding.offset or 0)
         elif inputs.tensors and "position_ids" in self._loaded.feeding.accepts:
             # Of a model that makes them of its images' sizes.
-            state["position_ids"] = self._model._prepare_position_ids_for_generation(inputs.input_ids, state)
+            with refusing():
+                state["position_ids"] = self._model._prepare_position_ids_for_generation(inputs.input_ids, state)
         cohort = Cohort(parts, inputs.input_ids, state)
         cohort.place()
         self._step(cohort, first=True)
@@ -196,15 +198,17 @@ class Generation:
     # -- steps -------------------------------------------------------------------------------------------------
 
     def _step(self, cohort: Cohort, *, first: bool = False) -> None:
-        inputs = self._model.prepare_inputs_for_generation(
-            cohort.ids, next_sequence_length=None if first else 1, is_first_iteration=first, **cohort.state
-        )
+        with refusing():
+            inputs = self._model.prepare_inputs_for_generation(
+                cohort.ids, next_sequence_length=None if first else 1, is_first_iteration=first, **cohort.state
+            )
         width = cohort.ids.shape[1]
         placed = [self._placed(part, cohort, first) for part in cohort.parts if not part.over]
         images = sum(sum(part.images) for part in cohort.parts) if first else 0
         whole = Span.whole(cohort.rows, width if first else 1, width, images)
         forward = Forward(self._loaded, placed, whole, complete=True)
-        output = forward.run({**inputs, **self._kept(placed), "return_dict": True})
+        with refusing(lambda: forward.serving):
+            output = forward.run({**inputs, **self._kept(placed), "return_dict": True})
         forward.finish()
         cohort.state = self._model._update_model_kwargs_for_generation(output, cohort.state)
         cohort.ids = torch.cat([cohort.ids, self._choose(cohort, output.logits[:, -1])], dim=1)

@@ -1,11 +1,9 @@
-"""The states of a job and the ways between them."""
+"""The states of a job and the ways between them, which the broker's scripts take and check."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from enum import StrEnum
-
-from ..errors import InternalError
 
 
 class JobStatus(StrEnum):
@@ -21,12 +19,6 @@ class JobStatus(StrEnum):
 
     def may_become(self, new: JobStatus) -> bool:
         return new in TRANSITIONS[self]
-
-    def become(self, new: JobStatus) -> JobStatus:
-        """`new`. Raises InternalError if no way leads there."""
-        if not self.may_become(new):
-            raise InternalError(f"a {self} job can't become {new}")
-        return new
 
 
 TRANSITIONS: Mapping[JobStatus, frozenset[JobStatus]] = {
