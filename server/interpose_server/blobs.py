@@ -25,11 +25,6 @@ from interpose.wire.tensors import Buffer
 BLOCK = 4096
 """What a file takes on disk is a multiple of this, so empty files count too."""
 
-STALLED_S = 30.0
-"""A blob that is written and doesn't grow for so long is given up."""
-
-_LOOK_S = 0.002
-
 _NOWAIT = getattr(os, "RWF_NOWAIT", 0)
 """Linux's: read what the page cache has, and don't wait for a disk."""
 
@@ -52,19 +47,12 @@ class BlobKey:
 
 
 class Reader(Protocol):
-    """An open blob. It can be read to its end even if it is deleted meanwhile.
-
-    Attributes:
-        size: of the whole, of which not all need be there yet.
-    """
+    """An open blob. It can be read to its end even if it is deleted meanwhile."""
 
     size: int
 
     def readinto(self, offset: int, buffer: memoryview) -> int:
         """Fill `buffer` from `offset`; returns how many bytes there were."""
-
-    def there(self) -> int:
-        """Bytes of it that are there by now."""
 
     def at_hand(self, offset: int, buffer: memoryview) -> int:
         """As `readinto`, but only what can be had without waiting, which may be nothing."""
@@ -73,33 +61,15 @@ class Reader(Protocol):
 
 
 async def read(reader: Reader, offset: int, buffer: memoryview) -> int:
-    """As `Reader.readinto`, on the event loop where that doesn't make it wait, else in a thread.
-
-    Waits for what is still being written, unless nothing comes for long.
-    """
+    """As `Reader.readinto`, on the event loop where that doesn't make it wait, else in a thread."""
     done = reader.at_hand(offset, buffer)
-    while done < buffer.nbytes:
-        if not await _grown(reader, offset + done):
-            break
-        got = reader.at_hand(offset + done, buffer[done:])
-        done += got or await asyncio.to_thread(reader.readinto, offset + done, buffer[done:])
+    if done < buffer.nbytes:
+        done += await asyncio.to_thread(reader.readinto, offset + done, buffer[done:])
     return done
 
 
-async def _grown(reader: Reader, beyond: int) -> bool:
-    """Wait until there are more bytes than that; False if none come."""
-    clock = asyncio.get_running_loop().time
-    late = clock() + STALLED_S
-    while (there := reader.there()) <= beyond < reader.size and clock() < late:  # noqa: ASYNC110 - another process
-        await asyncio.sleep(_LOOK_S)
-    return there > beyond
-
-
 class Writer(Protocol):
-    """A blob being written; it exists once committed. Leaving the context without that drops it.
-
-    One that is `shown` can be opened and read while it is written, by who knows its size.
-    """
+    """A blob being written; it exists once committed. Leaving the context without that drops it."""
 
     def write(self, data: Buffer) -> None: ...
 
@@ -116,15 +86,11 @@ class Blobs(Protocol):
     def put(self, key: BlobKey, parts: Iterable[Buffer], ttl_s: float) -> int:
         """Store the parts end to end, replacing what was there. Returns the size. Raises StorageFull."""
 
-    def writer(self, key: BlobKey, size: int, ttl_s: float, *, shown: bool = False) -> Writer:
-        """Store piece by piece, at most `size` bytes. Of a key that is `shown` there is one writer at a time.
+    def writer(self, key: BlobKey, size: int, ttl_s: float) -> Writer:
+        """Store piece by piece, at most `size` bytes. Raises StorageFull."""
 
-        Raises:
-            StorageFull: before anything is written.
-        """
-
-    def open(self, key: BlobKey, size: int | None = None) -> Reader | None:
-        """None if there is no such blob. With a size, one that is shown counts."""
+    def open(self, key: BlobKey) -> Reader | None:
+        """None if there is no such blob."""
 
     def keep(self, key: BlobKey, ttl_s: float) -> int | None:
         """The blob's size, after making it live for at least so long from now; None if there is none."""
@@ -139,18 +105,12 @@ class Blobs(Protocol):
 
 
 class LocalReader:
-    def __init__(self, descriptor: int, size: int | None = None) -> None:
+    def __init__(self, descriptor: int) -> None:
         self._descriptor = descriptor
-        self.size = os.fstat(descriptor).st_size if size is None else size
+        self.size = os.fstat(descriptor).st_size
 
     def readinto(self, offset: int, buffer: memoryview) -> int:
         return os.preadv(self._descriptor, [buffer], offset)
-
-    def there(self) -> int:
-        known = os.fstat(self._descriptor)
-        if not known.st_nlink:
-            self.size = known.st_size  # It was dropped: no more will come.
-        return known.st_size
 
     def at_hand(self, offset: int, buffer: memoryview) -> int:
         try:
@@ -185,22 +145,19 @@ class LocalBlobs:
             writer.commit()
         return size
 
-    def writer(self, key: BlobKey, size: int, ttl_s: float, *, shown: bool = False) -> LocalWriter:
+    def writer(self, key: BlobKey, size: int, ttl_s: float) -> LocalWriter:
         self._take(_blocks(size))
         try:
-            new = self._shown(key) if shown else self._folder / "new" / secrets.token_hex(8)
-            return LocalWriter(self, self._path(key), new, size, ttl_s)
+            return LocalWriter(self, self._path(key), self._folder / "new", size, ttl_s)
         except OSError:
             self._take(-_blocks(size))
             raise
 
-    def open(self, key: BlobKey, size: int | None = None) -> LocalReader | None:
-        whole = self._path(key)
-        # Between the first look and the second it may have become whole.
-        for path in (whole,) if size is None else (whole, self._shown(key), whole):
-            with suppress(FileNotFoundError):
-                return LocalReader(os.open(path, os.O_RDONLY | os.O_CLOEXEC), size)
-        return None
+    def open(self, key: BlobKey) -> LocalReader | None:
+        try:
+            return LocalReader(os.open(self._path(key), os.O_RDONLY | os.O_CLOEXEC))
+        except FileNotFoundError:
+            return None
 
     def keep(self, key: BlobKey, ttl_s: float) -> int | None:
         path = self._path(key)
@@ -270,9 +227,6 @@ class LocalBlobs:
         name = key.hashed
         return self._folder / name[:2] / name
 
-    def _shown(self, key: BlobKey) -> Path:
-        return self._folder / "new" / key.hashed
-
     def _files(self) -> Iterator[os.DirEntry[str]]:
         for folder in os.scandir(self._folder):
             if folder.is_dir() and folder.name != "new":
@@ -282,12 +236,12 @@ class LocalBlobs:
 class LocalWriter:
     """Writes beside, then renames: a blob is there as a whole or not at all."""
 
-    def __init__(self, blobs: LocalBlobs, path: Path, new: Path, size: int, ttl_s: float) -> None:
+    def __init__(self, blobs: LocalBlobs, path: Path, folder: Path, size: int, ttl_s: float) -> None:
         self._blobs = blobs
         self._path = path
         self._left = self._size = size
         self._ttl_s = ttl_s
-        self._new = new
+        self._new = folder / secrets.token_hex(8)
         self._file: IO[bytes] | None = self._new.open("xb", buffering=0)
 
     def write(self, data: Buffer) -> None:

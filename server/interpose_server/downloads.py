@@ -4,14 +4,12 @@ from __future__ import annotations
 
 from collections.abc import AsyncIterator
 
-from interpose.errors import InternalError, InvalidPayload, UnknownJob
-from interpose.wire.status import JobStatus
+from interpose.errors import InvalidPayload, UnknownJob
 from starlette.responses import StreamingResponse
 from starlette.types import Receive, Scope, Send
 
 from .blobs import Reader, read
 from .broker import events, keys
-from .broker.events import Stored
 from .parts import Parts
 from .results import open_save
 
@@ -61,7 +59,6 @@ async def download(parts: Parts, user: str, job: str, seq: int, wanted: str) -> 
 
     Raises:
         UnknownJob: there is no such save of this user, or it has expired.
-        InternalError: it isn't there, and its job still runs.
         InvalidPayload: it has no byte N.
     """
     event = await events.one(parts.broker.redis, keys.ref(user, job), seq)
@@ -71,16 +68,4 @@ async def download(parts: Parts, user: str, job: str, seq: int, wanted: str) -> 
     start = int(first) if wanted.strip() == f"bytes={first}-" and first.isascii() and first.isdigit() else 0
     if start and start >= event.body["nbytes"]:
         raise InvalidPayload(f"byte {start:,} lies beyond a save of {event.body['nbytes']:,} bytes")
-    return Download(parts, user, await _open(parts, user, job, event), start)
-
-
-async def _open(parts: Parts, user: str, job: str, event: Stored) -> Reader:
-    """The save's bytes, the last of which may still be written. Raises UnknownJob, InternalError."""
-    try:
-        return open_save(parts.blobs, user, event, shown=True)
-    except UnknownJob:
-        info = await parts.broker.queue.info(user, job)
-        if info.status is JobStatus.RUNNING:
-            # It couldn't be stored; the job's end will say why.
-            raise InternalError("this save isn't there; see what becomes of its job") from None
-        raise
+    return Download(parts, user, open_save(parts.blobs, user, event), start)

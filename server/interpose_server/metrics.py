@@ -26,6 +26,9 @@ class Metrics:
         self.ready = Gauge("interpose_model_ready", "1 if the model runs jobs", ["model"], registry=self.registry)
         self.batches = Gauge("interpose_batches", "Batches run", ["model"], registry=self.registry)
         self.ran = Gauge("interpose_batched_jobs", "Jobs run, over all batches", ["model"], registry=self.registry)
+        self.busy = Gauge(
+            "interpose_busy_seconds", "Time the engine has worked on batches", ["model"], registry=self.registry
+        )
         self.blob_bytes = Gauge("interpose_blob_bytes", "Bytes in the blob store", registry=self.registry)
 
     def text(self) -> bytes:

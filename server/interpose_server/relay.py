@@ -45,9 +45,6 @@ SAVES = 4
 AWAKE_S = 10.0
 """Without a wake-up, look again after so long: one may have been lost with the broker's connection."""
 
-_LOOK_S = 0.01
-"""Between two looks at a save that is being written."""
-
 
 class Line:
     """The sending side of a websocket. Relays take turns message by message, so none holds up the others."""
@@ -185,35 +182,13 @@ class Relay:
             await self._line.send(save)
             return
         async with self._line.saving:
-            reader = await self._whole(event)
-            if reader is None:
-                # Its number mustn't be missing: what its attempt was then is told once more.
-                await self._line.send(Status(self._job, event.seq, event.attempt, JobStatus.RUNNING))
-                return
+            reader = open_save(self._parts.blobs, self._user, event)
             try:
                 await self._line.send(save)
                 await self._send_chunks(event.seq, reader, offset)
             finally:
                 reader.close()
         self._parts.metrics.sent.inc(save.nbytes - offset)
-
-    async def _whole(self, event: Stored) -> Reader | None:
-        """A save's bytes, once all are there; None if its attempt ended before. Raises UnknownJob if they expired.
-
-        Whoever takes bytes from here has to take all of a save before he hears that its attempt was given up.
-        """
-        info = None
-        while True:
-            with suppress(UnknownJob):
-                return open_save(self._parts.blobs, self._user, event)
-            if info is not None:
-                if info.status is JobStatus.COMPLETED and info.attempt == event.attempt:
-                    raise UnknownJob("the job's result has expired; run it again")
-                if info.status is not JobStatus.RUNNING or info.attempt != event.attempt:
-                    return None
-                await asyncio.sleep(_LOOK_S)
-            # Asked before the next look: a job that has completed has all its saves.
-            info = await self._parts.broker.queue.info(self._user, self._job)
 
     async def _send_chunks(self, seq: int, reader: Reader, offset: int) -> None:
         # One buffer for the whole save: the socket has copied a frame by the time its send returns.

@@ -32,18 +32,15 @@ class Inline:
 
     at_hand = readinto
 
-    def there(self) -> int:
-        return self.size
-
     def close(self) -> None:
         pass
 
 
-def open_save(blobs: Blobs, user: str, save: Stored, *, shown: bool = False) -> Reader:
-    """A save's bytes. Raises UnknownJob if they have expired, or aren't all there yet and `shown` is false."""
+def open_save(blobs: Blobs, user: str, save: Stored) -> Reader:
+    """A save's bytes. Raises UnknownJob if they have expired."""
     if not save.blob:
         return Inline(save.data)
-    reader = blobs.open(blob_keys.result(user, save.blob), save.body["nbytes"] if shown else None)
+    reader = blobs.open(blob_keys.result(user, save.blob))
     if reader is None:
         raise UnknownJob("the job's result has expired; run it again")
     return reader

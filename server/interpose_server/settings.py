@@ -32,8 +32,12 @@ class Settings(BaseSettings):
         queue_ttl_s: how long a job may wait, and stored attachments live.
         lease_s: a worker silent for so long has lost its jobs.
         max_attempts: a job whose worker died so many times isn't tried again.
-        batch_rows, batch_tokens: of one shared forward; tokens are rows times the longest row.
-        batch_memory_bytes: what the values of a batch's jobs may take together.
+        batch_jobs, batch_rows: of one batch.
+        batch_tokens: of one shared forward, rows times the longest row; left out, it is measured at load.
+        batch_memory_bytes: what a batch may take; left out, a part of what is free at load.
+        batch_s: no forward that jobs share is planned to take longer.
+        aside_s: a small job waits no longer than this for a big one that is under way, and one of its forwards.
+        measure_s: how long a model's forwards are timed at load; 0 times none.
         shelf_bytes: what a worker keeps of attachments, for the next jobs of the users whose they are.
         backlog_bytes: what a worker holds of saves not yet published before its engine waits.
         inline_bytes: saves and payloads up to this size go through the broker, larger ones through the blob store.
@@ -64,8 +68,11 @@ class Settings(BaseSettings):
     max_attempts: int = Field(default=3, ge=1)
     batch_jobs: int = Field(default=64, ge=1)
     batch_rows: int = Field(default=256, ge=1)
-    batch_tokens: int = Field(default=16_384, ge=1)
-    batch_memory_bytes: int = Field(default=8 << 30, gt=0)
+    batch_tokens: int | None = Field(default=None, ge=1)
+    batch_memory_bytes: int | None = Field(default=None, gt=0)
+    batch_s: float = Field(default=2.0, gt=0)
+    aside_s: float = Field(default=1.0, ge=0)
+    measure_s: float = Field(default=2.0, ge=0, le=60)
     worker_threads: int | None = None
     grace_s: float = Field(default=20.0, ge=0)
 

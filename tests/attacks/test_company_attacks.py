@@ -39,7 +39,7 @@ class Stepping:
         self.aside = 0
         self.stepping = threading.Event()
 
-    def run(self, jobs: Sequence[EngineJob]) -> list[InterposeError | None]:
+    def run(self, jobs: Sequence[EngineJob], breaks: Any = None) -> list[InterposeError | None]:
         self.aside += 1
         time.sleep(self.aside_s)
         return [self.done(job) for job in jobs]

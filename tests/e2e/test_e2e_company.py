@@ -4,9 +4,11 @@ killed among them: each job ends once, with the numbers of plain hooks."""
 from __future__ import annotations
 
 import random
+import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import httpx
 import psutil
 import pytest
 import torch
@@ -16,7 +18,12 @@ from models import tiny
 from serving import Served, serve
 from transformers import AutoModelForCausalLM
 
-SETTINGS = {"INTERPOSE_SERVER_LEASE_S": "3"}
+SETTINGS = {
+    "INTERPOSE_SERVER_LEASE_S": "3",
+    # So that even a tiny model has jobs that take long.
+    "INTERPOSE_SERVER_BATCH_S": "0.1",
+    "INTERPOSE_SERVER_ASIDE_S": "0.05",
+}
 BLOCK = 1
 Check = Callable[[Any], None]
 
@@ -171,6 +178,73 @@ def test_everything_at_once(company: Served, twin: Any, seed: int) -> None:
         check(job)
         ended_once(job)
     assert all(job.status in ("cancelled", "completed") for job in cancelled)
+
+
+def chained(model: Any, runs: int) -> Any:
+    """A session whose every run takes what the one before made, so that it is as many forwards. Its last value."""
+    with model.session(remote=True, blocking=False) as session:
+        value = None
+        for run in range(runs):
+            with model.trace([5, 6, 7 + run % 200]):
+                if value is not None:
+                    model.model.layers[0].output[:, -1] += 0.001 * value
+                value = model.model.layers[BLOCK].output[0, -1]
+                if run == runs - 1:
+                    value.save()
+    return session.job, value
+
+
+LARGE: dict[str, Callable[[Any], Any]] = {
+    "session": lambda model: chained(model, 900),
+    "generation": lambda model: generated(model, 100, 100),
+}
+
+
+def generated(model: Any, new: int, rows: int) -> Any:
+    with model.generate(
+        [[7] * 20] * rows, max_new_tokens=new, eos_token_id=-1, remote=True, blocking=False, batching="exclusive"
+    ) as tracer:
+        tokens = tracer.result.save()
+    return tracer.job, tokens
+
+
+@pytest.mark.parametrize("kind", LARGE)
+def test_small_jobs_of_another_user_end_while_a_large_one_runs(company: Served, twin: Any, kind: str) -> None:
+    """Each is done, with its own numbers, long before the large one is; and that one has its own."""
+    model: Any = LanguageModel("tiny-llama", host=company.host, api_key=company.key)
+    other: Any = LanguageModel("tiny-llama", host=company.host, api_key=_new_key(company, "bob"))
+    rng = random.Random(7)
+    last(other, twin, rng)[0].result(timeout=30)
+    expected = LARGE[kind](model)
+    expected[0].result(timeout=90)
+    job, value = LARGE[kind](model)
+    _until(job, "running")
+    waits = []
+    while len(waits) < 5 and job.status == "running":
+        began = time.monotonic()
+        small, check = last(other, twin, rng)
+        small.result(timeout=30)
+        waits.append(time.monotonic() - began)
+        check(small)
+    assert job.status == "running", "the small ones didn't wait for its end"
+    # A step or forward, a pause of a second, a batch: a bound for a machine that others use as well.
+    assert len(waits) == 5 and max(waits) < 5
+    job.result(timeout=90)
+    assert torch.equal(torch.as_tensor(value), torch.as_tensor(expected[1]))
+
+
+def _until(job: Any, status: str) -> None:
+    for _ in range(3000):
+        if job.status == status:
+            return
+        time.sleep(0.005)
+    raise TimeoutError
+
+
+def _new_key(server: Served, user: str) -> str:
+    headers = {"Authorization": f"Bearer {server.key}"}
+    answer = httpx.post(f"{server.host}/v1/admin/keys", json={"user": user}, headers=headers, trust_env=False)
+    return str(answer.raise_for_status().json()["token"])
 
 
 def _kill_worker(server: Served) -> None:

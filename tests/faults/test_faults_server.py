@@ -120,3 +120,30 @@ def test_queued_jobs_outlive_the_whole_server(tmp_path: Path) -> None:
         assert again.key == lab.key
         with httpx.Client(base_url=again.host, headers=auth, trust_env=False) as client:
             assert finish(client, job)["status"] == "completed"
+
+
+def test_a_killed_worker_costs_those_that_were_next_time_only(lab: Served, client: httpx.Client) -> None:
+    """Some are on the engine, some claimed to be next, some wait."""
+    jobs = [forwards(60 if index % 4 == 0 else 2) for index in range(24)]
+    for job in jobs:
+        client.post("/v1/jobs", content=encode_submission(job)).raise_for_status()
+    until(client, jobs[0], lambda state: state["status"] != "queued")
+    kill(lab, "worker")
+    for job in jobs:
+        state = finish(client, job)
+        assert (state["status"], state["attempt"] <= 2) == ("completed", True)
+
+
+def test_what_a_stopped_server_had_claimed_waits_for_the_next(tmp_path: Path) -> None:
+    options = {"data_dir": tmp_path / "data", "env": {**SETTINGS, "INTERPOSE_SERVER_MAX_ATTEMPTS": "1"}}
+    jobs = [forwards(100 if index < 2 else 1) for index in range(30)]
+    with serve(f"tiny={tiny('gpt2')}", **options) as lab:  # type: ignore[arg-type]
+        auth = {"Authorization": f"Bearer {lab.key}", "Content-Type": "application/msgpack"}
+        with httpx.Client(base_url=lab.host, headers=auth, trust_env=False) as client:
+            for job in jobs:
+                client.post("/v1/jobs", content=encode_submission(job)).raise_for_status()
+    with (
+        serve(f"tiny={tiny('gpt2')}", **options) as again,  # type: ignore[arg-type]
+        httpx.Client(base_url=again.host, headers=auth, trust_env=False) as client,
+    ):
+        assert {finish(client, job)["status"] for job in jobs} == {"completed"}

@@ -30,6 +30,9 @@ class Company:
         self.order: list[tuple[int, EngineJob, InterposeError | None]] = []
         self.joinable: set[bool] = set()
 
+    def due(self) -> bool:
+        return self.step + 1 in self.aside
+
     def pause(self, *, joinable: bool) -> None:
         self.step += 1
         self.joinable.add(joinable)

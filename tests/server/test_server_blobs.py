@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import asyncio
 from pathlib import Path
 
 import pytest
 from interpose.errors import StorageFull
-from interpose_server import blobs as blob_store
 from interpose_server.blobs import BLOCK, BlobKey, LocalBlobs
 
 KEY = BlobKey("ada", "result", "../../etc/passwd")
@@ -85,41 +83,3 @@ def test_the_sweep_takes_what_is_past_its_time(tmp_path: Path) -> None:
     assert blobs.keep(BlobKey("bob", "tensor", "kept"), 60) is None
     assert blobs.sweep() == 3
     assert read(blobs, KEY) is None and read(blobs, kept) == b"old" and blobs.used() == BLOCK
-
-
-async def test_one_that_is_shown_is_read_while_it_is_written(tmp_path: Path) -> None:
-    blobs, data = LocalBlobs(tmp_path, 1 << 20), bytearray(6)
-    with blobs.writer(KEY, 6, 60, shown=True) as writer:
-        assert blobs.open(KEY) is None
-        reader = blobs.open(KEY, 6)
-        assert reader is not None and reader.size == 6
-        writer.write(b"abc")
-        reading = asyncio.create_task(blob_store.read(reader, 0, memoryview(data)))
-        await asyncio.sleep(0.02)
-        assert not reading.done() and data == b"abc\0\0\0"
-        writer.write(b"def")
-        writer.commit()
-    assert await reading == 6 and data == b"abcdef"
-    for again in (blobs.open(KEY), blobs.open(KEY, 6)):
-        assert again is not None and again.there() == 6
-        again.close()
-    reader.close()
-    assert read(blobs, KEY) == b"abcdef" and blobs.used() == BLOCK == blobs.recount()
-
-
-@pytest.mark.parametrize("dropped", [True, False])
-async def test_one_that_is_shown_and_never_whole_ends_short(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, dropped: bool
-) -> None:
-    """Dropped by its writer, or left by one that died."""
-    monkeypatch.setattr(blob_store, "STALLED_S", 60.0 if dropped else 0.05)
-    blobs, data = LocalBlobs(tmp_path, 1 << 20), bytearray(6)
-    with blobs.writer(KEY, 6, 60, shown=True) as writer:
-        writer.write(b"abc")
-        reader = blobs.open(KEY, 6)
-        assert reader is not None
-        if not dropped:
-            assert await blob_store.read(reader, 0, memoryview(data)) == 3
-    assert await blob_store.read(reader, 0, memoryview(data)) == 3
-    assert blobs.open(KEY, 6) is None and blobs.used() == 0
-    reader.close()

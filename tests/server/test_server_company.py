@@ -6,6 +6,7 @@ import asyncio
 import threading
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +20,9 @@ from interpose.runtime.engine import EngineJob
 from interpose.wire.status import JobStatus
 from interpose_server.broker.waiting import Waiting
 from interpose_server.settings import Settings
+from interpose_server.worker.cost import Cost
 from interpose_server.worker.meter import Meter
-from interpose_server.worker.scheduler import Budget, between
+from interpose_server.worker.scheduler import Budget, Place, UnderWay, between
 from rig import Gateway, run_gateway, submission, tiny_graph, tiny_manifest
 from test_server_worker import ended, error_of, working
 
@@ -35,42 +37,82 @@ def job(ref: str, *, alone: bool = False, **footprint: Any) -> Waiting:
 # -- who comes next ----------------------------------------------------------------------------------------------
 
 
-def test_the_fairest_job_decides_who_comes_between_two_steps() -> None:
+def under_way(*jobs: Footprint, **more: Any) -> UnderWay:
+    return UnderWay(jobs or (GENERATES,), **{"joinable": True, **more})
+
+
+def turn(waiting: list[Waiting], *jobs: Footprint, budget: Budget = BUDGET, **more: Any) -> tuple[list[str], Place]:
+    found = between(waiting, under_way(*jobs, **more), budget)
+    return [*found.refs], found.place
+
+
+def test_the_fairest_job_decides_whether_anybody_joins() -> None:
     generates, traces = job("g", kind="generate"), [job("a"), job("b", attention=True), job("c")]
-    assert between([generates, *traces], [GENERATES], BUDGET) == between([generates], [GENERATES], BUDGET)
-    turn = between([generates, job("h", kind="generate"), *traces], [GENERATES], BUDGET)
-    assert (turn.refs, turn.joins) == (["g", "h"], True)
-    turn = between([traces[0], generates, *traces[1:]], [GENERATES], BUDGET)
-    assert (turn.refs, turn.joins) == (["a", "c"], False)
+    assert turn([generates, *traces]) == (["g"], Place.JOINS)
+    assert turn([generates, job("h", kind="generate"), *traces]) == (["g", "h"], Place.JOINS)
+    assert turn([traces[0], generates, *traces[1:]]) == (["a", "c"], Place.ASIDE)
 
 
 def test_what_is_on_the_generation_takes_its_memory_from_those_aside() -> None:
     waiting = [job(name, memory_bytes=400) for name in "abc"]
-    assert between(waiting, [GENERATES], BUDGET).refs == ["a", "b"]
-    assert between(waiting, [Footprint(kind="generate", memory_bytes=500)], BUDGET).refs == ["a"]
+    assert turn(waiting) == (["a", "b"], Place.ASIDE)
+    assert turn(waiting, Footprint(kind="generate", memory_bytes=500)) == (["a"], Place.ASIDE)
+
+
+LONG = {"kind": "generate", "longest": 900, "steps": 800}
+TIMED = replace(
+    BUDGET, tokens=4096, seconds=0.5, cost=Cost(forward_s=0.01, token_s=0.001, step_s=0.01, row_s=0.001)
+)
 
 
 @pytest.mark.parametrize(
     "first",
     [
-        job("g", kind="generate", exclusive=True),
-        job("g", kind="generate", alone=True),
-        job("g", kind="generate", rows=8),
-        job("g", kind="generate", attention=True),
-        job("g", kind="generate", runs=2),
-        job("g", kind="mixed"),
+        job("g", **LONG, exclusive=True),
+        job("g", **LONG, alone=True),
+        job("g", **LONG, rows=8),
+        job("g", **LONG, attention=True),
+        job("g", **LONG, runs=2),
+        job("g", kind="mixed", runs=100, longest=10),
+        job("g", runs=400, longest=12, tokens=4800),
     ],
 )
-def test_nobody_overtakes_a_job_that_waits_for_the_end(first: Waiting) -> None:
-    turn = between([first, job("h", kind="generate"), job("a")], [GENERATES], BUDGET)
-    assert not turn.refs
+def test_nobody_joins_before_a_job_that_waits_for_the_end_and_small_ones_wait_for_neither(first: Waiting) -> None:
+    assert turn([first, job("h", **LONG)], budget=TIMED) == ([], Place.ASIDE)
+    assert turn([first, job("h", **LONG), job("a", longest=12)], budget=TIMED) == (["a"], Place.ASIDE)
+
+
+def test_a_small_generation_or_session_comes_between_the_forwards_of_a_sweep() -> None:
+    sweep = Footprint(runs=360, longest=12, tokens=4320)
+    for small in (job("g", kind="generate", longest=20, steps=8), job("s", runs=10, longest=12, tokens=120)):
+        assert turn([small], sweep, budget=TIMED, joinable=False) == ([small.ref], Place.ASIDE)
+    assert not turn([job("g", **LONG)], sweep, budget=TIMED, joinable=False)[0]
+
+
+def test_who_had_a_turn_gives_way_to_others() -> None:
+    waiting = [job("ada/1"), job("bob/1"), job("ada/2")]
+    assert turn(waiting, served={"ada"}) == (["bob/1"], Place.ASIDE)
+    assert not turn(waiting[::2], served={"ada"})[0]
+
+
+def test_what_comes_at_the_end_of_a_batch_is_next() -> None:
+    ending = {"joinable": False, "ending": True}
+    waiting = [job("a"), job("g", kind="generate"), job("b")]
+    assert turn(waiting, Footprint(), **ending) == (["a", "b"], Place.NEXT)
+    assert turn(waiting[1:], Footprint(), **ending, ahead=[Footprint()]) == (["b"], Place.NEXT)
+    assert not turn(waiting[1:2], Footprint(), **ending, ahead=[Footprint()])[0]
+
+
+def test_a_job_under_suspicion_or_too_large_is_not_claimed_ahead() -> None:
+    for first in (job("x", alone=True), job("x", memory_bytes=2000)):
+        assert not turn([first, job("a")], Footprint(), joinable=False, ending=True)[0]
 
 
 def test_nothing_comes_to_an_empty_generation() -> None:
-    assert not between([job("a")], [], BUDGET).refs
-    assert not between([], [GENERATES], BUDGET).refs
-    assert not between([job("g", kind="generate")], [GENERATES], BUDGET, joinable=False).refs
-    assert between([job("a")], [GENERATES], BUDGET, joinable=False).refs == ["a"]
+    assert not between([job("a")], UnderWay([], joinable=True), BUDGET).refs
+    assert not turn([])[0]
+    assert turn([job("g", **LONG)], joinable=False, budget=TIMED) == ([], Place.ASIDE)
+    assert turn([job("a")], joinable=False) == (["a"], Place.ASIDE)
 
 
 def test_seconds_are_shared_by_rows() -> None:
@@ -100,7 +142,7 @@ class Stepping:
         self.steps = steps
         self.each = each
 
-    def run(self, jobs: Sequence[EngineJob]) -> list[InterposeError | None]:
+    def run(self, jobs: Sequence[EngineJob], breaks: Any = None) -> list[InterposeError | None]:
         self.log.append(f"aside {len(jobs)}")
         return [self._done(job) for job in jobs]
 

@@ -3,24 +3,16 @@
 from __future__ import annotations
 
 import asyncio
-import threading
 from pathlib import Path
 from typing import Any
 
 import psutil
 import pytest
-import torch
-from interpose.errors import JobPoisoned
-from interpose.wire.messages import Ack, Chunk, Save, Status, Subscribe, encode
-from interpose.wire.status import JobStatus
+from interpose.wire.messages import Ack, Chunk, Save, Subscribe, encode
 from interpose_server import blob_keys, blobs
-from interpose_server.broker import events, keys
-from interpose_server.broker.queue import Outcome, Report
-from interpose_server.downloads import PIECE
 from interpose_server.settings import Settings
-from rig import Gateway, Valkey, listening, make_settings, run_gateway, submission
-from test_server_stream import DATA, done_job, opened, receive, record, to_the_end
-from test_server_worker import Obedient, ended, working
+from rig import Gateway, Valkey, listening, make_settings, run_gateway
+from test_server_stream import DATA, done_job, opened, record, to_the_end
 
 
 async def with_saves(gateway: Gateway) -> str:
@@ -41,16 +33,6 @@ async def test_whole_saves_large_and_small(settings: Settings) -> None:
             assert (answer.status_code, answer.content) == (200, data)
             assert answer.headers["content-length"] == str(len(data))
         assert gateway.app.state.parts.metrics.sent._value.get() == len(DATA) + 5
-
-
-async def ask(gateway: Gateway, address: str, job: str) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
-    """A connection on which the bytes of a job's third event are about to come."""
-    host, _, port = address.partition(":")
-    reader, writer = await asyncio.open_connection(host, int(port))
-    head = f"GET /v1/jobs/{job}/saves/3 HTTP/1.1", "Host: x", f"Authorization: Bearer {gateway.token}", "", ""
-    writer.write("\r\n".join(head).encode())
-    assert (await reader.readuntil(b"\r\n\r\n")).startswith(b"HTTP/1.1 200")
-    return reader, writer
 
 
 @pytest.mark.parametrize("start", [1, 5, len(DATA) - 1])
@@ -147,144 +129,3 @@ async def test_a_slow_reader_holds_little_and_nobody_up(valkey: Valkey, tmp_path
             async with asyncio.timeout(5):
                 while (await fetch(gateway, job, 3, Range=f"bytes={len(huge) - 9}-")).status_code == 429:  # noqa: ASYNC110
                     await asyncio.sleep(0.02)
-
-
-# Saves that are told of before all their bytes are there
-
-
-KEY = blob_keys.result("ada", "growing")
-
-
-async def telling(gateway: Gateway) -> tuple[str, str]:
-    """A running job that told of a save whose bytes aren't there yet: its id and ref."""
-    job = submission()
-    await gateway.post(job)
-    ref = keys.ref("ada", job.id)
-    await gateway.broker.queue.claim("tiny", "w1", [ref])
-    await gateway.broker.queue.report([Report(ref, "w1", 1, 0, [record(1, DATA, "growing")], None)])
-    return job.id, ref
-
-
-async def finish(gateway: Gateway, ref: str) -> None:
-    await gateway.broker.queue.report([Report(ref, "w1", 1, 1, [], Outcome(None, 0.1))])
-
-
-async def test_what_is_there_is_sent_while_the_rest_is_written(settings: Settings) -> None:
-    async with run_gateway(settings) as gateway, listening(gateway.app) as address:
-        host, _, port = address.partition(":")
-        with gateway.blobs.writer(KEY, len(DATA), 60, shown=True) as writer:
-            job, _ = await telling(gateway)
-            reader, sending = await asyncio.open_connection(host, int(port))
-            head = (
-                f"GET /v1/jobs/{job}/saves/3 HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer {gateway.token}\r\n\r\n"
-            )
-            sending.write(head.encode())
-            assert b"206" not in await reader.readuntil(b"\r\n\r\n")
-            writer.write(DATA[:PIECE])
-            assert await reader.readexactly(PIECE) == DATA[:PIECE]
-            writer.write(DATA[PIECE:])
-            writer.commit()
-        assert await reader.readexactly(len(DATA) - PIECE) == DATA[PIECE:]
-        sending.close()
-
-
-async def test_bytes_that_are_dropped_break_off_and_the_job_says_why(settings: Settings) -> None:
-    async with run_gateway(settings) as gateway, listening(gateway.app) as address:
-        with gateway.blobs.writer(KEY, len(DATA), 60, shown=True) as writer:
-            job, ref = await telling(gateway)
-            reader, sending = await ask(gateway, address, job)
-            writer.write(DATA[:PIECE])
-            assert await reader.readexactly(PIECE) == DATA[:PIECE]
-        async with asyncio.timeout(5):
-            assert await reader.read() == b""  # never a short one that looks whole: more was announced
-        sending.close()
-        assert (await fetch(gateway, job, 3)).json()["code"] == "internal_error"  # the client asks again
-        error = Outcome(JobPoisoned("no room"), 0.1)
-        await gateway.broker.queue.report([Report(ref, "w1", 1, 1, [], error)])
-        assert (await fetch(gateway, job, 3)).json()["code"] == "unknown_job"
-
-
-async def test_over_the_stream_only_whole_saves_are_sent(settings: Settings) -> None:
-    async with run_gateway(settings) as gateway, opened(gateway) as socket:
-        with gateway.blobs.writer(KEY, len(DATA), 60, shown=True) as writer:
-            job, ref = await telling(gateway)
-            await socket.send(encode(Subscribe(job, after=2)))
-            writer.write(DATA[:1000])
-            with pytest.raises(TimeoutError):
-                await asyncio.wait_for(socket.recv(), 0.1)
-            writer.write(DATA[1000:])
-            writer.commit()
-        assert isinstance(await receive(socket), Save)
-        assert bytes((await receive(socket)).data) == DATA
-        await finish(gateway, ref)
-        assert (await receive(socket)).status is JobStatus.COMPLETED
-
-
-async def test_over_the_stream_a_save_that_never_became_whole_is_passed_over(settings: Settings) -> None:
-    """The worker died while it wrote: the next attempt's save is the job's, and no number is missing."""
-    async with run_gateway(settings) as gateway, opened(gateway) as socket:
-        with gateway.blobs.writer(KEY, len(DATA), 60, shown=True) as writer:
-            writer.write(DATA[:1000])
-            job, ref = await telling(gateway)
-            await socket.send(encode(Subscribe(job, after=2)))
-            await asyncio.sleep(0.05)
-            await gateway.broker.queue.reap("w1")
-            await gateway.broker.queue.claim("tiny", "w2", [ref])
-            gateway.blobs.put(blob_keys.result("ada", "again"), [DATA], 60)
-            again = record(1, DATA, "again")
-            await gateway.broker.queue.report([Report(ref, "w2", 2, 0, [again], Outcome(None, 0.1))])
-            told = await to_the_end(socket)
-    assert [(message.seq, message.attempt) for message in told if not isinstance(message, Chunk)] == [
-        (3, 1), (4, 1), (5, 2), (6, 2), (7, 2)
-    ]  # fmt: skip
-    assert told[0] == Status(job, 3, 1, JobStatus.RUNNING)
-    assert b"".join(bytes(message.data) for message in told if isinstance(message, Chunk)) == DATA
-
-
-async def test_a_worker_tells_of_a_large_save_before_it_is_written_and_of_the_end_after(
-    settings: Settings, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    go_on = threading.Event()
-    write = blobs.LocalWriter.write
-
-    def slowly(self: Any, data: Any) -> None:
-        if data.nbytes > 1000:
-            assert go_on.wait(10)
-        write(self, data)
-
-    monkeypatch.setattr(blobs.LocalWriter, "write", slowly)
-    large = torch.arange(2 << 20, dtype=torch.float32)
-
-    def step(job: Any) -> None:
-        job.sink.save(1, large)
-
-    async with run_gateway(settings) as gateway, working(gateway, Obedient(step)):
-        job = submission()
-        await gateway.post(job)
-        ref = keys.ref("ada", job.id)
-        async with asyncio.timeout(10):
-            while not (found := await events.read(gateway.broker.redis, ref, 2)):  # noqa: ASYNC110
-                await asyncio.sleep(0.01)
-        await asyncio.sleep(0.1)
-        seen = [event.kind for event in await events.read(gateway.broker.redis, ref, 2)]
-        assert (found[0].kind, seen) == ("save", ["save"])
-        assert (await gateway.broker.queue.info("ada", job.id)).status is JobStatus.RUNNING
-        go_on.set()
-        await ended(gateway, job)
-        assert (await fetch(gateway, job.id, 3)).content == large.numpy().tobytes()
-
-
-async def test_a_told_save_that_cannot_be_written_fails_the_job(
-    settings: Settings, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def full(self: Any, data: Any) -> None:
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr(blobs.LocalWriter, "write", full)
-    engine = Obedient(lambda job: job.sink.save(1, torch.zeros(2 << 20)))
-    async with run_gateway(settings) as gateway, working(gateway, engine):
-        job = submission()
-        await gateway.post(job)
-        found = await ended(gateway, job)
-        assert (found[-1].body["status"], found[-1].body["error"]["code"]) == ("failed", "internal_error")
-        assert gateway.blobs.used() == 0

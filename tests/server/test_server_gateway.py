@@ -57,7 +57,7 @@ async def test_a_job_is_accepted_once(settings: Settings) -> None:
         other = await gateway.post(submission(tiny_graph("h.1"), id=job.id))
         assert (other.status_code, other.json()["code"]) == (409, "job_conflict")
         (waiting,) = await gateway.broker.queue.peek("tiny")
-        assert waiting.footprint == Footprint(rows=1, longest=3, **_sizes(waiting.footprint))
+        assert waiting.footprint == Footprint(rows=1, longest=3, tokens=3, **_sizes(waiting.footprint))
 
 
 def _sizes(footprint: Footprint) -> dict[str, int]:

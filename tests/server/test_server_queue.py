@@ -160,6 +160,42 @@ async def test_a_lost_lease_requeues_then_poisons(valkey: Valkey, tmp_path: Path
     await broker.close()
 
 
+async def test_claims_given_back_wait_where_they_waited_with_nothing_held_against_them(
+    valkey: Valkey, tmp_path: Path
+) -> None:
+    broker = connect(make_settings(valkey, tmp_path, max_attempts=1))
+    first, second = new_job(), new_job()
+    refs = [keys.ref("ada", job.id) for job in (first, second)]
+    for job in (first, second):
+        await broker.queue.submit(job)
+    await broker.queue.claim("tiny", "w1", refs[:1])
+    assert await broker.queue.release("w2", [(refs[0], 1)]) == set(), "another worker's"
+    assert await broker.queue.release("w1", [(refs[0], 7)]) == set(), "another attempt's"
+    assert await broker.queue.release("w1", [(refs[0], 1), (refs[1], 1)]) == {refs[0]}
+    assert await broker.queue.order("tiny") == refs
+    info = await broker.queue.info("ada", first.id)
+    assert (info.status, info.started_ms) == (JobStatus.QUEUED, None)
+    assert await broker.queue.load("ada") == {"queued": 2, "running": 0}
+    (claim,) = await broker.queue.claim("tiny", "w1", refs[:1])
+    assert claim.attempt == 2 and not claim.alone
+    assert not await report(broker, refs[0], "w1", 1, 0, [], DONE), "the claim given back is void"
+    # Only the second was an attempt.
+    assert await broker.queue.reap("w1") == [(refs[0], JobStatus.FAILED)]
+    await broker.close()
+
+
+async def test_a_job_under_suspicion_stays_so_when_it_is_given_back(broker: Broker) -> None:
+    job = new_job()
+    ref = keys.ref("ada", job.id)
+    await broker.queue.submit(job)
+    await broker.queue.claim("tiny", "w1", [ref])
+    await broker.queue.reap("w1")
+    await broker.queue.claim("tiny", "w1", [ref])
+    await broker.queue.release("w1", [(ref, 2)])
+    (waiting,) = await broker.queue.peek("tiny")
+    assert waiting.alone
+
+
 async def test_heartbeats_keep_leases_and_tell_of_lost_ones(broker: Broker) -> None:
     mine, gone = new_job(), new_job()
     for job in (mine, gone):

@@ -38,7 +38,7 @@ class Obedient:
         self.batches: list[Sequence[EngineJob]] = []
         self._step = step
 
-    def run(self, jobs: Sequence[EngineJob]) -> list[InterposeError | None]:
+    def run(self, jobs: Sequence[EngineJob], breaks: Any = None) -> list[InterposeError | None]:
         self.batches.append(jobs)
         return [self._step(job) for job in jobs]
 

@@ -16,6 +16,8 @@ class Footprint:
         runs: executions of the model, one after another.
         rows: most rows of one run.
         longest: most positions of one row, new tokens included.
+        tokens: rows times the longest row, summed over the runs.
+        steps: new tokens a row, summed over the generations; 0 without one.
         attention: it looks inside attention, so it runs on the eager path.
         gradients: it asks for gradients, so its forwards keep what a backward needs.
         exclusive: it must run alone.
@@ -26,6 +28,8 @@ class Footprint:
     runs: int = 1
     rows: int = 1
     longest: int = 1
+    tokens: int = 0
+    steps: int = 0
     attention: bool = False
     gradients: bool = False
     exclusive: bool = False

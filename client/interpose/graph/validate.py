@@ -50,7 +50,8 @@ def validate(graph: Graph, manifest: Manifest, limits: Limits, *, batching: str 
     # The model's cache holds new tokens just as it holds the prompt's.
     rows = [_rows(run, graph, manifest) for run in graph.runs]
     limits.check("rows", sum(rows))
-    limits.check("tokens", sum(n * _longest(run, manifest) for n, run in zip(rows, graph.runs, strict=True)))
+    tokens = sum(n * _longest(run, manifest) for n, run in zip(rows, graph.runs, strict=True))
+    limits.check("tokens", tokens)
     for spec in graph.attachments.values():
         limits.check("attachment_bytes", spec.nbytes)
     attached = sum(spec.nbytes for spec in graph.attachments.values())
@@ -74,6 +75,8 @@ def validate(graph: Graph, manifest: Manifest, limits: Limits, *, batching: str 
             runs=len(graph.runs),
             rows=max(rows, default=0),
             longest=max((_longest(run, manifest) for run in graph.runs), default=0),
+            tokens=tokens,
+            steps=sum(map(new_tokens, graph.runs)),
             attention=checker.attention,
             gradients=checker.gradients,
             exclusive=checker.exclusive

@@ -28,7 +28,8 @@ from .interpreter import Interpreter
 from .loading import Loaded
 from .pieces import check_given, joined, pieces
 from .plan import Place
-from .prepared import Preparation
+from .prepared import Preparation, Prepared
+from .refusals import Refused, refusing
 from .restart import Made, Restart
 from .rows import Span
 from .sink import Sink
@@ -50,6 +51,7 @@ class EngineJob:
         attachments: digest -> tensor, for every digest the graph names.
         report: what validation found, if it was validated against this very manifest; else it is done again.
         owner: whose it is: what is kept of a graph's preparation serves its owner alone.
+        prepared: what `Engine.prepare` made of it beforehand.
         saved: ids of saves that already left, in an attempt that had to be cut short.
         seeds: (run, row) -> what a generation without a seed drew from: the next attempt must draw the same.
     """
@@ -61,15 +63,23 @@ class EngineJob:
     exclusive: bool = False
     report: Report | None = None
     owner: str = ""
+    prepared: Prepared | None = None
     saved: set[int] = field(default_factory=set)
     seeds: dict[tuple[int, int], int] = field(default_factory=dict)
 
 
-class Company(Protocol):
-    """Who else comes while a generation is under way. Called on the engine's thread, between its steps."""
+class Breaks(Protocol):
+    """Who has a forward between two of a run's. Called on the engine's thread."""
+
+    def due(self) -> bool:
+        """Whether somebody waits for the next pause."""
 
     def pause(self, *, joinable: bool) -> None:
         """Time for other work, other calls of the engine's `run` included. `joinable`: whether any can join."""
+
+
+class Company(Breaks, Protocol):
+    """Who else comes while a generation is under way, between its steps."""
 
     def arrivals(self) -> Sequence[EngineJob]:
         """Jobs of one generation each that join now."""
@@ -78,8 +88,16 @@ class Company(Protocol):
         """A job is over; the others go on."""
 
 
+@dataclass(frozen=True, slots=True)
+class _Pace:
+    """How long nobody else comes: `tokens` of one forward of several runs at most, and then a break."""
+
+    tokens: int
+    breaks: Breaks | None = None
+
+
 class Engine:
-    """One loaded model. Called from one thread; `run` may be called within `host`, between two steps.
+    """One loaded model. Called from one thread; `run` may be called within another call, when that has a break.
 
     Args:
         tokens: most of one forward that several runs share, rows times the longest of them.
@@ -95,14 +113,14 @@ class Engine:
         self._restart = Restart(loaded)
         self._prepare = Preparation(loaded.manifest)
 
-    def run(self, jobs: Sequence[EngineJob]) -> list[InterposeError | None]:
-        """Run jobs to their end, together where they can be.
+    def run(self, jobs: Sequence[EngineJob], breaks: Breaks | None = None) -> list[InterposeError | None]:
+        """Run jobs to their end, together where they can be; between any two forwards `breaks` has a pause.
 
         Returns:
             Each job's error, or None. A job's fault fails that job alone; nothing is raised for one.
         """
         with torch.no_grad():
-            return self._together(jobs)
+            return self._together(jobs, _Pace(self.tokens, breaks))
 
     def host(self, jobs: Sequence[EngineJob], company: Company) -> None:
         """Run generations that others join while they are under way; jobs of one run each, none of them exclusive.
@@ -120,47 +138,67 @@ class Engine:
                 log.warning("a shared generation failed (%s); its jobs run apart", type(error).__name__)
             # Those that bring tensors, or must run again.
             left = hosting.left
-            for job, outcome in zip(left, self._together(left) if left else [], strict=True):
+            outcomes = self._together(left, _Pace(self.tokens, company)) if left else []
+            for job, outcome in zip(left, outcomes, strict=True):
                 company.ended(job, outcome)
 
-    def _together(self, jobs: Sequence[EngineJob], tokens: int | None = None) -> list[InterposeError | None]:
-        """`tokens`: at most so many in a forward of several runs; by default the engine's own number."""
-        tokens = self.tokens if tokens is None else tokens
+    def prepare(self, job: EngineJob) -> EngineJob:
+        """The job with its graph checked and compiled beforehand. May be called while another thread runs jobs.
+
+        Raises:
+            GraphError, LimitExceeded: it can't run.
+        """
+        return replace(job, prepared=self._prepared(job))
+
+    def _prepared(self, job: EngineJob) -> Prepared:
+        return self._prepare(job.graph, job.attachments, job.limits, job.owner, job.report)
+
+    def rest(self, breaks: Breaks, *, joinable: bool = False) -> None:
+        """A pause between two forwards. What the model remembers from one to the next is as before after it."""
+        if not breaks.due():
+            breaks.pause(joinable=joinable)
+            return
+        state = Buffers(self.loaded.model)
+        breaks.pause(joinable=joinable)
+        state.restore()
+
+    def _together(self, jobs: Sequence[EngineJob], pace: _Pace) -> list[InterposeError | None]:
         try:
             started = [self.start(job) for job in jobs]
             running = [job for job in started if isinstance(job, Interpreter)]
             try:
-                self._runs(running, tokens)
+                self._runs(running, pace)
             finally:
                 for job in running:
                     job.gradients.close()
         except Exception as error:
             if len(jobs) > 1:
                 log.warning("a shared run failed (%s); its %d jobs run apart", type(error).__name__, len(jobs))
-                return self._apart(jobs)
+                return self._apart(jobs, pace)
             if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
-                if any(run.rows * run.longest < tokens for run in jobs[0].graph.runs[1:]):
-                    return self._together(jobs, tokens // 4)
+                if any(run.rows * run.longest < pace.tokens for run in jobs[0].graph.runs[1:]):
+                    return self._together(jobs, replace(pace, tokens=pace.tokens // 4))
                 return [OutOfMemory("the job alone doesn't fit the device's memory")]
             log.exception("a job failed that shouldn't have")
-            return [InternalError(f"running it failed with {type(error).__name__}; this is our fault")]
-        return [self._outcome(job, run) for job, run in zip(jobs, started, strict=True)]
+            fault = error.error if isinstance(error, Refused) else error
+            return [InternalError(f"running it failed with {type(fault).__name__}; this is our fault")]
+        return [self._outcome(job, run, pace) for job, run in zip(jobs, started, strict=True)]
 
-    def _outcome(self, job: EngineJob, run: Interpreter | InterposeError) -> InterposeError | None:
+    def _outcome(self, job: EngineJob, run: Interpreter | InterposeError, pace: _Pace) -> InterposeError | None:
         if isinstance(run, InterposeError):
             return run
         if run.doubtful:
-            (error,) = self._together([replace(job, exclusive=True)])
+            (error,) = self._together([replace(job, exclusive=True)], pace)
             return error
         return run.error
 
-    def _apart(self, jobs: Sequence[EngineJob]) -> list[InterposeError | None]:
+    def _apart(self, jobs: Sequence[EngineJob], pace: _Pace) -> list[InterposeError | None]:
         half = len(jobs) // 2
-        return [*self._together(jobs[:half]), *self._together(jobs[half:])]
+        return [*self._together(jobs[:half], pace), *self._together(jobs[half:], pace)]
 
     def start(self, job: EngineJob) -> Interpreter | InterposeError:
         try:
-            plan, report, attachments = self._prepare(job.graph, job.attachments, job.limits, job.owner, job.report)
+            plan, report, attachments = job.prepared or self._prepared(job)
             check_given(job.graph, job.attachments, self.manifest)
             started = Interpreter(
                 plan,
@@ -179,7 +217,7 @@ class Engine:
             started.begin()
         return started
 
-    def _runs(self, jobs: Sequence[Interpreter], tokens: int) -> None:
+    def _runs(self, jobs: Sequence[Interpreter], pace: _Pace) -> None:
         """Run level by level: the runs of a level, of all jobs, need nothing of one another."""
         for level in range(max((len(job.plan.levels) for job in jobs), default=0)):
             shared: dict[tuple[object, ...], list[tuple[Interpreter, int]]] = {}
@@ -188,7 +226,7 @@ class Engine:
                     if job.plan.idle(run):
                         continue
                     if job.exclusive:
-                        self._forward([(job, run)], tokens)
+                        self._forward([(job, run)], pace)
                     else:
                         own = job.plan.graph.runs[run]
                         key = (
@@ -200,36 +238,39 @@ class Engine:
                         )
                         shared.setdefault(key, []).append((job, run))
             for group in shared.values():
-                self._forward(group, tokens)
+                self._forward(group, pace)
 
     def _width(self, run: Run) -> int | None:
         """What a generation's rows have in common that share a forward: they are padded on the left."""
         return run.longest if run.kind == "generate" and self.manifest.even_rows else None
 
-    def _forward(self, group: Sequence[Member], tokens: int) -> None:
+    def _forward(self, group: Sequence[Member], pace: _Pace) -> None:
         group = [(job, run) for job, run in group if job.error is None]
         if not group:
             return
         with self._buffers, _gradients(*(job for job, _ in group)):
             try:
-                self._feed(group, tokens)
-            except (ValueError, RuntimeError, IndexError, TypeError) as error:
+                self._feed(group, pace)
+            except Refused as refused:
                 (job, run), *others = group
-                if others or not job.plan.graph.runs[run].given or isinstance(error, torch.OutOfMemoryError):
+                if others or not job.plan.graph.runs[run].given:
                     raise
-                job.fail(BadArgument(f"the model doesn't run on these inputs: {_first_line(error)}"))
+                job.fail(BadArgument(f"the model doesn't run on these inputs: {_first_line(refused.error)}"))
 
-    def _feed(self, group: Sequence[Member], tokens: int) -> None:
+    def _feed(self, group: Sequence[Member], pace: _Pace) -> None:
         runs = [job.plan.graph.runs[run] for job, run in group]
         if runs[0].kind == "generate":
             fed = [pieces(own, job.attachments) for own, (job, _) in zip(runs, group, strict=True)]
-            Generation(self.loaded, self._tail).run(
+            guests = None if pace.breaks is None else _Resting(self, pace.breaks)
+            Generation(self.loaded, self._tail, guests).run(
                 [(job, run, given) for (job, run), given in zip(group, fed, strict=True)]
             )
             return
         made: dict[tuple[Rows, int], Made] = {}
         for stage in staged(group, self._restart):
-            for portion in stage.portions(tokens):
+            for portion in stage.portions(pace.tokens):
+                if pace.breaks is not None:
+                    self.rest(pace.breaks)
                 self._stage(portion, made)
                 run_backwards([job.gradients for job in dict.fromkeys(job for job, _ in group)])
             made = {key: value for key, value in made.items() if key[1] != stage.block}
@@ -270,7 +311,8 @@ class Engine:
         kept = self._kept(dict(zip(seated, spans, strict=True)), made)
         forward = Forward(self.loaded, placed, whole, cut=cut, kept=kept, begun=begun)
         kwargs = self._kwargs(inputs, plain=any(job.exclusive for job in jobs))
-        forward.run(kwargs | (cut.argument if cut else {}))
+        with refusing(lambda: forward.serving):
+            forward.run(kwargs | (cut.argument if cut else {}))
         forward.finish()
 
     def _kept(
@@ -351,7 +393,7 @@ class Hosting:
         return padded or job.exclusive or bool(job.plan.graph.runs[0].given)
 
     def pause(self, *, joinable: bool) -> None:
-        self._company.pause(joinable=joinable and not self._left)
+        self._engine.rest(self._company, joinable=joinable and not self._left)
 
     def arrivals(self) -> list[Begun]:
         """Nobody once some wait for the end, or it might never come."""
@@ -362,6 +404,26 @@ class Hosting:
 
     def ended(self, job: Interpreter) -> None:
         self._company.ended(self._jobs.pop(job), job.error)
+
+
+@dataclass(frozen=True)
+class _Resting:
+    """The guests of a generation that nobody joins: breaks between its steps."""
+
+    engine: Engine
+    breaks: Breaks
+
+    def pause(self, *, joinable: bool) -> None:
+        self.engine.rest(self.breaks)
+
+    def arrivals(self) -> Sequence[Begun]:
+        return ()
+
+    def refused(self, begun: Sequence[Begun]) -> None:
+        """Nobody came."""
+
+    def ended(self, job: Interpreter) -> None:
+        """It is told of with the others of its batch."""
 
 
 def _gradients(*jobs: Interpreter) -> torch.set_grad_enabled:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Hashable, Mapping
+from threading import Lock
 from typing import NamedTuple
 
 import torch
@@ -32,13 +33,14 @@ class Prepared(NamedTuple):
 
 
 class Preparation:
-    """Prepares graphs for one model, and keeps what it found, the most recent first to stay."""
+    """Prepares graphs for one model and keeps what it found, the most recent first to stay. From any thread."""
 
     def __init__(self, manifest: Manifest, most: int = MOST) -> None:
         self._manifest = manifest
         self._most = most
         self._kept: OrderedDict[Hashable, tuple[Plan, Report, int]] = OrderedDict()
         self._weight = 0
+        self._lock = Lock()
 
     def __call__(
         self,
@@ -61,13 +63,15 @@ class Preparation:
         if shape is None:
             return Prepared(compile_graph(graph), report or validate(graph, self._manifest, limits), attachments)
         key = owner, limits, shape
-        found = self._kept.get(key)
+        with self._lock:
+            found = self._kept.get(key)
+            if found is not None:
+                self._kept.move_to_end(key)
         if found is None:
             report = report or validate(graph, self._manifest, limits)
             plan = compile_graph(graph.renamed(_names(graph)))
             self._keep(key, plan, report)
         else:
-            self._kept.move_to_end(key)
             plan, report, _ = found
             for run in graph.runs:
                 check_run(run, self._manifest, graph.attachments)  # token ids are this graph's own
@@ -81,11 +85,14 @@ class Preparation:
         size = weight(plan.graph)
         if size > self._most // 8:
             return
-        self._kept[key] = plan.of(()), report, size  # nobody's tokens are kept
-        self._weight += size
-        while self._weight > self._most:
-            _, (_, _, gone) = self._kept.popitem(last=False)
-            self._weight -= gone
+        with self._lock:
+            if key in self._kept:
+                return
+            self._kept[key] = plan.of(()), report, size  # nobody's tokens are kept
+            self._weight += size
+            while self._weight > self._most:
+                _, (_, _, gone) = self._kept.popitem(last=False)
+                self._weight -= gone
 
 
 def _names(graph: Graph) -> dict[str, str]:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from enum import StrEnum
+from typing import Any
 
 import msgpack
 from interpose.errors import UnknownModel
@@ -28,6 +30,8 @@ class Hosted:
     """One model. `fingerprint` is empty until a worker has loaded it for the first time.
 
     batches, jobs: how many were run so far; a batch is one or more jobs that were given to the engine together.
+    busy_s: how long the engine has worked on them.
+    budget: what a batch may hold, and the measurements that says it, for people.
     """
 
     name: str
@@ -39,13 +43,16 @@ class Hosted:
     seen_ms: int
     batches: int
     jobs: int
+    busy_s: float = 0.0
+    budget: Mapping[str, Any] = field(default_factory=dict)
 
-    def to_plain(self) -> dict[str, str]:
+    def to_plain(self) -> dict[str, Any]:
         return {
             "id": self.name,
             "state": str(self.state),
             "revision": self.revision,
             "fingerprint": self.fingerprint,
+            "budget": dict(self.budget),
         }
 
 
@@ -63,11 +70,14 @@ class Models:
             pipe.hset(_key(name), mapping={"state": str(state), "worker": worker, "seen_ms": _now()})
             await pipe.execute()
 
-    async def publish(self, name: str, worker: str, manifest: Manifest, tokenizer: str) -> None:
+    async def publish(
+        self, name: str, worker: str, manifest: Manifest, tokenizer: str, budget: Mapping[str, Any] | None = None
+    ) -> None:
         """Make a loaded model known, ready for jobs.
 
         Args:
             tokenizer: name of the blob with its tokenizer file, "" without one.
+            budget: what its batches may hold, for people. Not of the manifest: it differs from load to load.
         """
         mark = fingerprint(manifest)
         async with self._redis.pipeline(transaction=True) as pipe:
@@ -78,24 +88,26 @@ class Models:
                     "fingerprint": mark,
                     "revision": manifest.revision,
                     "tokenizer": tokenizer,
+                    "budget": msgpack.packb(dict(budget or {})),
                 },
             )
             await pipe.execute()
         await self.announce(name, worker, ModelState.READY)
 
-    async def beat(self, name: str, batches: int = 0, jobs: int = 0) -> None:
-        """A worker is alive, and has run so many more batches and jobs since it last said so."""
+    async def beat(self, name: str, batches: int = 0, jobs: int = 0, busy_s: float = 0.0) -> None:
+        """A worker is alive, and has run so many more batches and jobs, for so long, since it last said so."""
         async with self._redis.pipeline(transaction=False) as pipe:
             pipe.hset(_key(name), "seen_ms", _now())
             pipe.hincrby(_key(name), "batches", batches)
             pipe.hincrby(_key(name), "jobs", jobs)
+            pipe.hincrbyfloat(_key(name), "busy_s", busy_s)
             await pipe.execute()
 
     async def get(self, name: str) -> Hosted:
         """Raises UnknownModel."""
-        names = ["state", "worker", "fingerprint", "revision", "tokenizer", "seen_ms", "batches", "jobs"]
-        found = await self._redis.hmget(_key(name), names)
-        state, worker, mark, revision, tokenizer, seen, batches, jobs = map(text, found)
+        names = ["state", "worker", "fingerprint", "revision", "tokenizer", "seen_ms", "batches", "jobs", "busy_s"]
+        *found, budget = await self._redis.hmget(_key(name), [*names, "budget"])
+        state, worker, mark, revision, tokenizer, seen, batches, jobs, busy = map(text, found)
         if not state:
             raise await self._unknown(name)
         seen_ms = int(seen or 0)
@@ -110,6 +122,8 @@ class Models:
             seen_ms=seen_ms,
             batches=int(batches or 0),
             jobs=int(jobs or 0),
+            busy_s=float(busy or 0),
+            budget=msgpack.unpackb(budget) if budget else {},
         )
 
     async def manifest(self, name: str) -> bytes:

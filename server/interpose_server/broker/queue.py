@@ -203,6 +203,11 @@ class Queue:
         rows = await self._run("claim", model, worker, self._lease_ms, *refs)
         return list(map(_claim, rows))
 
+    async def release(self, worker: str, held: Sequence[tuple[str, int]]) -> set[str]:
+        """Put claimed (ref, attempt) back that were never begun. Returns the refs that were still this worker's."""
+        flat = [part for item in held for part in item]
+        return {ref.decode() for ref in await self._run("release", worker, *flat)} if flat else set()
+
     async def heartbeat(self, worker: str, held: Sequence[tuple[str, int]]) -> set[str]:
         """Extend the leases on (ref, attempt). Returns the refs that are no longer this worker's."""
         flat = [part for item in held for part in item]

@@ -11,7 +11,7 @@ from redis.commands.core import AsyncScript
 
 from .keys import prelude
 
-NAMES = ("submit", "order", "peek", "claim", "heartbeat", "report", "cancel", "reap", "sweep", "ack")
+NAMES = ("submit", "order", "peek", "claim", "release", "heartbeat", "report", "cancel", "reap", "sweep", "ack")
 
 
 class Scripts:

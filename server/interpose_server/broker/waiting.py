@@ -15,3 +15,7 @@ class Waiting:
     footprint: Footprint
     alone: bool
     created_ms: int
+
+    @property
+    def user(self) -> str:
+        return self.ref.partition("/")[0]

@@ -41,5 +41,6 @@ async def metrics(request: Request) -> Response:
         figures.waiting.labels(hosted.name).set(await parts.broker.queue.depth(hosted.name))
         figures.batches.labels(hosted.name).set(hosted.batches)
         figures.ran.labels(hosted.name).set(hosted.jobs)
+        figures.busy.labels(hosted.name).set(hosted.busy_s)
     figures.blob_bytes.set(parts.blobs.used())
     return Response(figures.text(), media_type="text/plain; version=0.0.4")

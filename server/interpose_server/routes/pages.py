@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from html import escape
+from typing import Any
 
 from fastapi import APIRouter, Request
 from fastapi.responses import HTMLResponse
@@ -18,7 +20,7 @@ _PAGE = """<!doctype html>
 td, th {{ padding: .2rem 1.5rem .2rem 0; text-align: left }} code, pre {{ background: #8882; padding: .1rem .3rem }}
 pre {{ padding: .8rem; overflow: auto }}</style>
 <h1>Interpose</h1>
-<table><tr><th>model<th>state</tr>{rows}</table>
+<table><tr><th>model<th>state<th>a shared forward<th>a batch</tr>{rows}</table>
 <pre>from interpose import CONFIG, LanguageModel
 
 CONFIG.HOST, CONFIG.API_KEY = "{host}", "ip_..."
@@ -33,9 +35,21 @@ with model.trace("The capital of France is", remote=True):
 @router.get("/", response_class=HTMLResponse)
 async def status(request: Request) -> str:
     hosted = await Parts.of(request).broker.models.list()
-    rows = "".join(f"<tr><td>{escape(model.name)}<td>{escape(model.state)}</tr>" for model in hosted)
+    rows = "".join(
+        f"<tr><td>{escape(model.name)}<td>{escape(model.state)}{_budget(model.budget)}</tr>" for model in hosted
+    )
     return _PAGE.format(
-        rows=rows or "<tr><td colspan=2>none yet</tr>",
+        rows=rows or "<tr><td colspan=4>none yet</tr>",
         host=escape(str(request.base_url).rstrip("/")),
         model=escape(hosted[0].name if hosted else "org/name"),
+    )
+
+
+def _budget(told: Mapping[str, Any]) -> str:
+    """What several jobs may share, as the worker measured it."""
+    if not told:
+        return "<td><td>"
+    return (
+        f"<td>up to {told['forward_tokens']:,} tokens, {told['batch_s']:g} s"
+        f"<td>up to {told['batch_jobs']} jobs, {told['batch_mb']:,} MB"
     )

@@ -1,11 +1,10 @@
-"""Who joins a generation that is under way, and who has a forward between two of its steps.
+"""Who comes while a batch is under way: to join its generation, or to have a forward between two of its.
 
 The event loop offers jobs, the engine's thread takes them.
 """
 
 from __future__ import annotations
 
-import asyncio
 import threading
 import time
 from collections import deque
@@ -18,28 +17,44 @@ from interpose.graph.footprint import Footprint
 from interpose.runtime.engine import EngineJob
 
 from .meter import Meter
+from .scheduler import Budget, UnderWay
 from .sink import JobSink
 
 Ready: TypeAlias = tuple[JobSink, EngineJob]
 
+LEAD = 0.4
+"""The last part of a batch's time, in which the next is claimed: earlier, who comes later would be passed over."""
+
+LEAD_S = 0.02
+"""The same for short ones."""
+
 
 class Company:
-    """The jobs of one generation, and those that come while it runs. Make it on the event loop.
+    """The jobs of one batch, and those that come while it runs.
 
     Args:
         begun: the jobs it begins with.
+        budget: what may run together.
+        patience_s: how long others that could come wait at most, after some came.
         aside: runs jobs to their end, on the engine's thread.
         check: raises if the device is broken, so that no job's failure is told which may be another's.
+        tell: called when there may be room, or something that was offered has been taken.
     """
 
     def __init__(
         self,
         begun: Sequence[Ready],
+        budget: Budget,
+        patience_s: float,
         aside: Callable[[Sequence[Ready]], None],
         check: Callable[[], None] = lambda: None,
+        tell: Callable[[], None] = lambda: None,
     ) -> None:
+        self._budget = budget
+        self._patience_s = patience_s
         self._aside = aside
         self._check = check
+        self._tell = tell
         self._meter = Meter()
         self._sinks: dict[int, JobSink] = {}
         self._lock = threading.Lock()
@@ -50,27 +65,35 @@ class Company:
         self._again: list[Ready] = []
         self._next_aside = 0.0
         """When others may come between two steps once more."""
-        self.joinable = True
+        self._served: dict[str, float] = {}
+        """User -> until when the batch's own users have their share, after one of that user's jobs came between."""
+        self.hosting = _open(begun)
+        """Whether it is a generation that others can join."""
+        self._suspect = any(sink.claim.alone for sink, _ in begun)
+        self.joinable = self.hosting
         """Whether more can join: not where the model's cache has no room for other rows."""
-        self.stepped_at = time.monotonic()
+        self.aside_s = 0.0
+        """Time that others had."""
+        self._began = time.monotonic()
+        footprints = [sink.claim.footprint for sink, _ in begun]
+        self._short = not self.hosting and budget.short(footprints)
+        self._takes_s = budget.takes(footprints)
+        self.stepped_at = self._began
         """When the engine last came to the end of a step."""
-        self._loop = asyncio.get_running_loop()
-        self.changed = asyncio.Event()
-        """Set whenever there may be room, or something that was offered has been taken."""
         for ready in begun:
             self._enter(ready)
 
     # -- the event loop's side ---------------------------------------------------------------------------------
 
     def offer(self, ready: Sequence[Ready], *, joins: bool) -> bool:
-        """False if the generation is over already: nothing was taken."""
+        """False if the batch is over already: nothing was taken."""
         with self._lock:
             if self._over:
                 return False
             if joins:
                 self._joining.extend(ready)
             else:
-                self._others.append(ready)
+                self._others.append([*ready])
             return True
 
     @property
@@ -90,14 +113,54 @@ class Company:
         with self._lock:
             return [sink.claim.footprint for sink in self._sinks.values()]
 
+    def state(self, ahead: Sequence[Ready]) -> UnderWay:
+        """For the scheduler. `ahead`: what is to run next."""
+        now = time.monotonic()
+        return UnderWay(
+            self.footprints,
+            joinable=self.joinable,
+            served={user for user, until in self._served.items() if until > now},
+            ending=self._ending(now),
+            ahead=[sink.claim.footprint for sink, _ in ahead],
+        )
+
+    @property
+    def open(self) -> bool:
+        """Whether anybody can come: not to a job under suspicion, and not before a short batch's last part."""
+        return not self._suspect and not (self._short and time.monotonic() < self._ends_from())
+
+    @property
+    def overdue(self) -> bool:
+        """Whether a batch that was to be short isn't: who waits for its end has a forward in between."""
+        return self._short and time.monotonic() > self._due_s()
+
+    def look_in(self) -> float:
+        """Seconds after which the scheduler may decide otherwise, though nobody comes or goes."""
+        now = time.monotonic()
+        moments = [until for until in self._served.values() if until > now]
+        if self._short:
+            moments += [at for at in (self._ends_from(), self._due_s()) if at > now]
+        return max(min(moments, default=now + 60) - now, 0.001)
+
     def close(self) -> list[Ready]:
-        """The generation is over: what was offered and not taken, still to be run."""
+        """The batch is over: what was offered and not taken, still to be run."""
         with self._lock:
             self._over = True
             left = [*self._again, *self._joining, *(ready for batch in self._others for ready in batch)]
+            self._again.clear()
             self._joining.clear()
             self._others.clear()
         return left
+
+    def _ending(self, now: float) -> bool:
+        return self._short and self._ends_from() <= now <= self._due_s()
+
+    def _ends_from(self) -> float:
+        return self._began + self._takes_s - max(LEAD * self._takes_s, LEAD_S)
+
+    def _due_s(self) -> float:
+        """By when a short batch is over, if it takes no more than twice what was foreseen."""
+        return self._began + 2 * min(self._budget.seconds, 60)
 
     # -- the engine's thread -----------------------------------------------------------------------------------
 
@@ -114,10 +177,14 @@ class Company:
             self._tell()
         return [job for _, job in came]
 
+    def due(self) -> bool:
+        """Whether somebody comes at the next pause."""
+        return bool(self._others) and time.monotonic() >= self._next_aside
+
     def pause(self, *, joinable: bool) -> None:
         """Run what came between two steps, if these had their share of the time."""
         self.stepped_at = began = time.monotonic()
-        self.joinable = joinable and not self._again
+        self.joinable = self.hosting and joinable and not self._again
         if began < self._next_aside:
             return
         with self._lock:
@@ -126,13 +193,22 @@ class Company:
             self._meter.mark()
             self._aside(batch)
             self._meter.skip()
-            self.stepped_at = time.monotonic()
-            took, waited = self.stepped_at - began, list(self.sinks)
-            for sink in waited:
-                sink.extend(took)
-            # Every user has as much: who sends forwards without end doesn't stop a generation.
-            self._next_aside = self.stepped_at + took * _users(waited) / _users([sink for sink, _ in batch])
+            self._came(batch, began)
             self._tell()
+
+    def _came(self, batch: Sequence[Ready], began: float) -> None:
+        """Others had a turn, which isn't the time of those that waited for it."""
+        self.stepped_at = time.monotonic()
+        took, waited = self.stepped_at - began, list(self.sinks)
+        self.aside_s += took
+        for sink in waited:
+            sink.extend(took)
+        # Every user has as much: who sends forwards without end doesn't stop a generation. Others than those who
+        # just had their turn wait for less.
+        users = {sink.claim.user for sink, _ in batch}
+        share = took * _users(waited) / len(users)
+        self._next_aside = self.stepped_at + min(share, self._patience_s)
+        self._served = {**self._served, **dict.fromkeys(users, self.stepped_at + share)}
 
     def ended(self, job: EngineJob, error: InterposeError | None) -> None:
         """A job is over; the others go on."""
@@ -163,8 +239,13 @@ class Company:
             self._shared |= len(self._sinks) > 1
         self._meter.enter(id(job), sink.claim.footprint.rows)
 
-    def _tell(self) -> None:
-        self._loop.call_soon_threadsafe(self.changed.set)
+
+def _open(ready: Sequence[Ready]) -> bool:
+    """Whether jobs are a generation that others can join."""
+    return all(
+        sink.claim.footprint.kind == "generate" and sink.claim.footprint.runs == 1 and not job.exclusive
+        for sink, job in ready
+    )
 
 
 def _users(sinks: Sequence[JobSink]) -> int:

@@ -1,4 +1,4 @@
-"""A worker's life: claim the fairest jobs, run them in one forward, publish while they run."""
+"""A worker's life: claim the fairest jobs, run them in one forward, publish while they run, have the next ready."""
 
 from __future__ import annotations
 
@@ -12,30 +12,24 @@ from contextlib import suppress
 from dataclasses import replace
 from typing import Protocol
 
-import msgpack
 import torch
-from interpose.errors import (
-    InternalError,
-    InterposeError,
-    InvalidPayload,
-    JobTimeout,
-    UnknownModel,
-)
-from interpose.graph.codec import decode_graph
+from interpose.errors import InternalError, InterposeError, JobTimeout
 from interpose.graph.manifest import Manifest
-from interpose.graph.model import Graph
-from interpose.runtime.engine import EngineJob
+from interpose.runtime.engine import Breaks, EngineJob
 from redis.exceptions import RedisError
 
-from .. import blob_keys
 from ..blobs import Blobs
 from ..broker.connect import Broker
 from ..broker.queue import Claim
+from ..broker.waiting import Waiting
 from ..settings import Settings
 from ..tasks import end
+from .budget import unmeasured
 from .company import Company, Ready
+from .desk import Desk
+from .prepare import Preparer
 from .publisher import Publisher
-from .scheduler import Budget, between, choose
+from .scheduler import Budget, Place, between, choose
 from .shelf import Shelf
 from .sink import JobSink
 
@@ -53,7 +47,7 @@ class Runner(Protocol):
 
     manifest: Manifest
 
-    def run(self, jobs: Sequence[EngineJob]) -> list[InterposeError | None]: ...
+    def run(self, jobs: Sequence[EngineJob], breaks: Breaks | None = None) -> list[InterposeError | None]: ...
 
     def host(self, jobs: Sequence[EngineJob], company: Company) -> None: ...
 
@@ -61,11 +55,16 @@ class Runner(Protocol):
 class Worker:
     """Runs jobs of one model until told to stop. Make it inside a running event loop.
 
+    The event loop claims and publishes; one thread runs the engine, and goes from one batch to the next by itself;
+    another makes claimed jobs ready meanwhile.
+
     Args:
         name: under which its jobs are leased.
         place: brings a tensor to the device of the engine's model.
         check: called after each batch, on the engine's thread; raises if the device is broken.
         give_up: ends the process, where an operation doesn't end.
+        budget: what may run together; by default what the settings say, with nothing measured.
+        prepare: does beforehand what the engine would do first.
     """
 
     def __init__(
@@ -79,47 +78,68 @@ class Worker:
         place: Callable[[torch.Tensor], torch.Tensor] = lambda tensor: tensor,
         check: Callable[[], None] = lambda: None,
         give_up: Callable[[], None] = lambda: os._exit(70),
+        budget: Budget | None = None,
+        prepare: Callable[[EngineJob], EngineJob] = lambda job: job,
     ) -> None:
         self._model = model
         self._name = name
         self._runner = runner
         self._broker = broker
-        self._blobs = blobs
         self._settings = settings
-        self._shelf = Shelf(blobs, settings.shelf_bytes, place)
         self._check = check
         self._give_up = give_up
+        self._budget = budget or unmeasured(settings, shared=runner.manifest.row_independent)
+        self._desk = Desk(self._budget)
+        shelf = Shelf(blobs, settings.shelf_bytes, place)
+        self._preparer = Preparer(model, runner.manifest, blobs, shelf, settings, prepare)
         self._running: tuple[float, Collection[JobSink]] | None = None
         """Since when, and which jobs, while the engine runs."""
         self._publisher = Publisher(name, broker.queue, blobs, settings, self._forget)
         self._held: dict[JobSink, None] = {}
         self._ran = (0, 0)
         """Batches and jobs run since the last heartbeat."""
+        self._busy_s = 0.0
+        """How long the engine has worked since then."""
         self._empty = asyncio.Event()
+        self._waiting = True
+        """Whether jobs may be waiting that nobody has looked at, or that couldn't be taken yet."""
+        self._changed = asyncio.Event()
+        """Set whenever other jobs may be claimed than before."""
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="engine")
-        shared = runner.manifest.row_independent
-        self._company: Company | None = None
-        """Who comes to the generation under way."""
+        self._beside = ThreadPoolExecutor(1, thread_name_prefix="prepare")
+        self._driving: asyncio.Future[None] | None = None
         self._ringing: asyncio.Task[None] | None = None
-        self._budget = Budget(
-            jobs=settings.batch_jobs if shared else 1,
-            rows=settings.batch_rows,
-            tokens=settings.batch_tokens,
-            memory_bytes=settings.batch_memory_bytes,
-        )
+        self._loop = asyncio.get_running_loop()
 
     async def run(self, stop: asyncio.Event) -> None:
-        """Work until `stop`, then finish the running batch and publish its last word."""
-        tasks = [asyncio.create_task(self._publisher.run()), asyncio.create_task(self._beat())]
+        """Work until `stop`, then finish the running batch and publish its last word; no other stays claimed."""
+        tasks = [
+            asyncio.create_task(work) for work in (self._publisher.run(), self._beat(), self._hear(stop))
+        ]  # fmt: skip
         try:
             while not stop.is_set():
                 await self._turn(stop)
+            await self._give_back()
             while self._held:
+                self._sound()
                 self._empty.clear()
                 await self._empty.wait()
+        except Exception:
+            await self._give_back()
+            raise
         finally:
             await end([*tasks, *([self._ringing] if self._ringing else [])])
             self._thread.shutdown(wait=False)
+            self._beside.shutdown(wait=False)
+
+    async def _hear(self, stop: asyncio.Event) -> None:
+        await stop.wait()
+        self._changed.set()
+
+    def _sound(self) -> None:
+        """Raises what the engine's thread raised."""
+        if self._driving is not None and self._driving.done():
+            self._driving.result()
 
     def _bell(self) -> asyncio.Task[None]:
         """Done when a job may be waiting. The same until it is: one that is given up in between may have rung."""
@@ -127,95 +147,125 @@ class Worker:
             self._ringing = asyncio.create_task(self._broker.queue.wait(self._model, IDLE_S))
         return self._ringing
 
+    # -- claiming ----------------------------------------------------------------------------------------------
+
     async def _turn(self, stop: asyncio.Event) -> None:
+        """Claim what can run now, or next; then wait until that may be more."""
+        self._sound()
+        self._changed.clear()
         try:
-            waiting, claims = await self._broker.queue.take(self._model, self._name)
-            if not waiting and not claims:
-                await _either(self._bell(), stop)
-                return
-            if waiting:
-                claims = await self._broker.queue.claim(self._model, self._name, choose(waiting, self._budget))
+            if not await self._look() and not stop.is_set():
+                company = self._desk.company
+                wait_s = company.look_in() if company else None
+                self._waiting |= await _either(self._bell(), self._changed, wait_s)
         except (RedisError, OSError) as error:
             log.warning("the broker doesn't answer (%s); trying again", type(error).__name__)
             await asyncio.sleep(0.2)
-            return
-        ready: Sequence[Ready] = await self._ready(claims)
-        while ready:
-            ready = await self._together(ready, stop)
 
-    async def _together(self, ready: Sequence[Ready], stop: asyncio.Event) -> Sequence[Ready]:
-        """Run jobs. Returns those that were claimed to come with them and came too late."""
-        engine = asyncio.get_running_loop().run_in_executor
-        self._count(1, len(ready))
-        if not _open(ready):
-            await engine(self._thread, self._run, ready)
-            return ()
-        over = asyncio.Event()
-        company = self._company = Company(ready, self._aside, self._check)
-        inviting = asyncio.create_task(self._invite(company, stop, over))
-        try:
-            await engine(self._thread, self._generate, ready, company)
-        finally:
-            over.set()
-            company.changed.set()
-            await inviting
-            self._company = None
-        return company.close()
-
-    async def _invite(self, company: Company, stop: asyncio.Event, over: asyncio.Event) -> None:
-        """Claim jobs for a generation under way: those that join it, those that come between its steps."""
-        while not over.is_set() and not stop.is_set():
-            company.changed.clear()
-            try:
-                if not company.busy:
-                    await self._offer(company)
-                await _either(self._bell(), company.changed)
-            except (RedisError, OSError) as error:
-                log.warning("the broker doesn't answer (%s); trying again", type(error).__name__)
-                await asyncio.sleep(0.2)
-
-    async def _offer(self, company: Company) -> None:
+    async def _look(self) -> bool:
+        """Whether it claimed jobs and there may be more to claim."""
+        if not self._desk.working:
+            return await self._start()
+        company = self._desk.company
+        if company is None or not self._has_room(company) or not self._waiting:
+            return False
         waiting = await self._broker.queue.peek(self._model)
-        turn = between(waiting, company.footprints, self._budget, joinable=company.joinable)
+        turn = between(waiting, company.state(self._desk.ahead), self._budget)
+        self._waiting = len(turn.refs) < len(waiting) or len(waiting) >= self._settings.batch_jobs
         if not turn.refs:
-            return
-        ready = await self._ready(await self._broker.queue.claim(self._model, self._name, turn.refs))
-        if ready:
-            self._count(not turn.joins, len(ready))
-            company.offer(ready, joins=turn.joins)
+            return False
+        sinks = self._hold(await self._broker.queue.claim(self._model, self._name, turn.refs))
+        ready = await self._loop.run_in_executor(self._beside, self._preparer.ready, sinks)
+        if turn.place is not Place.NEXT:
+            self._count(turn.place is Place.ASIDE, len(ready))
+        at_rest = self._desk.put(ready, turn.place, company)
+        if at_rest:
+            self._begin([], at_rest)
+        return self._more(waiting, len(sinks))
 
-    async def _ready(self, claims: Sequence[Claim]) -> list[Ready]:
-        """Claimed jobs, prepared; those that can't be are ended."""
+    async def _start(self) -> bool:
+        """Give the engine, which is at rest, what is waiting. Whether more may be."""
+        waiting, claims = await self._broker.queue.take(self._model, self._name)
+        if waiting:
+            refs = choose(waiting, self._budget)
+            claims = await self._broker.queue.claim(self._model, self._name, refs)
+        self._waiting = self._more(waiting, len(claims))
+        self._begin(self._hold(claims))
+        return self._waiting
+
+    def _more(self, waiting: Sequence[Waiting], claimed: int) -> bool:
+        """Whether others wait beside those that were claimed."""
+        return claimed > 0 and (claimed < len(waiting) or len(waiting) >= self._settings.batch_jobs)
+
+    def _has_room(self, company: Company) -> bool:
+        """Whether jobs can come while a batch is under way."""
+        if company.overdue:
+            self._desk.aside()
+        return company.open and not company.busy
+
+    def _hold(self, claims: Sequence[Claim]) -> list[JobSink]:
         sinks = [self._sink(claim) for claim in claims]
         self._held |= dict.fromkeys(sinks)
-        ready: list[tuple[JobSink, EngineJob]] = []
-        for sink in sinks:
-            try:
-                ready.append((sink, await self._prepare(sink)))
-            except InterposeError as error:
-                sink.end(error, 0)
-            except OSError as error:
-                log.error("a job can't be read: %s", error)
-                sink.end(InternalError("the server couldn't read the job"), 0)
-        return ready
+        return sinks
 
-    def _run(self, ready: Sequence[tuple[JobSink, EngineJob]]) -> None:
-        """On the engine's thread. Ends are published from here, in one round with the last saves."""
-        outcomes, seconds = self._attempt(ready)
+    async def _give_back(self) -> None:
+        """Put the batch back that was claimed to be next."""
+        sinks = [sink for sink, _ in self._desk.give_back()]
+        try:
+            await self._broker.queue.release(self._name, [(sink.claim.ref, sink.claim.attempt) for sink in sinks])
+        except (RedisError, OSError) as error:
+            log.warning("%d jobs wait until their lease ends (%s)", len(sinks), type(error).__name__)
+        for sink in sinks:
+            self._forget(sink)
+
+    # -- the engine's thread -----------------------------------------------------------------------------------
+
+    def _begin(self, sinks: list[JobSink], ready: list[Ready] | None = None) -> None:
+        """Have the engine run jobs, and whatever is next when it's done."""
+        if not (sinks or ready):
+            return
+        self._desk.begin()
+        self._driving = self._loop.run_in_executor(self._thread, self._drive, sinks, ready or [])
+        self._driving.add_done_callback(self._stopped)
+
+    def _stopped(self, _: object) -> None:
+        self._changed.set()
+        self._empty.set()
+
+    def _drive(self, sinks: list[JobSink], ready: list[Ready]) -> None:
+        ready = ready + self._preparer.ready(sinks)
+        company: Company | None = None
+        while ready or (ready := self._desk.leave(company)):
+            company = Company(ready, self._budget, self._settings.aside_s, self._aside, self._check, self._tell)
+            self._desk.enter(company)
+            self._tell()
+            self._count(1, len(ready))
+            began = time.monotonic()
+            if company.hosting:
+                self._generate(ready, company)
+            else:
+                self._run(ready, company)
+            self._busy_s += time.monotonic() - began
+            ready = []
+            self._tell()
+
+    def _tell(self) -> None:
+        self._loop.call_soon_threadsafe(self._changed.set)
+
+    def _run(self, ready: Sequence[Ready], company: Company | None = None) -> None:
+        """Run jobs to their end. Ends are published from here, in one round with the last saves."""
+        outcomes, seconds = self._attempt(ready, company)
         rows = sum(max(sink.claim.footprint.rows, 1) for sink, _ in ready)
         for (sink, job), outcome in zip(ready, outcomes, strict=True):
             share = seconds * max(sink.claim.footprint.rows, 1) / rows
             if len(ready) > 1 and isinstance(sink.stopped, JobTimeout):
                 # Who took the time isn't known: each that ran out of it has its own, alone.
-                (outcome,), alone_s = self._attempt([(sink, job)])
+                (outcome,), alone_s = self._attempt([(sink, job)], company)
                 share += alone_s
             sink.end(outcome, share)
 
-    def _count(self, batches: int, jobs: int) -> None:
-        self._ran = self._ran[0] + batches, self._ran[1] + jobs
-
     def _generate(self, ready: Sequence[Ready], company: Company) -> None:
-        """On the engine's thread: a generation that others join. Each job's end is told as it comes."""
+        """A generation that others join. Each job's end is told as it comes."""
         for sink, _ in ready:
             sink.start()
         self._running = time.monotonic(), company.sinks
@@ -228,70 +278,41 @@ class Worker:
         self._running = None
 
     def _aside(self, ready: Sequence[Ready]) -> None:
-        """Run jobs between two steps of a generation."""
+        """Run jobs between two forwards of others."""
         before = self._running
         self._run(ready)
         self._running = before
 
-    def _attempt(self, ready: Sequence[tuple[JobSink, EngineJob]]) -> tuple[list[InterposeError | None], float]:
-        """Run jobs together. Returns how each ended, and the seconds it took."""
-        start = time.monotonic()
+    def _attempt(
+        self, ready: Sequence[Ready], company: Company | None
+    ) -> tuple[list[InterposeError | None], float]:
+        """Run jobs together. Returns how each ended, and the seconds it took, without those of who came in between.
+
+        Args:
+            company: who that may be; None for nobody.
+        """
+        start, others_s = time.monotonic(), company.aside_s if company else 0.0
         for sink, _ in ready:
             sink.start()
         self._running = start, [sink for sink, _ in ready]
         try:
-            outcomes = self._runner.run([job for _, job in ready])
+            outcomes = self._runner.run([job for _, job in ready], company)
         except Exception:
             log.exception("the engine failed")
             outcomes = [InternalError("the server failed while running this job") for _ in ready]
         self._check()
         self._running = None
-        return outcomes, time.monotonic() - start
+        others_s = (company.aside_s if company else 0.0) - others_s
+        return outcomes, time.monotonic() - start - others_s
+
+    # -- leases ------------------------------------------------------------------------------------------------
+
+    def _count(self, batches: int, jobs: int) -> None:
+        self._ran = self._ran[0] + batches, self._ran[1] + jobs
 
     def _sink(self, claim: Claim) -> JobSink:
         limits = replace(self._settings.limits, wall_s=min(claim.timeout_s, self._settings.limits.wall_s))
         return JobSink(claim, limits, self._publisher.backlog, self._publisher.put)
-
-    async def _prepare(self, sink: JobSink) -> EngineJob:
-        claim = sink.claim
-        served = self._runner.manifest.revision
-        if claim.revision not in ("", served):
-            # It was checked when it was submitted; since then the worker came back with other weights.
-            raise UnknownModel(
-                f"{self._model} is now served at revision {served[:12]}, and this job was recorded against "
-                f"{claim.revision[:12]}; run it again"
-            )
-        graph = await asyncio.to_thread(self._graph, claim) if claim.blob else self._graph(claim)
-        tensors = await asyncio.to_thread(self._attachments, claim, graph) if graph.attachments else {}
-        exclusive = claim.footprint.exclusive or claim.alone
-        return EngineJob(
-            graph=graph,
-            attachments=tensors,
-            sink=sink,
-            limits=sink.limits,
-            exclusive=exclusive,
-            owner=claim.user,
-        )
-
-    def _graph(self, claim: Claim) -> Graph:
-        payload: bytes | bytearray = claim.payload
-        if claim.blob:
-            reader = self._blobs.open(blob_keys.payload(claim.user, claim.blob))
-            if reader is None:
-                raise InvalidPayload("the job's payload has expired; submit it again")
-            try:
-                payload = bytearray(reader.size)
-                reader.readinto(0, memoryview(payload))
-            finally:
-                reader.close()
-        return decode_graph(msgpack.unpackb(payload), self._settings.limits)
-
-    def _attachments(self, claim: Claim, graph: Graph) -> dict[str, torch.Tensor]:
-        inputs = {sha for run in graph.runs for invoke in run.invokes for sha in invoke.tensors.values()}
-        return {
-            sha: self._shelf.get(claim.user, sha, spec, placed=sha not in inputs)
-            for sha, spec in graph.attachments.items()
-        }
 
     async def _beat(self) -> None:
         """Keep the leases, and hear of jobs that were cancelled."""
@@ -301,8 +322,8 @@ class Worker:
             await self._end_stuck()
             held = {sink.claim.ref: sink for sink in self._held}
             try:
-                ran, self._ran = self._ran, (0, 0)
-                await self._broker.models.beat(self._model, *ran)
+                (ran, self._ran), (busy_s, self._busy_s) = (self._ran, (0, 0)), (self._busy_s, 0.0)
+                await self._broker.models.beat(self._model, *ran, busy_s)
                 pairs = [(ref, sink.claim.attempt) for ref, sink in held.items()]
                 for ref in await self._broker.queue.heartbeat(self._name, pairs) if pairs else ():
                     held[ref].lose()
@@ -314,16 +335,17 @@ class Worker:
         allowed = self._settings.limits.wall_s
         if self._running is None:
             return
-        company = self._company
+        company = self._desk.company
         since = self._running[0] if company is None else max(self._running[0], company.stepped_at)
         if time.monotonic() - since < allowed + STUCK_S:
             return
         log.error("an operation doesn't end; the worker starts anew")
-        sinks = [*self._running[1]]
+        sinks, began = [*self._running[1]], self._running[0]
+        await self._give_back()
         if len(sinks) == 1:
             error = JobTimeout(f"the job ran for more than {allowed:g} s", details={"allowed_s": allowed})
             self._empty.clear()
-            sinks[0].end(error, time.monotonic() - self._running[0])
+            sinks[0].end(error, time.monotonic() - began)
             with suppress(TimeoutError):
                 await asyncio.wait_for(self._empty.wait(), 10)
         self._give_up()
@@ -334,21 +356,14 @@ class Worker:
             self._empty.set()
 
 
-def _open(ready: Sequence[Ready]) -> bool:
-    """Whether jobs are a generation that others can join."""
-    footprints = [sink.claim.footprint for sink, _ in ready]
-    return all(
-        footprint.kind == "generate" and footprint.runs == 1 and not job.exclusive
-        for footprint, (_, job) in zip(footprints, ready, strict=True)
-    )
-
-
-async def _either(bell: asyncio.Task[None], event: asyncio.Event) -> None:
-    """Return when the bell has rung or the event is set; raises what the bell raised. An unrung bell stays."""
+async def _either(bell: asyncio.Task[None], event: asyncio.Event, timeout_s: float | None) -> bool:
+    """Return when the bell has rung, the event is set, or time is up: whether it rang. Raises what the bell raised.
+    An unrung bell stays."""
     waiting = asyncio.create_task(event.wait())
     try:
-        await asyncio.wait([bell, waiting], return_when=asyncio.FIRST_COMPLETED)
+        await asyncio.wait([bell, waiting], timeout=timeout_s, return_when=asyncio.FIRST_COMPLETED)
         if bell.done():
             bell.result()
+        return bell.done()
     finally:
         await end([waiting])

@@ -25,7 +25,10 @@ from ..blobs import LocalBlobs
 from ..broker.connect import Broker, connect
 from ..broker.models import ModelState
 from ..settings import Settings
+from .budget import budget, describe, told
 from .loop import Worker
+from .measure import measure
+from .scheduler import Budget
 from .status import USELESS_TO_RETRY
 
 log = logging.getLogger(__name__)
@@ -76,18 +79,22 @@ async def _main(wanted: argparse.Namespace, settings: Settings) -> None:
             await broker.models.announce(name, wanted.name, ModelState.STOPPED)
             # The thread that loads can't be told to stop, and an orderly exit would wait for it.
             os._exit(0)
-        engine = loading.result()
+        engine, allowed = loading.result()
         device = engine.loaded.device
-        await Worker(
-            name, wanted.name, engine, broker, blobs, settings, lambda tensor: tensor.to(device), _check
-        ).run(stop)
+        worker = Worker(
+            name, wanted.name, engine, broker, blobs, settings, lambda tensor: tensor.to(device), _check,
+            budget=allowed, prepare=engine.prepare,
+        )  # fmt: skip
+        await worker.run(stop)
         stopping.cancel()
         await broker.models.announce(name, wanted.name, ModelState.STOPPED)
     finally:
         await broker.close()
 
 
-async def _load(wanted: argparse.Namespace, broker: Broker, blobs: LocalBlobs, settings: Settings) -> Engine:
+async def _load(
+    wanted: argparse.Namespace, broker: Broker, blobs: LocalBlobs, settings: Settings
+) -> tuple[Engine, Budget]:
     """Load, measure, and tell the gateways. Raises ConfigError, ModelUnavailable."""
     start = time.monotonic()
     _say(f"{wanted.model}: loading from {wanted.source}")
@@ -96,22 +103,25 @@ async def _load(wanted: argparse.Namespace, broker: Broker, blobs: LocalBlobs, s
         loaded: Loaded = await asyncio.to_thread(
             load, wanted.source, name=wanted.model, device=wanted.device, dtype=wanted.dtype
         )
+        measured = await asyncio.to_thread(measure, loaded, settings.measure_s)
     except Exception:
         await broker.models.announce(wanted.model, wanted.name, ModelState.FAILED)
         raise
     finally:
         beat.cancel()
-    engine = Engine(loaded)
+    allowed = budget(measured, settings, shared=loaded.manifest.row_independent)
+    engine = Engine(loaded, allowed.most)
     manifest = replace(loaded.manifest, limits=settings.limits.as_dict())
     tokenizer = ""
     if loaded.tokenizer_bytes is not None:
         tokenizer = hashlib.sha256(loaded.tokenizer_bytes).hexdigest()
         blobs.put(blob_keys.tokenizer(tokenizer), [loaded.tokenizer_bytes], FOREVER_S)
-    await broker.models.publish(wanted.model, wanted.name, manifest, tokenizer)
+    await broker.models.publish(wanted.model, wanted.name, manifest, tokenizer, told(allowed, measured))
     parts = f"{manifest.architecture}, {manifest.dtype}, {len(manifest.blocks)} blocks, on {loaded.device}"
     alone = "" if manifest.row_independent else f"; serves jobs one by one: {manifest.row_note}"
     _say(f"{wanted.model}: ready after {time.monotonic() - start:.1f} s ({parts}){alone}")
-    return engine
+    _say(f"{wanted.model}: {describe(allowed, measured)}")
+    return engine, allowed
 
 
 async def _beat(broker: Broker, model: str) -> None:

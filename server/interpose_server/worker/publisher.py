@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Callable
 
 import msgpack
 from interpose.errors import InternalError, InterposeError, LimitExceeded
@@ -14,7 +12,7 @@ from interpose.wire.tensors import encode_spec
 from redis.exceptions import RedisError
 
 from .. import blob_keys
-from ..blobs import Blobs, Writer
+from ..blobs import Blobs
 from ..broker.queue import Outcome, Queue, Record, Report
 from ..settings import Settings
 from .sink import Backlog, Grown, Item, JobSink, Logged, Saved
@@ -25,8 +23,7 @@ MOST = 256
 """Items of one round: with the inline bound, a few MB at most."""
 
 ROUND_BYTES = 4 << 20
-"""Bytes of one round, but for its last item. A save of as many is told of first and written then: who asks for it
-reads what is there while the rest is written. It is the last of its round, so its job's end is told of later."""
+"""Bytes of one round, but for its last item: what is written is told of before the rest is."""
 
 MOST_INLINED = 64
 """So many times the bound on one inline save may the inline saves of a job take together."""
@@ -35,15 +32,6 @@ MAX_BODY = 1 << 20
 """Bytes of a save's description, its plain values included."""
 
 RETRY_S = 0.2
-
-
-@dataclass(frozen=True, slots=True)
-class _Told:
-    """A save whose event is out before its bytes are."""
-
-    sink: JobSink
-    item: Saved
-    writer: Writer
 
 
 class Publisher:
@@ -65,8 +53,6 @@ class Publisher:
         self._ended = ended
         self._loop = asyncio.get_running_loop()
         self._items: asyncio.Queue[tuple[JobSink, Item]] = asyncio.Queue()
-        self._told: _Told | None = None
-        """What the round's reports tell of and has yet to be written."""
 
     def put(self, sink: JobSink, item: Item) -> None:
         self._loop.call_soon_threadsafe(self._items.put_nowait, (sink, item))
@@ -87,23 +73,19 @@ class Publisher:
             by_job.setdefault(sink, []).append(item)
         reports = [await self._report(sink, items) for sink, items in by_job.items()]
         held = await self._send(reports)
-        told, self._told = self._told, None
         for (sink, items), report, mine in zip(by_job.items(), reports, held, strict=True):
             sink.sent += len(report.records)
-            self.backlog.remove(sum(_size(item) for item in items if told is None or item is not told.item))
+            self.backlog.remove(sum(map(_size, items)))
             if not mine:
                 sink.lose()
             if isinstance(items[-1], Outcome):
                 self._ended(sink)
-        if told is not None:
-            await self._write(told, heard=dict(zip(by_job, held, strict=True))[told.sink])
-            self.backlog.remove(told.item.nbytes)
 
     async def _report(self, sink: JobSink, items: list[Item]) -> Report:
         """What one job's items come to. A save that can't be stored ends the job."""
         claim, records, outcome = sink.claim, list[Record](), None
         for item in items:
-            with _stopping(sink):
+            try:
                 match item:
                     case Saved():
                         records.append(await self._record(sink, item))
@@ -114,6 +96,11 @@ class Publisher:
                         records.append(Record("tokens", msgpack.packb(told)))
                     case Outcome():
                         outcome = Outcome(item.error or sink.stopped, item.seconds)
+            except InterposeError as error:
+                sink.stop(error)
+            except OSError as error:
+                log.error("a result can't be stored: %s", error)
+                sink.stop(InternalError("the server couldn't store a result"))
         return Report(claim.ref, self._worker, claim.attempt, sink.sent, records, outcome)
 
     async def _record(self, sink: JobSink, item: Saved) -> Record:
@@ -136,26 +123,8 @@ class Publisher:
         # Longer than the job: its time to live starts only when it ends.
         ttl_s = self._settings.result_ttl_s + sink.limits.wall_s + 60
         key = blob_keys.result(sink.claim.user, name)
-        if item.nbytes >= ROUND_BYTES:
-            assert self._told is None
-            writer = await asyncio.to_thread(self._blobs.writer, key, item.nbytes, ttl_s, shown=True)
-            self._told = _Told(sink, item, writer)
-        else:
-            await asyncio.to_thread(lambda: self._blobs.put(key, item.parts(), ttl_s))
+        await asyncio.to_thread(lambda: self._blobs.put(key, item.parts(), ttl_s))
         return Record("save", body, blob=name)
-
-    async def _write(self, told: _Told, *, heard: bool) -> None:
-        """The bytes of a save that was told of, if anybody heard. Where they can't be stored, the job ends."""
-
-        def work() -> None:
-            with told.writer as writer:
-                if heard:
-                    for part in told.item.parts():
-                        writer.write(part)
-                    writer.commit()
-
-        with _stopping(told.sink):
-            await asyncio.to_thread(work)
 
     async def _send(self, reports: list[Report]) -> list[bool]:
         """Report until the broker takes it: what was computed isn't thrown away because it restarts."""
@@ -165,18 +134,6 @@ class Publisher:
             except (RedisError, OSError) as error:
                 log.warning("the broker doesn't answer (%s); trying again", type(error).__name__)
                 await asyncio.sleep(RETRY_S)
-
-
-@contextmanager
-def _stopping(sink: JobSink) -> Iterator[None]:
-    """End the job if its values can't be stored."""
-    try:
-        yield
-    except InterposeError as error:
-        sink.stop(error)
-    except OSError as error:
-        log.error("a result can't be stored: %s", error)
-        sink.stop(InternalError("the server couldn't store a result"))
 
 
 def _size(item: Item) -> int:

@@ -9,11 +9,11 @@ else
 end
 local found = {}
 for _, ref in ipairs(refs) do
-    local job = redis.call('HMGET', JOB(ref), 'status', 'worker', 'attempt')
+    local job = redis.call('HMGET', JOB(ref), 'status', 'worker', 'attempt', 'spared')
     if job[1] ~= 'running' then
         redis.call('ZREM', LEASES, ref)
     elseif worker == '' or job[2] == worker then
-        local over = tonumber(job[3]) >= most
+        local over = tonumber(job[3]) - tonumber(job[4] or 0) >= most
         if over then become(ref, 'failed', ARGV[3], tonumber(ARGV[4])) else become(ref, 'queued') end
         table.insert(found, ref)
         table.insert(found, over and 'failed' or 'queued')

@@ -1,0 +1,56 @@
+"""What batches of a model may hold: as measured, unless an operator says otherwise."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from ..settings import Settings
+from .cost import Cost
+from .measure import Measured
+from .scheduler import Budget
+
+MOST_TOKENS = 16_384
+"""Of a forward, where none was measured beyond which more gain nothing."""
+
+
+MEMORY_BYTES = 8 << 30
+
+
+def budget(measured: Measured, settings: Settings, *, shared: bool) -> Budget:
+    """`shared`: whether jobs of this model may share forwards at all."""
+    return Budget(
+        jobs=settings.batch_jobs if shared else 1,
+        rows=settings.batch_rows,
+        tokens=settings.batch_tokens or measured.tokens or MOST_TOKENS,
+        memory_bytes=settings.batch_memory_bytes or measured.memory_bytes,
+        seconds=settings.batch_s,
+        cost=measured.cost,
+    )
+
+
+def unmeasured(settings: Settings, *, shared: bool) -> Budget:
+    """The same where nothing is known of the model's speed, and all that is free isn't."""
+    return budget(Measured(None, MEMORY_BYTES, Cost()), settings, shared=shared)
+
+
+def told(allowed: Budget, measured: Measured) -> dict[str, Any]:
+    """For the status page and `GET /v1/models`."""
+    return {
+        "forward_tokens": allowed.most,
+        "batch_jobs": allowed.jobs,
+        "batch_rows": allowed.rows,
+        "batch_mb": allowed.memory_bytes >> 20,
+        "batch_s": allowed.seconds,
+        "measured": measured.to_plain(),
+    }
+
+
+def describe(allowed: Budget, measured: Measured) -> str:
+    """One line for the log."""
+    cost = allowed.cost
+    took = f"; measured in {measured.took_s:.1f} s" if measured.took_s else "; not measured"
+    return (
+        f"up to {allowed.most:,} tokens a forward ({cost.forward(allowed.most):.2g} s; one row of 16 "
+        f"{cost.forward(16) * 1e3:.2g} ms, a step of a generation {cost.step(1) * 1e3:.2g} ms), "
+        f"{allowed.memory_bytes / 2**30:.1f} GB a batch{took}"
+    )
