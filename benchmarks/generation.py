@@ -36,7 +36,8 @@ def measure(effort: Effort) -> Iterator[Row]:
         measures = [together, *works, partial(seconds, partial(generate, plain, SEQUENCES))]
         ours, one_job, here, beside = interleaved(effort.generations, *measures, warm=0)
         yield from together_rows(ours, one_job, here, beside)
-        yield from apart(clients, plain, effort, median(beside))
+        if effort.arrivals:
+            yield from apart(clients, plain, effort, median(beside))
 
 
 def together_rows(ours: list[float], one_job: list[float], here: list[float], beside: list[float]) -> Iterator[Row]:

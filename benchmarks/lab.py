@@ -47,6 +47,12 @@ _KEPT = ExitStack()
 
 
 @cache
+def tiny_server() -> serving.Served:
+    """One that parts share, with room for many connections."""
+    return _KEPT.enter_context(served(TINY, tiny(), {"INTERPOSE_SERVER_STREAMS_PER_USER": "2000"}))
+
+
+@cache
 def smol_server() -> serving.Served:
     """One that all parts share. It takes long to load."""
     return _KEPT.enter_context(served(SMOL, smol()))
@@ -54,6 +60,7 @@ def smol_server() -> serving.Served:
 
 def close() -> None:
     """End what is shared."""
+    tiny_server.cache_clear()
     smol_server.cache_clear()
     _KEPT.close()
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from cost import cpu
 from interpose import LanguageModel
-from lab import PROMPT, TINY, bare, served, tiny
+from lab import PROMPT, TINY, bare, tiny, tiny_server
 from reference import reference
 from table import Row, ms
 from timing import Effort, added, interleaved, percentile, ratio, seconds
@@ -18,7 +18,8 @@ from trips import trips
 
 def measure(effort: Effort) -> Iterator[Row]:
     folder = tiny()
-    with served(TINY, folder) as server, reference() as ports, trips(*ports) as away:
+    server = tiny_server()
+    with reference() as ports, trips(*ports) as away:
         model = LanguageModel(TINY, host=server.host, api_key=server.key)
         works = (partial(trace, model), forward(folder), away.empty)
         measures = [partial(seconds, work) for work in works]

@@ -1,4 +1,4 @@
-"""`make bench`: measures, prints one table, and keeps it in results/. `--quick` takes less than a minute.
+"""`make bench`: measures for ten minutes, prints one table, and keeps it in results/. `--quick` takes about two.
 
 Nothing here passes or fails: figures stand beside what the machine can do without us, taken in the same minutes.
 """
@@ -38,10 +38,10 @@ from timing import FULL, QUICK  # noqa: E402
 
 PARTS = {
     "local": local,
+    "memory": memory,
     "latency": latency,
     "transfer": transfer,
     "startup": startup,
-    "memory": memory,
     "early": early,
     "steering": steering,
     "sweep": sweep,
@@ -58,7 +58,7 @@ protocol replayed: p50 42 ms, 28 requests/s."""
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="Measure Interpose beside what it stands on.")
-    parser.add_argument("--quick", action="store_true", help="less than a minute; rougher figures")
+    parser.add_argument("--quick", action="store_true", help="two minutes, rougher figures; nothing is kept")
     parser.add_argument("--only", nargs="+", choices=PARTS, default=list(PARTS), help="some parts; nothing is kept")
     wanted = parser.parse_args()
     CONFIG.progress = False

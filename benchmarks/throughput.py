@@ -15,7 +15,6 @@ from timing import Effort, interleaved, ratio, seconds
 
 from client import TOKENS
 
-CLIENTS = (1, 8, 32, 128)
 FEW = 8
 
 
@@ -24,19 +23,19 @@ def measure(effort: Effort) -> Iterator[Row]:
     batch = best_batch(folder, effort.batches)
     plain, time_s = bare(folder, CORES), effort.round_s
     rows = (1, FEW, batch)
-    with crowd(smol_server(), max(CLIENTS)) as clients:
-        measures = [partial(jobs_per_s, clients, number, time_s) for number in CLIENTS]
+    with crowd(smol_server(), max(effort.clients)) as clients:
+        measures = [partial(jobs_per_s, clients, number, time_s) for number in effort.clients]
         measures += [partial(forwards_per_s, plain, size, time_s / 3) for size in rows]
         measures.append(partial(forwards_per_s, plain, batch, time_s / 3, logits_to_keep=1))
         *ours, one, few, best, short = interleaved(effort.rounds, *measures, warm=0)
-    for number, found in zip(CLIENTS, ours, strict=True):
+    for number, found in zip(effort.clients, ours, strict=True):
         yield Row(
             f"{number} client{'s' * (number > 1)}", f"{median(found):.1f} jobs/s",
             f"bare forward of {batch} rows, {median(best):.1f} rows/s", f"{ratio(found, best):.2f} of its rate",
             f"SmolLM2-135M, {TOKENS} tokens, clients on the same cores; with the last token's logits alone it does "
             f"{median(short):.1f}",
         )  # fmt: skip
-    alone, eight = ours[0], ours[CLIENTS.index(FEW)]
+    alone, eight = ours[0], ours[effort.clients.index(FEW)]
     yield Row(
         f"{FEW} clients beside one alone", f"{ratio(eight, alone):.1f}x",
         f"a bare forward of {FEW} rows beside one of one, {ratio(few, one):.1f}x", "",

@@ -47,11 +47,13 @@ class Effort:
 
     traces: int
     transfers: int
+    large_transfers: int
     locals: int
     starts: int
     rounds: int
     round_s: float
     batches: tuple[int, ...]
+    clients: tuple[int, ...]
     generations: int
     arrivals: int
     steerings: int
@@ -61,11 +63,12 @@ class Effort:
 
 
 FULL = Effort(
-    **{"traces": 300, "transfers": 15, "locals": 200, "starts": 3, "rounds": 4, "round_s": 3.0},
-    **{"batches": (8, 16, 32, 64), "generations": 4, "arrivals": 3, "steerings": 15, "reads": 60, "sweeps": 3},
-    loop_layers=6,
+    **{"traces": 300, "transfers": 15, "large_transfers": 4, "locals": 200, "starts": 3},
+    **{"rounds": 4, "round_s": 3.0, "batches": (8, 16, 32, 64), "clients": (1, 8, 32, 128)},
+    **{"generations": 4, "arrivals": 3, "steerings": 15, "reads": 60, "sweeps": 3, "loop_layers": 6},
 )
 QUICK = Effort(
-    **{"traces": 60, "transfers": 4, "locals": 40, "starts": 1, "rounds": 1, "round_s": 1.5, "batches": (32,)},
-    **{"generations": 1, "arrivals": 1, "steerings": 4, "reads": 15, "sweeps": 1, "loop_layers": 1},
+    **{"traces": 60, "transfers": 4, "large_transfers": 1, "locals": 40, "starts": 1},
+    **{"rounds": 1, "round_s": 1.5, "batches": (32,), "clients": (1, 8, 32)},
+    **{"generations": 1, "arrivals": 0, "steerings": 4, "reads": 15, "sweeps": 1, "loop_layers": 1},
 )

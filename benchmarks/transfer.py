@@ -7,25 +7,23 @@ from functools import partial
 from statistics import median
 
 from interpose import LanguageModel
-from lab import PROMPT, TINY, served, tiny
+from lab import PROMPT, TINY, tiny_server
 from reference import reference
 from table import Row, mb_s
 from timing import Effort, interleaved, ratio, seconds
 from trips import trips
 
-SIZES = {64 << 20: 1, 512 << 20: 4}
-"""Bytes -> of how many rounds one is spent on it."""
 WIDE = 64
 """The tiny model's width. One column of it, spread to so many bytes of float32, is what is saved."""
 
 
 def measure(effort: Effort) -> Iterator[Row]:
-    with served(TINY, tiny()) as server, reference() as ports, trips(*ports) as away:
+    server = tiny_server()
+    with reference() as ports, trips(*ports) as away:
         model = LanguageModel(TINY, host=server.host, api_key=server.key)
-        for size, part in SIZES.items():
+        for size, rounds in ((64 << 20, effort.transfers), (512 << 20, effort.large_transfers)):
             works = (partial(save, model, size), partial(away.websocket, size), partial(away.tcp, size))
-            rounds = max(effort.transfers // part, 1)
-            ours, websocket, tcp = interleaved(rounds, *(partial(seconds, work) for work in works))
+            ours, websocket, tcp = interleaved(rounds, *(partial(seconds, work) for work in works), warm=rounds > 1)
             for name, beside in (("raw websocket", websocket), ("raw TCP", tcp)):
                 yield Row(
                     f"a save of {size >> 20} MB", mb_s(size, median(ours)), f"{name} {mb_s(size, median(beside))}",
