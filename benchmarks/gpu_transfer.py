@@ -17,8 +17,8 @@ from gpu_link import Link, link
 from gpu_model import Bench
 from interpose import LanguageModel
 from interpose.runtime.engine import EngineJob
-from interpose.wire.tensors import encode_tensor
 from interpose.wire.trees import flatten
+from interpose_server.worker.leaving import leave
 from recording import recorded
 from table import Row, mb_s, ms
 from timing import added, ratio
@@ -54,7 +54,7 @@ def to_link(bench: Bench) -> Iterator[Row]:
         works = [partial(away, bench, graph, line), partial(bench.forward, ids, logits_to_keep=1)]
         ours, plain, fast, slow, raw = bench.times(*works, pinned, pageable, partial(raw_tcp, line, sent))
     more = [a - b for a, b in zip(ours, plain, strict=True)]
-    note = f"{size / 1e6:.0f} MB, all layers of {tokens} tokens, encoded by the engine's sink, sent by a thread"
+    note = f"{size / 1e6:.0f} MB, all layers of {tokens} tokens, leaving the device as on a server, sent by a thread"
     yield Row(
         "a forward whose every layer reaches another process", ms(median(ours)),
         f"the bare forward, {ms(median(plain))}", f"{ms(added(ours, plain))} added", note,
@@ -84,12 +84,12 @@ def away(bench: Bench, graph: Any, line: Link) -> None:
         def save(self, node: int, value: Any) -> None:
             _, tensors = flatten(value)
             for tensor in tensors:
-                waiting.put(encode_tensor(tensor).data)
+                waiting.put(leave(tensor))
 
     def send() -> None:
         line.announce(bench.size)
-        while (data := waiting.get()) is not None:
-            line.send(data)
+        while (value := waiting.get()) is not None:
+            line.send(value.data())
         line.arrived()
 
     # What goes wrong ends the script; a thread that waits for the rest must not keep it.
