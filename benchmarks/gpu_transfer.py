@@ -54,9 +54,7 @@ def to_link(bench: Bench) -> Iterator[Row]:
         works = [partial(away, bench, graph, line), partial(bench.forward, ids, logits_to_keep=1)]
         ours, plain, fast, slow, raw = bench.times(*works, pinned, pageable, partial(raw_tcp, line, sent))
     more = [a - b for a, b in zip(ours, plain, strict=True)]
-    note = (
-        f"{size / 1e6:.0f} MB, all layers of {tokens} tokens, leaving as on a server, sent by a thread"
-    )
+    note = f"{size / 1e6:.0f} MB, all layers of {tokens} tokens, leaving as on a server, sent by a thread"
     yield Row(
         "a forward whose every layer reaches another process", ms(median(ours)),
         f"the bare forward, {ms(median(plain))}", f"{ms(added(ours, plain))} added", note,
