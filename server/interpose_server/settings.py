@@ -42,6 +42,7 @@ class Settings(BaseSettings):
         backlog_bytes: what a worker holds of saves not yet published before its engine waits.
         inline_bytes: saves and payloads up to this size go through the broker, larger ones through the blob store.
         grace_s: how long a running batch may take to finish when the server stops.
+        streams_per_user, downloads_per_user: open at once on one gateway process.
         metrics_open: whether /metrics answers without an admin's key.
     """
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -35,6 +36,13 @@ def apart(lab: Lab) -> Lab:
 
 def fetching() -> list[threading.Thread]:
     return [thread for thread in threading.enumerate() if thread.name == "interpose-fetch"]
+
+
+def until(true: Callable[[], Any]) -> None:
+    deadline = time.monotonic() + 5
+    while not true():
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
 
 
 def test_large_ones_are_fetched_and_small_ones_come_along(apart: Lab) -> None:
@@ -143,11 +151,19 @@ def test_a_job_that_ends_within_a_fetch_ends_at_once(apart: Lab, ending: str) ->
     began = time.monotonic()
     with pytest.raises(OpFailed if error else JobCancelled):
         run_remote(GRAPH, "m", {})
-    deadline = time.monotonic() + 5
-    while fetching() and time.monotonic() < deadline:
-        time.sleep(0.01)
-    assert not fetching()
+    until(lambda: not fetching())
     assert time.monotonic() - began < 5
+
+
+def test_an_interrupted_wait_leaves_no_fetch_behind(apart: Lab) -> None:
+    apart.faults = [partial(part_of, drop=1 << 20, stall=True)]
+    job = submit_remote(GRAPH, "m", {})
+    until(lambda: apart.fetched)
+    assert fetching()
+    job.interrupt()
+    until(lambda: not fetching())
+    assert apart.cancelled == {job.id}
+    assert torch.equal(run_remote(GRAPH, "m", {})[1], LARGE)
 
 
 def test_an_attempt_that_was_given_up_leaves_nothing(apart: Lab) -> None:

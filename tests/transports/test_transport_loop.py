@@ -2,9 +2,12 @@ import asyncio
 import subprocess
 import sys
 import threading
+from functools import partial
 
+import numpy as np
 import pytest
 from interpose.transports.loop import Background, background
+from scripted_lab import part_of
 
 
 def test_one_loop_a_process():
@@ -38,13 +41,21 @@ def test_closing_ends_tasks_and_thread():
     assert not own.thread.is_alive()
 
 
-def test_the_interpreter_ends_without_a_word(lab):
-    """With a websocket open, a job in progress, and warnings on."""
-    lab.hold.set()
+@pytest.mark.parametrize("fetching", [False, True])
+def test_the_interpreter_ends_without_a_word(lab, fetching):
+    """With a websocket open, a job in progress or its large save half here, and warnings on."""
+    if fetching:
+        lab.apart, lab.values = True, {1: np.zeros(4 << 20, np.uint8)}
+        lab.faults = [partial(part_of, drop=1 << 20, stall=True)]
+    else:
+        lab.hold.set()
     code = f"""
+import threading
 from scripted_lab import GRAPH
 from interpose.client import submit_remote
 job = submit_remote(GRAPH, "m", {{}}, host={lab.url!r}, api_key="secret")
+while {fetching} and not any(thread.name == "interpose-fetch" for thread in threading.enumerate()):
+    pass
 """
     here = str(__import__("pathlib").Path(__file__).parent)
     done = subprocess.run(
