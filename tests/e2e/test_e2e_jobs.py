@@ -111,27 +111,27 @@ def listed(lab: Served) -> list[Any]:
 
 
 @contextmanager
-def proxied(lab: Served, cut: list[int]) -> Iterator[str]:
-    """The server's address through a proxy that resets the n-th connection with a stream after cut[n] bytes."""
+def proxied(lab: Served, cut: list[int], path: bytes) -> Iterator[str]:
+    """The server's address through a proxy that resets the n-th connection asked for `path` after cut[n] bytes."""
     host, port = lab.host.removeprefix("http://").split(":")
     listener = socket.create_server(("127.0.0.1", 0))
-    threading.Thread(target=_accept, args=(listener, (host, int(port)), cut), daemon=True).start()
+    threading.Thread(target=_accept, args=(listener, (host, int(port)), cut, path), daemon=True).start()
     yield f"127.0.0.1:{listener.getsockname()[1]}"
     listener.close()
 
 
-def _accept(listener: socket.socket, target: tuple[str, int], cut: list[int]) -> None:
+def _accept(listener: socket.socket, target: tuple[str, int], cut: list[int], path: bytes) -> None:
     with suppress(OSError):
         while True:
             client, _ = listener.accept()
-            threading.Thread(target=_serve, args=(client, target, cut), daemon=True).start()
+            threading.Thread(target=_serve, args=(client, target, cut, path), daemon=True).start()
 
 
-def _serve(client: socket.socket, target: tuple[str, int], cut: list[int]) -> None:
+def _serve(client: socket.socket, target: tuple[str, int], cut: list[int], path: bytes) -> None:
     head = client.recv(65536)
     server = socket.create_connection(target)
     server.sendall(head)
-    most = cut.pop(0) if b"/v1/stream" in head and cut else None
+    most = cut.pop(0) if path in head and cut else None
     threading.Thread(target=_pump, args=(client, server, None), daemon=True).start()
     _pump(server, client, most)
 
@@ -152,9 +152,13 @@ def _pump(source: socket.socket, target: socket.socket, most: int | None) -> Non
         end.close()
 
 
-def test_a_connection_that_breaks_within_a_large_result(lab: Served) -> None:
+@pytest.mark.parametrize("path", [b"/v1/stream", b"/saves/"], ids=["streamed", "fetched"])
+def test_a_connection_that_breaks_within_a_large_result(
+    lab: Served, path: bytes, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("interpose.transports.socket.direct", lambda server: path == b"/saves/")
     cut = [20 << 20, 5 << 20, 300]
-    with proxied(lab, cut) as address:
+    with proxied(lab, cut, path) as address:
         model = LanguageModel("tiny-gpt2", host=address, api_key=lab.key)
         factors = np.arange(1 << 18, dtype=np.float32)[:, None]
         with model.trace(PROMPT, remote=True):
