@@ -13,7 +13,7 @@ from interpose_server.settings import Settings
 from interpose_server.worker import memory
 from interpose_server.worker.budget import budget, describe, told
 from interpose_server.worker.cost import Cost
-from interpose_server.worker.measure import Measured, estimate, measure
+from interpose_server.worker.measure import Measured, _knee, estimate, measure
 from interpose_server.worker.scheduler import Load
 from models import tiny
 from transformers import AutoModelForCausalLM
@@ -90,3 +90,11 @@ def test_on_a_gpu_bytes_a_token_are_what_the_allocator_gave() -> None:
     with torch.no_grad():
         model(torch.ones(64, 64, dtype=torch.int64, device="cuda"), use_cache=False)
     assert torch.cuda.max_memory_allocated() - before <= 1.5 * load_.tokens * found.cost.token_bytes
+
+
+def test_a_slow_moment_is_not_taken_for_the_end_of_what_more_rows_gain(tmp_path: Path) -> None:
+    """Ten times too slow throughout, and no cheaper with more rows up to 256 tokens: jobs share all the same."""
+    assert _knee([(16, 0.1), (32, 0.4), (64, 0.9), (128, 2.0), (256, 3.0), (512, 5.0), (1024, 9.9)]) == 256
+    slow = Measured(None, 10 << 30, Cost(0.4, 0.04, 0.5, 0.1))
+    allowed = budget(slow, Settings(data_dir=tmp_path), shared=True)
+    assert allowed.most >= 8 * 16 and allowed.seconds > 8

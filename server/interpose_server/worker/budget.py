@@ -6,25 +6,30 @@ from typing import Any
 
 from ..settings import Settings
 from .cost import Cost
-from .measure import Measured
+from .measure import LENGTH, Measured
 from .scheduler import Budget
 
 MOST_TOKENS = 16_384
 """Of a forward, where none was measured beyond which more gain nothing."""
 
 
+ROWS = 8
+"""So many short rows a forward may always hold: on a machine too slow for `batch_s`, or slow just while it was
+measured, jobs go on sharing forwards."""
+
 MEMORY_BYTES = 8 << 30
 
 
 def budget(measured: Measured, settings: Settings, *, shared: bool) -> Budget:
     """`shared`: whether jobs of this model may share forwards at all."""
+    cost = measured.cost
     return Budget(
         jobs=settings.batch_jobs if shared else 1,
         rows=settings.batch_rows,
         tokens=settings.batch_tokens or measured.tokens or MOST_TOKENS,
         memory_bytes=settings.batch_memory_bytes or measured.memory_bytes,
-        seconds=settings.batch_s,
-        cost=measured.cost,
+        seconds=max(settings.batch_s, ROWS * cost.forward(LENGTH), ROWS * cost.step(1)),
+        cost=cost,
     )
 
 

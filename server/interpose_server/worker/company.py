@@ -28,6 +28,10 @@ LEAD = 0.4
 LEAD_S = 0.02
 """The same for short ones."""
 
+_LEAST, _MOST, _NEW = 0.05, 5.0, 0.3
+"""Between what the pace is sought, and what the last batch counts for. Forwards that end early take less than was
+foreseen, those of a busy machine more."""
+
 
 class Company:
     """The jobs of one batch, and those that come while it runs.
@@ -36,6 +40,7 @@ class Company:
         begun: the jobs it begins with.
         budget: what may run together.
         patience_s: how long others that could come wait at most, after some came.
+        pace: of late, batches took so many times what was foreseen.
         aside: runs jobs to their end, on the engine's thread.
         check: raises if the device is broken, so that no job's failure is told which may be another's.
         tell: called when there may be room, or something that was offered has been taken.
@@ -46,6 +51,7 @@ class Company:
         begun: Sequence[Ready],
         budget: Budget,
         patience_s: float,
+        pace: float,
         aside: Callable[[Sequence[Ready]], None],
         check: Callable[[], None] = lambda: None,
         tell: Callable[[], None] = lambda: None,
@@ -77,7 +83,8 @@ class Company:
         self._began = time.monotonic()
         footprints = [sink.claim.footprint for sink, _ in begun]
         self._short = not self.hosting and budget.short(footprints)
-        self._takes_s = budget.takes(footprints)
+        self._foreseen_s = budget.takes(footprints)
+        self._takes_s = self._foreseen_s * pace
         self.stepped_at = self._began
         """When the engine last came to the end of a step."""
         for ready in begun:
@@ -141,6 +148,13 @@ class Company:
         if self._short:
             moments += [at for at in (self._ends_from(), self._due_s()) if at > now]
         return max(min(moments, default=now + 60) - now, 0.001)
+
+    def pace(self, before: float) -> float:
+        """Now that it is over, how many times what was foreseen batches take; `before`: what that was so far."""
+        took_s = time.monotonic() - self._began - self.aside_s
+        if self.hosting or not self._short or not self._foreseen_s:
+            return before
+        return before + (min(max(took_s / self._foreseen_s, _LEAST), _MOST) - before) * _NEW
 
     def close(self) -> list[Ready]:
         """The batch is over: what was offered and not taken, still to be run."""

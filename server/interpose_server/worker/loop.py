@@ -100,6 +100,8 @@ class Worker:
         """Batches and jobs run since the last heartbeat."""
         self._busy_s = 0.0
         """How long the engine has worked since then."""
+        self._pace = 1.0
+        """How many times what was foreseen batches take."""
         self._empty = asyncio.Event()
         self._waiting = True
         """Whether jobs may be waiting that nobody has looked at, or that couldn't be taken yet."""
@@ -236,7 +238,9 @@ class Worker:
         ready = ready + self._preparer.ready(sinks)
         company: Company | None = None
         while ready or (ready := self._desk.leave(company)):
-            company = Company(ready, self._budget, self._settings.aside_s, self._aside, self._check, self._tell)
+            company = Company(
+                ready, self._budget, self._settings.aside_s, self._pace, self._aside, self._check, self._tell
+            )
             self._desk.enter(company)
             self._tell()
             self._count(1, len(ready))
@@ -246,6 +250,7 @@ class Worker:
             else:
                 self._run(ready, company)
             self._busy_s += time.monotonic() - began
+            self._pace = company.pace(self._pace)
             ready = []
             self._tell()
 

@@ -29,11 +29,15 @@ log = logging.getLogger(__name__)
 LENGTH = 16
 """Tokens of each row. Shorter than most prompts, so that what a forward costs beside its tokens shows."""
 
+LEAST = 256
+"""Tokens below which nothing counts as the end of what more rows gain. Others use the machine too: to take a slow
+moment for that end would cost far more than to miss it."""
+
 GAIN = 0.05
 """A doubling of rows that makes tokens less than this much cheaper is the last."""
 
 TWICE = 2
-"""Doublings in a row that must gain nothing: others use the machine too, and one slow forward says little."""
+"""Doublings in a row that must gain nothing."""
 
 ROWS = 8
 """So many are tried whatever time it takes: from less, nothing can be told."""
@@ -127,7 +131,8 @@ class _Trial:
             except (torch.OutOfMemoryError, MemoryError):
                 return points, "memory", taken
             taken = max(peak // tokens, 0) or taken
-            flat = flat + 1 if points and _rate(tokens, spent) < (1 + GAIN) * _best(points) else 0
+            gained = not points or tokens <= LEAST or _rate(tokens, spent) >= (1 + GAIN) * _best(points)
+            flat = 0 if gained else flat + 1
             points.append((tokens, spent))
             if flat == TWICE:
                 return points, "knee", taken
@@ -242,4 +247,4 @@ def _best(points: Sequence[tuple[int, float]]) -> float:
 def _knee(points: Sequence[tuple[int, float]]) -> int:
     """The fewest tokens of those timed that are about as cheap, each, as they get."""
     best = _best(points)
-    return min(tokens for tokens, spent in points if _rate(tokens, spent) >= best / (1 + GAIN))
+    return max(min(tokens for tokens, spent in points if _rate(tokens, spent) >= best / (1 + GAIN)), LEAST)
