@@ -80,6 +80,8 @@ class Company:
         """Whether more can join: not where the model's cache has no room for other rows."""
         self.aside_s = 0.0
         """Time that others had."""
+        self.done = False
+        """Whether the engine has done with it, and waits for who may come to the next batch."""
         self._began = time.monotonic()
         footprints = [sink.claim.footprint for sink, _ in begun]
         self._short = not self.hosting and budget.short(footprints)
@@ -134,12 +136,17 @@ class Company:
     @property
     def open(self) -> bool:
         """Whether anybody can come: not to a job under suspicion, and not before a short batch's last part."""
-        return not self._suspect and not (self._short and time.monotonic() < self._ends_from())
+        return not self._suspect and (self.done or not (self._short and time.monotonic() < self._ends_from()))
+
+    @property
+    def plain(self) -> bool:
+        """Whether it is done at one go: nobody comes in between, and no job is under suspicion."""
+        return self._short and not self._suspect
 
     @property
     def overdue(self) -> bool:
         """Whether a batch that was to be short isn't: who waits for its end has a forward in between."""
-        return self._short and time.monotonic() > self._due_s()
+        return self._short and not self.done and time.monotonic() > self._due_s()
 
     def look_in(self) -> float:
         """Seconds after which the scheduler may decide otherwise, though nobody comes or goes."""
@@ -167,7 +174,7 @@ class Company:
         return left
 
     def _ending(self, now: float) -> bool:
-        return self._short and self._ends_from() <= now <= self._due_s()
+        return self.done or (self._short and self._ends_from() <= now <= self._due_s())
 
     def _ends_from(self) -> float:
         return self._began + self._takes_s - max(LEAD * self._takes_s, LEAD_S)

@@ -17,6 +17,7 @@ class Desk:
     def __init__(self, budget: Budget) -> None:
         self._budget = budget
         self._lock = threading.Lock()
+        self._came = threading.Condition(self._lock)
         self._company: Company | None = None
         self._working = False
         self._first: deque[list[Ready]] = deque()
@@ -58,9 +59,17 @@ class Desk:
                 return [*ready]
             if place is Place.NEXT:
                 self._ahead += ready
+                self._came.notify()
             else:
                 self._first.extend(self._batches(ready))
             return []
+
+    def gather(self, jobs: int, seconds: float) -> int:
+        """Wait until the next batch has so many jobs, but no longer than so many seconds. Returns how many came."""
+        with self._came:
+            before = len(self._ahead)
+            self._came.wait_for(lambda: len(self._ahead) >= jobs, seconds)
+            return len(self._ahead) - before
 
     def leave(self, company: Company | None) -> list[Ready]:
         """A batch is over. Returns the next; nothing if there is none."""

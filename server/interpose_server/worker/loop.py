@@ -27,6 +27,7 @@ from ..tasks import end
 from .budget import unmeasured
 from .company import Company, Ready
 from .desk import Desk
+from .patience import Patience
 from .prepare import Preparer
 from .publisher import Publisher
 from .scheduler import Budget, Place, between, choose
@@ -90,6 +91,7 @@ class Worker:
         self._give_up = give_up
         self._budget = budget or unmeasured(settings, shared=runner.manifest.row_independent)
         self._desk = Desk(self._budget)
+        self._patience = Patience(self._budget)
         shelf = Shelf(blobs, settings.shelf_bytes, place)
         self._preparer = Preparer(model, runner.manifest, blobs, shelf, settings, prepare)
         self._running: tuple[float, Collection[JobSink]] | None = None
@@ -237,7 +239,7 @@ class Worker:
     def _drive(self, sinks: list[JobSink], ready: list[Ready]) -> None:
         ready = ready + self._preparer.ready(sinks)
         company: Company | None = None
-        while ready or (ready := self._desk.leave(company)):
+        while ready or (ready := self._next(company)):
             company = Company(
                 ready, self._budget, self._settings.aside_s, self._pace, self._aside, self._check, self._tell
             )
@@ -253,6 +255,20 @@ class Worker:
             self._pace = company.pace(self._pace)
             ready = []
             self._tell()
+
+    def _next(self, company: Company | None) -> list[Ready]:
+        """The next batch, with those who come again as soon as the last one's jobs have ended."""
+        if company is not None and company.plain:
+            company.done = True
+            if self._waiting and not self._desk.ahead:  # it ended before the next batch was due to be claimed
+                self._tell()
+                self._desk.gather(1, self._patience.most_s)
+            ahead = [sink.claim.footprint for sink, _ in self._desk.ahead]
+            jobs, wait_s = self._patience.asked(company.footprints, ahead)
+            if wait_s:
+                self._tell()
+                self._patience.told(self._desk.gather(jobs, wait_s))
+        return self._desk.leave(company)
 
     def _tell(self) -> None:
         self._loop.call_soon_threadsafe(self._changed.set)

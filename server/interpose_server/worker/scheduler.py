@@ -162,7 +162,7 @@ def choose(waiting: Sequence[Waiting], budget: Budget) -> list[str]:
     first, *others = waiting
     if not _shares(first):
         return [first.ref]
-    alike = [job for job in others if _shares(job) and _alike(first.footprint, job.footprint)]
+    alike = [job for job in others if _shares(job) and like_each_other(first.footprint, job.footprint)]
     plan = first.footprint.kind == "trace"
     if plan:
         lengths = _together([first, *alike], budget)
@@ -227,7 +227,7 @@ def _joining(
     refs = []
     for job in waiting:
         more = load.plus(job.footprint, budget.cost)
-        if not (_shares(job) and _alike(like, job.footprint) and more.within(budget)):
+        if not (_shares(job) and like_each_other(like, job.footprint) and more.within(budget)):
             continue
         apart = load.seconds(budget.cost) + _apart(job.footprint, budget)
         if paying and load.tokens and more.seconds(budget.cost) > apart * _ROUNDING:
@@ -280,7 +280,7 @@ def _shares(job: Waiting) -> bool:
     return not job.alone and not job.footprint.exclusive
 
 
-def _alike(one: Footprint, other: Footprint) -> bool:
+def like_each_other(one: Footprint, other: Footprint) -> bool:
     """The same kind, attention path and need of gradients; and as many runs, or the short job would wait for the
     long one's end."""
     return (one.kind, one.attention, one.gradients, one.runs) == (
