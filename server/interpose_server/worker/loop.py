@@ -244,7 +244,8 @@ class Worker:
                 ready, self._budget, self._settings.aside_s, self._pace, self._aside, self._check, self._tell
             )
             self._desk.enter(company)
-            self._tell()
+            if self._waiting:
+                self._tell()
             self._count(1, len(ready))
             began = time.monotonic()
             if company.hosting:
@@ -254,7 +255,6 @@ class Worker:
             self._busy_s += time.monotonic() - began
             self._pace = company.pace(self._pace)
             ready = []
-            self._tell()
 
     def _next(self, company: Company | None) -> list[Ready]:
         """The next batch, with those who come again as soon as the last one's jobs have ended."""
