@@ -24,14 +24,14 @@ def flexible(cache: Any) -> TypeGuard[DynamicCache]:
 
 def keep(cache: DynamicCache, rows: Sequence[int], gone: int) -> None:
     """Leave these rows alone, without the first `gone` positions, which hold only their padding."""
-    for layer in _layers(cache):
+    for layer in layers_of(cache):
         layer.keys = _kept(layer.keys, rows, gone)
         layer.values = _kept(layer.values, rows, gone)
 
 
 def join(cache: DynamicCache, other: DynamicCache) -> None:
     """Put another cache's rows behind these; the shorter of the two is padded on the left."""
-    for layer, more in zip(_layers(cache), _layers(other), strict=True):
+    for layer, more in zip(layers_of(cache), layers_of(other), strict=True):
         layer.keys = _joined(layer.keys, more.keys)
         layer.values = _joined(layer.values, more.values)
 
@@ -42,7 +42,8 @@ def padded(value: Tensor, length: int, dim: int) -> Tensor:
     return functional.pad(value, (0, 0) * (-1 - dim) + (missing, 0)) if missing else value
 
 
-def _layers(cache: DynamicCache) -> list[DynamicLayer]:
+def layers_of(cache: DynamicCache) -> list[DynamicLayer]:
+    """The layers of a cache that is flexible."""
     return [layer for layer in cache.layers if isinstance(layer, DynamicLayer)]
 
 

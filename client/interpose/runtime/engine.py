@@ -28,6 +28,7 @@ from .interpreter import Interpreter
 from .loading import Loaded
 from .pieces import check_given, joined, pieces
 from .plan import Place
+from .prefix import Keeping, Parts, Past, Prefix, behind
 from .prepared import Preparation, Prepared
 from .refusals import Refused, refusing
 from .restart import Made, Restart
@@ -111,6 +112,7 @@ class Engine:
         self._buffers = Buffers(loaded.model)
         self._tail: Tail | None = measure(loaded)
         self._restart = Restart(loaded)
+        self._prefix = Prefix(loaded, self._tail)
         self._prepare = Preparation(loaded.manifest)
 
     def run(self, jobs: Sequence[EngineJob], breaks: Breaks | None = None) -> list[InterposeError | None]:
@@ -267,24 +269,34 @@ class Engine:
             )
             return
         made: dict[tuple[Rows, int], Made] = {}
-        for stage in staged(group, self._restart):
+        pasts: dict[Rows, Past] = {}
+        for stage in staged(group, self._restart, self._prefix):
             for portion in stage.portions(pace.tokens):
                 if pace.breaks is not None:
                     self.rest(pace.breaks)
-                self._stage(portion, made)
+                self._stage(portion, made, pasts)
                 run_backwards([job.gradients for job in dict.fromkeys(job for job, _ in group)])
             made = {key: value for key, value in made.items() if key[1] != stage.block}
 
-    def _stage(self, stage: Stage, made: dict[tuple[Rows, int], Made]) -> None:
-        """One forward. `made`: by rows and block, what was made before that block for rows of later stages."""
+    def _stage(self, stage: Stage, made: dict[tuple[Rows, int], Made], pasts: dict[Rows, Past]) -> None:
+        """One forward.
+
+        Args:
+            made: by rows and block, what was made before that block for rows of later stages.
+            pasts: what rows made of first tokens for those that begin behind them.
+        """
         seated = [rows for rows in stage.rows if not rows.over]
         if not seated:
             return
         jobs = [rows.seats[0].member[0] for rows in seated]
         runs = [rows.run for rows in seated]
         fed = [pieces(run, job.attachments) for run, job in zip(runs, jobs, strict=True)]
+        if stage.skip:
+            fed = [[behind(piece, stage.skip) for piece in own] for own in fed]
         inputs = joined(fed, self.manifest.inputs, self._world.device)
-        rows, width = inputs.input_ids.shape
+        if stage.skip:
+            inputs = self._prefix.behind(inputs, stage.skip)
+        rows, width = inputs.attention_mask.shape
         images = [
             [counted(invoke, self.manifest.inputs, job.plan.graph.attachments) for invoke in run.invokes]
             for run, job in zip(runs, jobs, strict=True)
@@ -292,12 +304,15 @@ class Engine:
         where = zip(starts([run.rows for run in runs]), starts(list(map(sum, images))), strict=True)
         spans = [
             Span(row, own.rows, 0, length, 0, length, image, sum(counts))
-            for (row, image), own, counts, length in zip(where, runs, images, inputs.widths, strict=True)
+            for (row, image), own, counts, length in zip(
+                where, runs, images, [stage.skip + own for own in inputs.widths], strict=True
+            )
         ]
         placed = [
             place(*seat.member, span, images=counts, since=seat.since, until=seat.until)
             for own, span, counts in zip(seated, spans, images, strict=True)
             for seat in own.seats
+            if seat.until > seat.since
         ]
         whole = Span.whole(rows, width, width, sum(map(sum, images)))
         for part in placed if not stage.block else ():
@@ -307,13 +322,26 @@ class Engine:
             origins = [made[own.origin, stage.block] for own in seated if own.origin]
             layout = self._restart.layout(stage.block)
             begun = self._restart.begun(stage.block, Made.joined(origins, layout, spans, whole))
-        cut = self._cut(placed, inputs)
-        kept = self._kept(dict(zip(seated, spans, strict=True)), made)
-        forward = Forward(self.loaded, placed, whole, cut=cut, kept=kept, begun=begun)
+        cut = self._cut(placed, inputs, stage.skip)
+        of = dict(zip(seated, spans, strict=True))
+        kept = self._kept(of, made)
         kwargs = self._kwargs(inputs, plain=any(job.exclusive for job in jobs))
+        keeping = Keeping(self._prefix, of, stage.keep) if stage.keep else None
+        first: Mapping[Place, Parts] = {}
+        if keeping is not None:
+            kept |= keeping.places
+            kwargs |= keeping.arguments
+        if stage.skip:
+            before = [pasts[own.origin] for own in seated if own.origin]
+            kwargs |= self._prefix.begin(before)
+            begins = [replace(span, length=stage.skip) for span in spans]
+            first = self._prefix.first(before, begins, replace(whole, length=stage.skip))
+        forward = Forward(self.loaded, placed, whole, cut=cut, kept=kept, begun=begun, first=first)
         with refusing(lambda: forward.serving):
             forward.run(kwargs | (cut.argument if cut else {}))
         forward.finish()
+        if keeping is not None:
+            pasts |= keeping.pasts()
 
     def _kept(
         self, spans: Mapping[Rows, Span], made: dict[tuple[Rows, int], Made]
@@ -331,16 +359,16 @@ class Engine:
         blocks = frozenset[int]().union(*(rows.kept for rows in spans))
         return {self._restart.exit_of(block): keep(block) for block in blocks}
 
-    def _cut(self, placed: Sequence[Placed], inputs: ModelInputs) -> Cut | None:
-        """Drop the logits nobody looks at, in a forward that several runs share."""
-        if len(placed) == 1 or self._tail is None or any(part.job.exclusive for part in placed):
+    def _cut(self, placed: Sequence[Placed], inputs: ModelInputs, before: int) -> Cut | None:
+        """Drop the logits nobody looks at, in a forward that several runs share, or that begins behind tokens."""
+        if (len(placed) == 1 and not before) or self._tail is None or any(part.job.exclusive for part in placed):
             return None
         reads = [(part.job, self._tail.last_only(part.job.plan, part.run)) for part in placed if part.until == ALL]
         if any(nodes is None for _, nodes in reads) or not any(nodes for _, nodes in reads):
             return None
         for job, nodes in reads:
             job.narrowed |= nodes or frozenset()
-        return Cut(self._tail, inputs.widths)
+        return Cut(self._tail, inputs.widths, before)
 
     def _kwargs(self, inputs: ModelInputs, *, plain: bool) -> dict[str, Any]:
         kwargs: dict[str, Any] = call_kwargs(self.loaded, inputs)

@@ -19,12 +19,11 @@ from .hooks import hooked
 from .interpreter import Interpreter
 from .loading import Loaded
 from .plan import Place
+from .prefix import NAMES, Extended, Parts
 from .products import Products
 from .rows import Span
 from .slots import Touched
 from .tail import Cut
-
-_POINT = {event: name for name, event in EVENT.items()}
 
 
 @dataclass(frozen=True)
@@ -116,6 +115,7 @@ class Forward:
         cut: where positions are dropped that nobody looks at.
         kept: place -> who is shown the value there that the model goes on with.
         begun: a context for the model's forward, entered with its hooks set.
+        first: what was made at places of the positions before those that it computes; `whole` holds all of them.
     """
 
     def __init__(
@@ -128,10 +128,12 @@ class Forward:
         cut: Cut | None = None,
         kept: Mapping[Place, Callable[[Any], None]] | None = None,
         begun: AbstractContextManager[None] | None = None,
+        first: Mapping[Place, Parts] | None = None,
     ) -> None:
         self.loaded = loaded
         self.cut = cut
         self.kept = {**(kept or {})}
+        self._first = first or {}
         self._begun = begun or nullcontext()
         self.whole = whole
         self.serving = False
@@ -204,12 +206,17 @@ class Forward:
         parts = self.waiting.pop((module, event, call), None)
         if parts is None:
             return value
-        layout = self.loaded.manifest.modules[module].points[_POINT.get(event, event)]
+        layout = self.loaded.manifest.modules[module].points[NAMES.get(event, event)]
         # What a function of the block's own makes may be the very memory that is written as its stream.
         rewritten = (module, event) in self.loaded.rewritten or (self._writes_stream and call_of(event) is not None)
         cut = self.cut if self.cut is not None and self.cut.tail.touches((module, event, call)) else None
         whole = self.whole if cut is None else cut.whole(self.whole)
-        touched = Touched(value, layout, whole, rewritten, in_place=event == EVENT["stream"])
+        stream = event == EVENT["stream"]
+        first = self._first.get((module, event, call))
+        if first is None:
+            touched = Touched(value, layout, whole, rewritten, in_place=stream)
+        else:
+            touched = Extended(value, layout, whole, in_place=stream, first=first)
         for part, nodes in parts:
             if part.job.error is None:
                 span, invokes = (part.span, part.invokes) if cut is None else part.cut(cut)

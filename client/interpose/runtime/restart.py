@@ -50,29 +50,37 @@ class Made:
         """A copy of a span's part of what was made for a batch."""
         parts = {}
         for path, tensor in nests.tensors(nest):
-            part = _along(tensor, walk(layout, path), BATCH, span.row, span.rows)
-            parts[path] = _along(part, walk(layout, path), SEQ, span.start, span.length).clone()
+            leaf = walk(layout, path)
+            assert isinstance(leaf, Leaf)
+            parts[path] = part_of(tensor, leaf, span).clone()
         return cls(nest, parts)
 
     @staticmethod
     def joined(several: Sequence[Made], layout: Layout, spans: Sequence[Span], whole: Span) -> Any:
         """The nest of a batch that holds, at each span, what was made for it; zeros where the batch is padded."""
         nest = several[0].nest
-        for path, like in several[0].parts.items():
+        for path in several[0].parts:
             leaf = walk(layout, path)
             assert isinstance(leaf, Leaf)
-            sizes = {BATCH: whole.rows, SEQ: whole.length}
-            batch = like.new_zeros([dim if isinstance(dim, int) else sizes[dim] for dim in leaf.dims])
-            for made, span in zip(several, spans, strict=True):
-                part = _along(batch, leaf, BATCH, span.row, span.rows)
-                _along(part, leaf, SEQ, span.start, span.length).copy_(made.parts[path])
-            nest = nests.put(nest, path, batch)
+            nest = nests.put(nest, path, batched([made.parts[path] for made in several], leaf, spans, whole))
         return nest
 
 
-def _along(tensor: Tensor, leaf: Layout, dim: str, start: int, length: int) -> Tensor:
-    assert isinstance(leaf, Leaf)
-    return tensor.narrow(leaf.dims.index(dim), start, length) if dim in leaf.dims else tensor
+def part_of(tensor: Tensor, leaf: Leaf, span: Span) -> Tensor:
+    """A span's part of a batch, sharing its memory."""
+    for dim, start, length in ((BATCH, span.row, span.rows), (SEQ, span.start, span.length)):
+        if dim in leaf.dims:
+            tensor = tensor.narrow(leaf.dims.index(dim), start, length)
+    return tensor
+
+
+def batched(parts: Sequence[Tensor], leaf: Leaf, spans: Sequence[Span], whole: Span) -> Tensor:
+    """A batch that holds these parts at their spans, and zeros elsewhere."""
+    sizes = {BATCH: whole.rows, SEQ: whole.length}
+    batch = parts[0].new_zeros([dim if isinstance(dim, int) else sizes[dim] for dim in leaf.dims])
+    for part, span in zip(parts, spans, strict=True):
+        part_of(batch, leaf, span).copy_(part)
+    return batch
 
 
 @dataclass

@@ -1,18 +1,21 @@
 """Which forwards a group of runs takes: what runs of one prompt have in common is computed once.
 
 Runs of one job that are given the same differ only from the first point on that one of them writes. A sweep over
-layers so becomes one run of the prompt, and forwards begun at the blocks where its runs part from that.
+layers so becomes one run of the prompt, and forwards begun at the blocks where its runs part from that. Where runs
+have only their first tokens in common, or leave them alone, later tokens are run behind them.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from itertools import takewhile
 
 from ..graph.model import Run
 from .interpreter import Interpreter
 from .plan import Plan
+from .prefix import Prefix
 from .restart import Restart
 
 Member = tuple[Interpreter, int]
@@ -40,11 +43,13 @@ class Rows:
     Attributes:
         origin: rows of an earlier forward whose block made what these are begun with.
         kept: blocks before which what was made is kept, for rows of later forwards.
+        behind: runs of a later forward that begin behind the first tokens of these rows.
     """
 
     seats: Sequence[Seat]
     origin: Rows | None = None
     kept: frozenset[int] = frozenset()
+    behind: Sequence[Member] = ()
 
     @property
     def run(self) -> Run:
@@ -60,10 +65,18 @@ class Rows:
 
 @dataclass(frozen=True)
 class Stage:
-    """One forward. `block`: where it is begun; 0 for the inputs, one more than there are for after the last."""
+    """One forward.
+
+    Attributes:
+        block: where it is begun; 0 for the inputs, one more than there are for after the last.
+        skip: how many tokens of each row were computed before.
+        keep: how many it computes for others, that begin behind them.
+    """
 
     rows: Sequence[Rows]
     block: int = 0
+    skip: int = 0
+    keep: int = 0
 
     def portions(self, tokens: int) -> Iterator[Stage]:
         """The same in several forwards of at most so many tokens each, or of one run."""
@@ -71,13 +84,14 @@ class Stage:
         rows = longest = 0
         for own in self.rows:
             run = own.run
-            if taken and (rows + run.rows) * max(longest, run.longest) > tokens:
-                yield Stage(taken, self.block)
+            length = run.longest - self.skip
+            if taken and (rows + run.rows) * max(longest, length) > tokens:
+                yield replace(self, rows=taken)
                 taken, rows, longest = [], 0, 0
             taken.append(own)
-            rows, longest = rows + run.rows, max(longest, run.longest)
+            rows, longest = rows + run.rows, max(longest, length)
         if taken:
-            yield Stage(taken, self.block)
+            yield replace(self, rows=taken)
 
 
 @dataclass
@@ -89,8 +103,81 @@ class _Family:
     depths: list[float] = field(default_factory=list)
 
 
-def staged(group: Sequence[Member], restart: Restart) -> list[Stage]:
-    """The forwards of a group, in order. Runs that have nothing to share have rows of their own in the first."""
+def staged(group: Sequence[Member], restart: Restart, prefix: Prefix) -> list[Stage]:
+    """The forwards of a group, in order."""
+    behind = _behind(group, restart, prefix)
+    seats = (seat for stage in behind for rows in stage.rows for seat in rows.seats)
+    taken = {seat.member for seat in seats if seat.until > seat.since}
+    rest = [member for member in group if member not in taken]
+    return [*behind, *(_divided_by_blocks(rest, restart) if rest else ())]
+
+
+def _behind(group: Sequence[Member], restart: Restart, prefix: Prefix) -> list[Stage]:
+    """The forwards of runs that begin behind tokens of another, and before them those of these tokens."""
+    jobs: dict[Interpreter, list[int]] = {}
+    for job, run in group:
+        if not (job.exclusive or job.plan.backwards or job.plan.graph.runs[run].given):
+            jobs.setdefault(job, []).append(run)
+    found: dict[int, tuple[list[Rows], list[Rows]]] = {}
+    for job, runs in jobs.items():
+        kin = _kin(job, runs, restart, prefix) if len(runs) > 1 else None
+        if kin is not None:
+            size, base = kin
+            bases, others = found.setdefault(size, ([], []))
+            bases.append(base)
+            others += [Rows([Seat(member)], origin=base) for member in base.behind]
+    return [
+        stage
+        for size, (bases, others) in sorted(found.items())
+        for stage in (Stage(bases, keep=size), Stage(others, skip=size))
+    ]
+
+
+def _kin(job: Interpreter, runs: Sequence[int], restart: Restart, prefix: Prefix) -> tuple[int, Rows] | None:
+    """How many tokens runs of a job begin behind, and the rows that compute these; None if that isn't worth it."""
+    rows = {run: _tokens(job, run) for run in runs}
+    alike: dict[object, list[int]] = {}
+    for run in runs:
+        alike.setdefault(rows[run], []).append(run)
+    base = max(alike.values(), key=len)[0]
+    first, tokens = rows[base], sum(map(len, rows[base]))
+    if len(runs) * tokens < WORTH or prefix.tail is None or len(set(map(len, first))) != 1:
+        return None
+    clear = {
+        run: min(_common(rows[run], first), prefix.clear(job.plan, run))
+        for run in runs
+        if len(rows[run]) == len(first)
+    }
+    seated = [run for run in alike[first] if clear[run] and _reads(job.plan, run)]
+    able = [run for run in clear if run not in seated]
+    size = max(clear.values(), key=lambda size: size * sum(clear[run] >= size for run in able))
+    behind = [run for run in able if size and clear[run] >= size]
+    saved = len(first) * size * len(behind) - (0 if seated else tokens)
+    blocks = len(restart.ends) + 1
+    same = [run for run in behind if rows[run] == first] if restart.ends else []
+    by_blocks = tokens * sum(min(_depth(job.plan, run, restart), blocks) for run in same) / blocks
+    if saved < max(WORTH, by_blocks) or not prefix.works or saved < restart.bare_tokens:
+        return None
+    seats = [Seat((job, run)) for run in seated] or [Seat((job, base), until=-ALL)]
+    return size, Rows(seats, behind=[(job, run) for run in behind])
+
+
+def _tokens(job: Interpreter, run: int) -> tuple[tuple[int, ...], ...]:
+    return tuple(row for invoke in job.plan.graph.runs[run].invokes for row in invoke.rows)
+
+
+def _common(one: Sequence[Sequence[int]], other: Sequence[Sequence[int]]) -> int:
+    """How many first tokens each row has in common with its counterpart."""
+    pairs = [zip(a, b, strict=False) for a, b in zip(one, other, strict=True)]
+    return min(sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], pair)) for pair in pairs)
+
+
+def _reads(plan: Plan, run: int) -> bool:
+    return not any(node.op == "write" for nodes in plan.at(run, 0).values() for node in nodes)
+
+
+def _divided_by_blocks(group: Sequence[Member], restart: Restart) -> list[Stage]:
+    """Forwards that begin at blocks, and before them one for all runs that have nothing to share."""
     families = _families(group)
     if restart.ends and any(len(family.members) > 1 for family in families):
         for family in families:

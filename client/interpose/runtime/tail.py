@@ -68,10 +68,12 @@ class Cut:
 
     Attributes:
         widths: of the runs; each ends at its own last position of the batch.
+        before: how many positions of each run aren't in the batch, as they were computed before.
     """
 
     tail: Tail
     widths: Sequence[int]
+    before: int = 0
 
     @cached_property
     def positions(self) -> list[int]:
@@ -88,7 +90,7 @@ class Cut:
 
     def part(self, of: Span) -> Span:
         """A run's part of it: one position."""
-        return replace(of, start=self.positions.index(of.start + of.length - 1), length=1)
+        return replace(of, start=self.positions.index(of.start + of.length - 1 - self.before), length=1)
 
 
 @dataclass
@@ -151,7 +153,7 @@ def _picks_last(plan: Plan, user: Node, node: int, gone: int) -> bool:
     if user.op != "getitem" or user.args[0] != Ref(node) or user.id in plan.gradients:
         return False
     index = user.args[1] if isinstance(user.args[1], tuple) else (user.args[1],)
-    items = _spread(index, _DIMS - gone)
+    items = spread(index, _DIMS - gone)
     if items is None:
         return False
     positions = items[1 - gone]
@@ -167,7 +169,7 @@ def _picks_last(plan: Plan, user: Node, node: int, gone: int) -> bool:
     )
 
 
-def _spread(index: Sequence[Any], dims: int) -> list[Any] | None:
+def spread(index: Sequence[Any], dims: int) -> list[Any] | None:
     """One item a dimension, with slices for those that aren't named; None for what adds or hides dimensions."""
     if any(item is None or isinstance(item, (bool, list, Ref)) for item in index):
         return None
