@@ -23,7 +23,9 @@ from interpose.wire.submission import Submission
 from interpose.wire.tensors import encode_tensor
 from interpose_server.broker import events, keys
 from interpose_server.broker.events import Stored
+from interpose_server.broker.queue import Report
 from interpose_server.settings import Settings
+from interpose_server.worker import publisher
 from interpose_server.worker.loop import Worker
 from rig import Gateway, Valkey, make_settings, run_gateway, submission, tiny_graph, tiny_manifest
 
@@ -272,3 +274,35 @@ async def test_nests_and_dtypes(settings: Settings, dtype: torch.dtype) -> None:
         _, _, save, end = await ended(gateway, job)
         assert end.body["status"] == "completed" and len(save.body["tensors"]) == 2
         assert len(save.data) == 3 * dtype.itemsize
+
+
+async def test_a_small_job_is_reported_in_one_trip_and_a_save_waits_only_a_moment(
+    settings: Settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(publisher, "MOMENT_S", 0.5)  # this machine may be busy
+    reports: list[list[str]] = []
+    later = threading.Event()
+
+    def save_and_stay(job: EngineJob) -> None:
+        save_ones(job)
+        later.wait(5)
+
+    async with run_gateway(settings) as gateway:
+        queue = gateway.broker.queue
+        report = queue.report
+
+        async def noted(given: Sequence[Report]) -> list[bool]:
+            reports.extend([*(record.kind for record in one.records), "end" * bool(one.outcome)] for one in given)
+            return await report(given)
+
+        queue.report = noted  # type: ignore[method-assign]
+        for step in (save_ones, save_and_stay):
+            job = submission()
+            async with working(gateway, Obedient(step)):
+                await gateway.post(job)
+                if step is save_and_stay:
+                    while ["save", ""] not in reports:  # noqa: ASYNC110
+                        await asyncio.sleep(0.01)
+                    later.set()
+                await ended(gateway, job)
+    assert reports == [["save", "end"], ["save", ""], ["end"]]

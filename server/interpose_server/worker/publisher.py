@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Callable
+from contextlib import suppress
 
 import msgpack
 from interpose.errors import InternalError, InterposeError, LimitExceeded
@@ -24,6 +25,10 @@ MOST = 256
 
 ROUND_BYTES = 4 << 20
 """Bytes of one round, but for its last item: what is written is told of before the rest is."""
+
+MOMENT_S = 0.002
+"""How long a small save waits for what comes right behind it: in a small job its end, which then needs no report of
+its own."""
 
 MOST_INLINED = 64
 """So many times the bound on one inline save may the inline saves of a job take together."""
@@ -61,7 +66,11 @@ class Publisher:
         """Publish until cancelled."""
         while True:
             taken = [await self._items.get()]
-            size = _size(taken[0][1])
+            if isinstance(taken[0][1], Saved) and taken[0][1].nbytes <= self._settings.inline_bytes:
+                with suppress(TimeoutError):
+                    async with asyncio.timeout(MOMENT_S):
+                        taken.append(await self._items.get())
+            size = sum(_size(item) for _, item in taken)
             while not self._items.empty() and len(taken) < MOST and size < ROUND_BYTES:
                 taken.append(self._items.get_nowait())
                 size += _size(taken[-1][1])
