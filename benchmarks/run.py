@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import os
 import platform
+import signal
 import sys
 import time
 from datetime import UTC, datetime
@@ -62,6 +63,8 @@ def main() -> None:
     parser.add_argument("--only", nargs="+", choices=PARTS, default=list(PARTS), help="some parts; nothing is kept")
     wanted = parser.parse_args()
     CONFIG.progress = False
+    # However it is ended, the servers it started end too.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit("ended"))
     began, load = time.perf_counter(), os.getloadavg()[0]
     rows: list[Row] = []
     try:
