@@ -440,6 +440,41 @@ def test_who_writes_among_the_first_tokens_runs_whole(index: Any) -> None:
     assert all(width == len(row) for _, width in shapes)
 
 
+@pytest.mark.usefixtures("eager_cuts")
+def test_runs_of_the_same_rows_in_other_invokes_share_them() -> None:
+    on = engine("llama")
+    first = tuple(range(5, 45))
+    point = Point(on.manifest.blocks[-1], "output")
+
+    def reads(*invokes: Invoke) -> Graph:
+        last = len(invokes) - 1
+        return Graph((Run("trace", invokes),), (Node(0, "read", point=point, invoke=last), save(1, 0)))
+
+    def steered(number: int) -> Graph:
+        asked = Run("trace", (Invoke(tuple((*first, 50 + number + row, 7) for row in range(2))),))
+        write = Node(0, "write", ((), (slice(None), -1), 0.5), point=replace(point, module=on.manifest.blocks[0]))
+        return Graph((asked,), (replace(write, invoke=0), Node(1, "read", point=point, invoke=0), save(2, 1)))
+
+    rows = (*first, 3, 4), (*first, 8, 9)
+    both, apart = reads(Invoke(rows)), reads(Invoke(rows[:1]), Invoke(rows[1:]))
+    graphs = [apart, both, *map(steered, range(3))]
+    whole, begins = session(graphs)
+    with tokens(on) as shapes:
+        (together,) = run(on, [whole])
+    assert (6, 2) in shapes
+    for graph, begin in zip(graphs, begins, strict=True):
+        close(part(together, begin, graph), run(on, [graph])[0])
+
+
+def test_a_model_of_few_positions_can_share() -> None:
+    on = Engine(load(tiny("gpt2", n_positions=48)))
+    graphs = sweep(on.manifest) * 20
+    whole, begins = session(graphs)
+    (together,) = run(on, [whole])
+    assert on._restart.bare_tokens >= 0
+    close(part(together, begins[2], graphs[2]), run(on, graphs[2:3])[0])
+
+
 @pytest.mark.parametrize("arch", sorted({*ARCHITECTURES} - {*BEHIND}))
 def test_models_that_look_ahead_or_forget_begin_at_the_first_token(arch: str) -> None:
     assert not engine(arch)._prefix.works

@@ -277,6 +277,8 @@ class Engine:
                 self._stage(portion, made, pasts)
                 run_backwards([job.gradients for job in dict.fromkeys(job for job, _ in group)])
             made = {key: value for key, value in made.items() if key[1] != stage.block}
+            if stage.skip:
+                pasts.clear()  # those of other sizes come after it
 
     def _stage(self, stage: Stage, made: dict[tuple[Rows, int], Made], pasts: dict[Rows, Past]) -> None:
         """One forward.
@@ -297,10 +299,7 @@ class Engine:
         if stage.skip:
             inputs = self._prefix.behind(inputs, stage.skip)
         rows, width = inputs.attention_mask.shape
-        images = [
-            [counted(invoke, self.manifest.inputs, job.plan.graph.attachments) for invoke in run.invokes]
-            for run, job in zip(runs, jobs, strict=True)
-        ]
+        images = [self._images(own.seats[0].member) for own in seated]
         where = zip(starts([run.rows for run in runs]), starts(list(map(sum, images))), strict=True)
         spans = [
             Span(row, own.rows, 0, length, 0, length, image, sum(counts))
@@ -309,8 +308,8 @@ class Engine:
             )
         ]
         placed = [
-            place(*seat.member, span, images=counts, since=seat.since, until=seat.until)
-            for own, span, counts in zip(seated, spans, images, strict=True)
+            place(*seat.member, span, images=self._images(seat.member), since=seat.since, until=seat.until)
+            for own, span in zip(seated, spans, strict=True)
             for seat in own.seats
             if seat.until > seat.since
         ]
@@ -342,6 +341,12 @@ class Engine:
         forward.finish()
         if keeping is not None:
             pasts |= keeping.pasts()
+
+    def _images(self, member: Member) -> list[int]:
+        """How many images each invoke of a run has; runs of the same rows may have other invokes."""
+        job, run = member
+        graph = job.plan.graph
+        return [counted(invoke, self.manifest.inputs, graph.attachments) for invoke in graph.runs[run].invokes]
 
     def _kept(
         self, spans: Mapping[Rows, Span], made: dict[tuple[Rows, int], Made]

@@ -35,7 +35,7 @@ from .tail import CLOSE
 log = logging.getLogger(__name__)
 
 _TRIAL = 64
-"""Tokens of the longer of the two forwards that tell what one costs beside its tokens."""
+"""Tokens of the longer of the two forwards that tell what one costs beside its tokens, where a row may be so long."""
 
 
 @dataclass(frozen=True)
@@ -105,8 +105,9 @@ class Restart:
     @cached_property
     def bare_tokens(self) -> float:
         """How many tokens cost as much as what any forward costs, mostly for reading the weights."""
-        one, many = (min(self._seconds(length) for _ in range(3)) for length in (1, _TRIAL))
-        return max(one * (_TRIAL - 1) / max(many - one, one / 10) - 1, 0.0)
+        longest = min(_TRIAL, self.loaded.manifest.positions or _TRIAL)
+        one, many = (min(self._seconds(length) for _ in range(3)) for length in (1, longest))
+        return max(one * (longest - 1) / max(many - one, one / 10) - 1, 0.0)
 
     def depth(self, moment: int) -> int:
         """How many blocks have ended by a moment, their outputs' own included."""
