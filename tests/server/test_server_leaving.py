@@ -95,6 +95,23 @@ async def test_a_device_that_fails_on_the_way_fails_the_job(settings: Settings, 
         assert (found[-1].body["status"], found[-1].body["error"]["code"]) == ("failed", "internal_error")
 
 
+async def test_no_memory_for_a_copy_fails_the_job_and_the_next_runs(
+    settings: Settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def bring() -> torch.Tensor:
+        raise RuntimeError("DefaultCPUAllocator: can't allocate memory")
+
+    monkeypatch.setitem(leaving.STARTS, "cpu", lambda tensor: (lambda: False, bring))
+    engine = Obedient(lambda job: job.sink.save(1, torch.ones(2)))
+    async with run_gateway(settings) as gateway, working(gateway, engine):
+        first, second = submission(), submission()
+        await gateway.post(first)
+        assert (await ended(gateway, first))[-1].body["error"]["code"] == "internal_error"
+        monkeypatch.delitem(leaving.STARTS, "cpu")
+        await gateway.post(second)
+        assert (await ended(gateway, second))[-1].body["status"] == "completed"
+
+
 def test_what_cannot_be_sent_is_told_on_the_engines_thread_and_holds_no_room(monkeypatch: Any) -> None:
     published: list[Any] = []
     backlog = Backlog(1000)

@@ -111,15 +111,15 @@ class Worker:
         """Set whenever other jobs may be claimed than before."""
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="engine")
         self._beside = ThreadPoolExecutor(1, thread_name_prefix="prepare")
+        self._tasks: list[asyncio.Task[None]] = []
         self._driving: asyncio.Future[None] | None = None
         self._ringing: asyncio.Task[None] | None = None
         self._loop = asyncio.get_running_loop()
 
     async def run(self, stop: asyncio.Event) -> None:
         """Work until `stop`, then finish the running batch and publish its last word; no other stays claimed."""
-        tasks = [
-            asyncio.create_task(work) for work in (self._publisher.run(), self._beat(), self._hear(stop))
-        ]  # fmt: skip
+        works = self._publisher.run(), self._beat(), self._hear(stop)
+        self._tasks = [asyncio.create_task(work) for work in works]
         try:
             while not stop.is_set():
                 await self._turn(stop)
@@ -132,7 +132,7 @@ class Worker:
             await self._give_back()
             raise
         finally:
-            await end([*tasks, *([self._ringing] if self._ringing else [])])
+            await end([*self._tasks, *([self._ringing] if self._ringing else [])])
             self._thread.shutdown(wait=False)
             self._beside.shutdown(wait=False)
 
@@ -141,7 +141,10 @@ class Worker:
         self._changed.set()
 
     def _sound(self) -> None:
-        """Raises what the engine's thread raised."""
+        """Raises what the engine's thread or a task beside raised: without either no job ends any more."""
+        for task in self._tasks:
+            if task.done():
+                task.result()
         if self._driving is not None and self._driving.done():
             self._driving.result()
 

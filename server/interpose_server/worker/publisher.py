@@ -110,6 +110,10 @@ class Publisher:
             except OSError as error:
                 log.error("a result can't be stored: %s", error)
                 sink.stop(InternalError("the server couldn't store a result"))
+            except Exception:
+                # A fault of ours, or no memory for a copy: the job's end is still told, and other jobs go on.
+                log.exception("a result can't be brought out")
+                sink.stop(InternalError("the server failed while taking a result from the model"))
         return Report(claim.ref, self._worker, claim.attempt, sink.sent, records, outcome)
 
     async def _record(self, sink: JobSink, item: Saved) -> Record:
