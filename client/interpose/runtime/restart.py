@@ -35,7 +35,7 @@ from .tail import CLOSE
 log = logging.getLogger(__name__)
 
 _TRIAL = 64
-"""Tokens of the longer of the two forwards that tell what one costs beside its tokens, where a row may be so long."""
+"""Most tokens of the longer of the two forwards that tell what one costs beside its tokens."""
 
 
 @dataclass(frozen=True)
