@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -165,32 +165,36 @@ class Restart:
             for leaf in found
         )  # fmt: skip
 
-    def _tried(self, block: int) -> bool:
-        """Whether a batch comes out the same that is begun from what was made in another batch, of other rows."""
+    @cached_property
+    def _trial(self) -> _Trial:
         runs = [examples(self.loaded.model, self.loaded.feeding, lengths) for lengths in ([6, 4], [3])]
         kwargs, spans = self._batch(runs)
-        seen = _Seen(self.exit_of(block))
+        seen = _Seen({self.exit_of(block + 1) for block in range(len(self.ends))})
+        modules = {module: self.loaded.modules[module] for module, _, _ in seen.places}
+        with hooked(modules, self.loaded.names, seen):
+            self.loaded.model(**kwargs)
+        others, placed = self._batch([runs[1], runs[0], runs[1]])
+        return _Trial(seen.values, spans, others, placed, principal(self.loaded.model(**others)))
+
+    def _tried(self, block: int) -> bool:
+        """Whether a batch comes out the same that is begun from what was made in another batch, of other rows."""
         try:
-            with hooked({seen.place[0]: self.loaded.modules[seen.place[0]]}, self.loaded.names, seen):
-                self.loaded.model(**kwargs)
-            made = [Made.of(seen.value, self.layout(block), span) for span in spans]
-            kwargs, spans = self._batch([runs[1], runs[0], runs[1]])
-            whole = Span.whole(sum(span.rows for span in spans), kwargs["input_ids"].shape[1], 0)
-            nest = Made.joined([made[1], made[0], made[1]], self.layout(block), spans, whole)
-            expected = principal(self.loaded.model(**kwargs))
-            with hooked({}, self.loaded.names, seen), self.begun(block, nest):
-                found = principal(self.loaded.model(**kwargs))
+            trial, layout = self._trial, self.layout(block)
+            one, two = (Made.of(trial.seen[self.exit_of(block)], layout, span) for span in trial.spans)
+            rows, longest = sum(span.rows for span in trial.placed), max(span.length for span in trial.placed)
+            nest = Made.joined([two, one, two], layout, trial.placed, Span.whole(rows, longest, longest))
+            with hooked({}, self.loaded.names, _Seen(set())), self.begun(block, nest):
+                found = principal(self.loaded.model(**trial.kwargs))
         except Exception as error:  # noqa: BLE001 - a model that can't may raise anything; it runs whole
             log.info("%s can't be begun at block %d: %s", self.loaded.manifest.model, block, error)
             return False
+        expected = trial.expected
         if found.shape != expected.shape:
             return False
         # What stands in padded places is nobody's.
-        pairs = (
-            [(found[own], expected[own]) for own in map(_real, spans)]
-            if expected.dim() > 2
-            else [(found, expected)]
-        )
+        pairs = [(found, expected)]
+        if expected.dim() > 2:
+            pairs = [(found[own], expected[own]) for own in map(_real, trial.placed)]
         tolerance = CLOSE.get(expected.dtype, 3e-2)
         return all(float((one - two).abs().max()) <= tolerance * float(two.abs().max()) for one, two in pairs)
 
@@ -216,20 +220,31 @@ def _real(span: Span) -> tuple[slice, slice]:
     return slice(span.row, span.row + span.rows), slice(span.start, span.start + span.length)
 
 
+@dataclass(frozen=True)
+class _Trial:
+    """What blocks made in one batch, and the outcome of another that has the same runs elsewhere."""
+
+    seen: Mapping[Place, Any]
+    spans: Sequence[Span]
+    kwargs: Mapping[str, Any]
+    placed: Sequence[Span]
+    expected: Tensor
+
+
 @dataclass
 class _Seen:
-    """A visitor that keeps what one place shows."""
+    """A visitor that keeps what some places show."""
 
-    place: Place
-    value: Any = None
+    places: Collection[Place]
+    values: dict[Place, Any] = field(default_factory=dict)
     attention = False
 
     def astray(self, module: str) -> None:
         """Nothing is expected."""
 
     def visit(self, module: str, event: str, call: int, value: Any) -> Any:
-        if (module, event, call) == self.place:
-            self.value = value
+        if (module, event, call) in self.places:
+            self.values[module, event, call] = value
         return value
 
 

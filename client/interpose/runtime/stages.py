@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from itertools import takewhile
+from itertools import accumulate, takewhile
 
 from ..graph.model import Run
 from .interpreter import Interpreter
@@ -225,25 +225,30 @@ def _cuts(families: Sequence[_Family], restart: Restart) -> list[int]:
                 tokens[int(depth)] = tokens.get(int(depth), 0) + family.size
     if sum(depth * size for depth, size in tokens.items()) < WORTH * blocks:
         return []
-    depths = sorted(depth for depth in tokens if restart.works(depth))
-    if not depths:
-        return []
+    while tokens:
+        cuts = _cheapest(tokens, blocks, restart.bare_tokens)
+        failed = [cut for cut in cuts if not restart.works(cut)]
+        if not failed:
+            return cuts
+        if len(failed) == len(cuts):
+            break  # then it's the model's way, and not a block's
+        tokens = {depth: size for depth, size in tokens.items() if depth not in failed}
+    return []
+
+
+def _cheapest(tokens: Mapping[int, int], blocks: int, bare: float) -> list[int]:
+    """The depths, of those that runs of so many tokens have, at which to begin."""
+    depths = sorted(tokens)
     # best[i]: the least that runs of the i-th depth and deeper cost, with a cut at it, and where the next cut is.
     best: list[tuple[float, int]] = [(0.0, len(depths))] * (len(depths) + 1)
     for index in range(len(depths) - 1, -1, -1):
         left = blocks - depths[index]
-        taken = [sum(tokens[depth] for depth in depths[index:end]) for end in range(index + 1, len(depths) + 1)]
-        best[index] = min(
-            (left * (restart.bare_tokens + together) + best[end][0], end)
-            for end, together in enumerate(taken, index + 1)
-        )
-    whole = sum(tokens.values())
-    costs = [
-        (blocks * sum(tokens[depth] for depth in depths[:first]) + best[first][0], first)
-        for first in range(len(depths))
-    ]
-    cost, index = min(costs)
-    if cost >= blocks * (restart.bare_tokens + whole):
+        sums = enumerate(accumulate(tokens[depth] for depth in depths[index:]), index + 1)
+        best[index] = min((left * (bare + together) + best[end][0], end) for end, together in sums)
+    before = accumulate((tokens[depth] for depth in depths), initial=0)
+    firsts = zip(range(len(depths)), before, strict=False)
+    cost, index = min((blocks * whole + best[first][0], first) for first, whole in firsts)
+    if cost >= blocks * (bare + sum(tokens.values())):
         return []
     cuts = []
     while index < len(depths):
