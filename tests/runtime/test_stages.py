@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
@@ -26,6 +26,8 @@ from interpose.runtime.plan import compile_graph
 from interpose.runtime.restart import Restart
 from models import ARCHITECTURES, tiny
 from test_engine_isolation import Kept, close, common, engine, lengths, points, precise, random_job, run, save
+from torch import nn
+from transformers import AutoModelForCausalLM
 
 WHOLE = {"bloom", "mpt"}
 """Their blocks hand out attention's weights as well, which have no place in another batch: they run whole."""
@@ -74,19 +76,29 @@ def part(whole: Kept, begin: int, graph: Graph) -> Kept:
 def counted(on: Engine) -> Iterator[Counter[int]]:
     """Rows that each block computes, counted at the first module called inside it."""
     rows: Counter[int] = Counter()
-
-    def count(block: int) -> Any:
-        return lambda module, args, kwargs: rows.update({block: (args or tuple(kwargs.values()))[0].shape[0]})
-
-    handles = [
-        on.loaded.modules[_first(on, path)].register_forward_pre_hook(count(block), with_kwargs=True)
-        for block, path in enumerate(on.manifest.blocks)
-    ]
-    try:
+    blocks = {on.loaded.modules[_first(on, path)]: block for block, path in enumerate(on.manifest.blocks)}
+    with called(blocks, lambda module, value: rows.update({blocks[module]: value.shape[0]})):
         yield rows
-    finally:
-        for handle in handles:
-            handle.remove()
+
+
+@contextmanager
+def called(modules: Iterable[nn.Module], tell: Callable[[nn.Module, torch.Tensor], None]) -> Iterator[None]:
+    """Tells of what modules are given, through their classes: on a model with others' hooks nothing is shared."""
+    wanted = {*modules}
+    before = {kind: kind.forward for kind in map(type, wanted)}
+
+    def counting(forward: Any) -> Any:
+        def instead(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+            if self in wanted:
+                tell(self, (args or tuple(kwargs.values()))[0])
+            return forward(self, *args, **kwargs)
+
+        return instead
+
+    with pytest.MonkeyPatch.context() as patch:
+        for kind, forward in before.items():
+            patch.setattr(kind, "forward", counting(forward))
+        yield
 
 
 def _first(on: Engine, block: str) -> str:
@@ -291,6 +303,42 @@ def test_blocks_called_on_values_compute_while_they_are_passed_over() -> None:
     assert not torch.equal(found[0][1], found[1][1])
 
 
+def add_one(module: Any, args: Any, output: torch.Tensor) -> torch.Tensor:
+    return output + 1
+
+
+def add_to_the_first(module: Any, args: Any, output: torch.Tensor) -> torch.Tensor:
+    output = output.clone()
+    output[:, 0] += 3
+    return output
+
+
+@pytest.mark.usefixtures("eager_cuts")
+@pytest.mark.parametrize(("hook", "written"), [(add_one, 0), (add_to_the_first, -1)])
+def test_hooks_of_ones_own_act_once_and_where_they_do_alone(hook: Any, written: int) -> None:
+    """Both ways to share were tried before they came."""
+    model = AutoModelForCausalLM.from_pretrained(tiny("llama"))
+    lm: Any = LanguageModel(model)
+
+    def one(layer: int) -> tuple[Any, Any]:
+        with lm.trace([[*ROW * 3]]):
+            lm.layers[layer].mlp.output[:, written] = 0.75
+            return lm.layers[2].output.save(), lm.logits[:, -1].save()
+
+    def together() -> list[tuple[Any, Any]]:
+        with lm.session():
+            return [one(layer) for layer in range(3)]
+
+    before = together()
+    handle = model.model.layers[0].register_forward_hook(hook)
+    found, wanted = together(), [one(layer) for layer in range(3)]
+    handle.remove()
+    for layer in range(3):
+        torch.testing.assert_close(found[layer], wanted[layer])
+        torch.testing.assert_close(together()[layer], before[layer])
+    assert not torch.equal(found[0][0], before[0][0])
+
+
 # -- first tokens in common --------------------------------------------------------------------------------------
 
 SLIDING = {"mistral", "gemma2", "gemma3"}
@@ -303,11 +351,8 @@ def tokens(on: Engine) -> Iterator[list[tuple[int, ...]]]:
     """[rows, positions] of what the embedding is given."""
     shapes: list[tuple[int, ...]] = []
     module = on.loaded.modules[on.manifest.roles["embed"]]
-    handle = module.register_forward_pre_hook(lambda module, args: shapes.append(tuple(args[0].shape)))
-    try:
+    with called([module], lambda _, ids: shapes.append(tuple(ids.shape))):
         yield shapes
-    finally:
-        handle.remove()
 
 
 def late_job(seed: int, on: Engine, places: Sequence[Point], row: Sequence[int], clear: int) -> Graph:

@@ -90,6 +90,18 @@ class Restart:
     loaded: Loaded
     _works: dict[int, bool] = field(default_factory=dict)
     _lock: Lock = field(default_factory=Lock)
+    _bound: Sequence[Any] = field(init=False)
+
+    def __post_init__(self) -> None:
+        self._bound = _bound(self.loaded.model)
+
+    @property
+    def unaltered(self) -> bool:
+        """Whether the model calls what it called when it was loaded: no hooks came that aren't ours, nor forwards.
+
+        What is tried here holds for that alone; someone's own hook would act twice, or on other positions.
+        """
+        return _bound(self.loaded.model) == self._bound
 
     @cached_property
     def ends(self) -> tuple[int, ...]:
@@ -246,6 +258,17 @@ class _Seen:
         if (module, event, call) in self.places:
             self.values[module, event, call] = value
         return value
+
+
+def _bound(model: nn.Module) -> list[Any]:
+    """All that is set on single modules and called in a forward."""
+    found: list[Any] = []
+    for module in model.modules():
+        if module._forward_hooks or module._forward_pre_hooks:
+            found += [module, *module._forward_pre_hooks.values(), *module._forward_hooks.values()]
+        if "forward" in vars(module):
+            found += [module, vars(module)["forward"]]
+    return found
 
 
 def _restore(module: nn.Module, forward: Any) -> None:

@@ -105,6 +105,8 @@ class _Family:
 
 def staged(group: Sequence[Member], restart: Restart, prefix: Prefix) -> list[Stage]:
     """The forwards of a group, in order."""
+    if len({job for job, _ in group}) == len(group) or not restart.unaltered:
+        return [Stage([Rows([Seat(member)]) for member in group])]
     behind = _behind(group, restart, prefix)
     seats = (seat for stage in behind for rows in stage.rows for seat in rows.seats)
     taken = {seat.member for seat in seats if seat.until > seat.since}
