@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import AsyncIterator
 
 from interpose.errors import InvalidPayload, UnknownJob
@@ -15,6 +16,10 @@ from .results import open_save
 
 PIECE = 256 << 10
 """Bytes handed to the socket at once: they stay in the processor's cache between the read and the send."""
+
+
+_FROM = re.compile(r"bytes=([0-9]{1,19})-")
+"""No byte has a longer number."""
 
 
 class Download(StreamingResponse):
@@ -65,8 +70,8 @@ async def download(parts: Parts, user: str, job: str, seq: int, wanted: str) -> 
     event = await events.one(parts.broker.redis, keys.ref(user, job), seq)
     if event is None or event.kind != "save":
         raise UnknownJob(f"no save {seq} of a job {job} of yours is here; its result may have expired")
-    first = wanted.strip().removeprefix("bytes=").removesuffix("-")
-    start = int(first) if wanted.strip() == f"bytes={first}-" and first.isascii() and first.isdigit() else 0
+    asked = _FROM.fullmatch(wanted.strip())
+    start = int(asked[1]) if asked else 0
     if start and start >= event.body["nbytes"]:
         raise InvalidPayload(f"byte {start:,} lies beyond a save of {event.body['nbytes']:,} bytes")
     return Download(parts, user, open_save(parts.blobs, user, event), start)
