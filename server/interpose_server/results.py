@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 from collections.abc import AsyncIterator, Iterable, Sequence
 from dataclasses import dataclass
@@ -46,6 +47,12 @@ def open_save(blobs: Blobs, user: str, save: Stored) -> Reader:
     return reader
 
 
+def _all_there(blobs: Blobs, user: str, saves: Iterable[Stored]) -> None:
+    """Blocking. Raises UnknownJob."""
+    for save in saves:
+        open_save(blobs, user, save).close()
+
+
 def drop(blobs: Blobs, user: str, names: Iterable[str]) -> None:
     """Delete saves' bytes, by their blobs' names. Blocking."""
     for name in names:
@@ -63,11 +70,14 @@ class Results:
 
     @classmethod
     async def of(cls, parts: Parts, user: str, job: str, attempt: int) -> Results:
+        """Raises UnknownJob if any bytes are gone."""
         found: list[Stored] = []
         after = 0
         while batch := await events.read(parts.broker.redis, keys.ref(user, job), after):
             found += [event for event in batch if event.kind == "save" and event.attempt == attempt]
             after = batch[-1].seq
+        # Those of a result that was acknowledged are gone; once an answer has begun, nothing can tell of it.
+        await asyncio.to_thread(_all_there, parts.blobs, user, found)
         return cls(parts, user, job, found)
 
     def safetensors(self) -> tuple[int, AsyncIterator[bytes]]:

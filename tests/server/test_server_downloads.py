@@ -106,6 +106,9 @@ async def test_an_acknowledged_results_bytes_go_at_once(settings: Settings) -> N
                 while gateway.blobs.used():  # noqa: ASYNC110
                     await asyncio.sleep(0.01)
         assert (await gateway.client.get(f"/v1/jobs/{job}")).json()["status"] == "completed"
+        for kind in ("safetensors", "msgpack"):
+            gone = await gateway.client.get(f"/v1/jobs/{job}/result", params={"format": kind})
+            assert (gone.status_code, gone.json()["code"]) == (404, "unknown_job")
 
 
 async def test_a_slow_reader_holds_little_and_nobody_up(valkey: Valkey, tmp_path: Path) -> None:
