@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import weakref
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -245,8 +246,12 @@ def test_a_session_that_finds_no_memory_takes_smaller_forwards() -> None:
     whole, _ = session(sweep(on.manifest) * 3)
     (expected,) = run(on, [whole])
 
+    failed: list[weakref.ref[torch.Tensor]] = []
+
     def crowded(module: Any, args: Any, kwargs: Any) -> None:
+        assert all(made() is None for made in failed), "what a failed forward made is still held"
         if args[0].shape[0] > 2:
+            failed.append(weakref.ref(args[0]))
             raise torch.OutOfMemoryError("more than two rows")
 
     handle = on.loaded.modules[on.manifest.blocks[2]].register_forward_pre_hook(crowded, with_kwargs=True)
@@ -257,6 +262,7 @@ def test_a_session_that_finds_no_memory_takes_smaller_forwards() -> None:
     finally:
         handle.remove()
     close(found, expected)
+    assert failed
     assert isinstance(errors[0], OutOfMemory)
 
 

@@ -7,35 +7,31 @@ engine.
 from __future__ import annotations
 
 import logging
-from collections import deque
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, Protocol
+from typing import Protocol
 
 import torch
 
 from ..errors import BadArgument, InternalError, InterposeError, OutOfMemory
-from ..graph.inputs import counted
 from ..graph.limits import UNLIMITED, Limits
 from ..graph.model import Graph, Run
 from ..graph.validate import Report
-from .forward import Forward, Placed, place, starts
-from .generation import Begun, Generation
+from .generation import Generation
 from .gradients import run_backwards
+from .hosting import Hosting, Resting
 from .independence import Buffers
-from .inputs import ModelInputs, call_kwargs
 from .interpreter import Interpreter
 from .loading import Loaded
-from .pieces import check_given, joined, pieces
-from .plan import Place
-from .prefix import Keeping, Parts, Past, Prefix, behind
+from .pieces import check_given, pieces
+from .prefix import Prefix
 from .prepared import Preparation, Prepared
-from .refusals import Refused, refusing
-from .restart import Made, Restart
-from .rows import Span
+from .refusals import Refused
+from .restart import Restart
 from .sink import Sink
-from .stages import ALL, Member, Rows, Stage, staged
-from .tail import Cut, Tail, measure
+from .stages import Member, staged
+from .staging import Staging
+from .tail import Tail, measure
 from .world import World
 
 log = logging.getLogger(__name__)
@@ -130,19 +126,23 @@ class Engine:
         The end of each, also of those that joined, is told to `company` as it comes. It may call `run` meanwhile.
         """
         with torch.no_grad():
-            hosting = Hosting(self, company)
-            try:
-                begun = hosting.begin(jobs)
-                if begun:
-                    with self._buffers:
-                        Generation(self.loaded, self._tail, hosting).run(begun)
-            except Exception as error:  # noqa: BLE001 - whatever a model raises for all, each has its own run next
-                log.warning("a shared generation failed (%s); its jobs run apart", type(error).__name__)
             # Those that bring tensors, or must run again.
-            left = hosting.left
+            left = self._hosted(jobs, company)
             outcomes = self._together(left, _Pace(self.tokens, company)) if left else []
             for job, outcome in zip(left, outcomes, strict=True):
                 company.ended(job, outcome)
+
+    def _hosted(self, jobs: Sequence[EngineJob], company: Company) -> list[EngineJob]:
+        """Run generations that can stand beside others. Returns the jobs whose end nobody was told."""
+        hosting = Hosting(self, company)
+        try:
+            begun = hosting.begin(jobs)
+            if begun:
+                with self._buffers:
+                    Generation(self.loaded, self._tail, hosting).run(begun)
+        except Exception as error:  # noqa: BLE001 - whatever a model raises for all, each has its own run next
+            log.warning("a shared generation failed (%s); its jobs run apart", type(error).__name__)
+        return hosting.left
 
     def prepare(self, job: EngineJob) -> EngineJob:
         """The job with its graph checked and compiled beforehand. May be called while another thread runs jobs.
@@ -165,6 +165,22 @@ class Engine:
         state.restore()
 
     def _together(self, jobs: Sequence[EngineJob], pace: _Pace) -> list[InterposeError | None]:
+        found = self._attempt(jobs, pace)
+        # Tried again only here: where an exception is handled, its traceback holds what the forward made.
+        if not isinstance(found, InterposeError):
+            return [self._outcome(job, run, pace) for job, run in zip(jobs, found, strict=True)]
+        if len(jobs) > 1:
+            half = len(jobs) // 2
+            return [*self._together(jobs[:half], pace), *self._together(jobs[half:], pace)]
+        others = jobs[0].graph.runs[1:]
+        if isinstance(found, OutOfMemory) and any(run.rows * run.longest < pace.tokens for run in others):
+            return self._together(jobs, replace(pace, tokens=pace.tokens // 4))
+        return [found]
+
+    def _attempt(
+        self, jobs: Sequence[EngineJob], pace: _Pace
+    ) -> list[Interpreter | InterposeError] | InterposeError:
+        """Run jobs once. Returns how each ended, or the fault for which none of them counts as run."""
         try:
             started = [self.start(job) for job in jobs]
             running = [job for job in started if isinstance(job, Interpreter)]
@@ -174,17 +190,16 @@ class Engine:
                 for job in running:
                     job.gradients.close()
         except Exception as error:
+            name = type(error.error if isinstance(error, Refused) else error).__name__
+            memory = isinstance(error, (torch.OutOfMemoryError, MemoryError))
             if len(jobs) > 1:
-                log.warning("a shared run failed (%s); its %d jobs run apart", type(error).__name__, len(jobs))
-                return self._apart(jobs, pace)
-            if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
-                if any(run.rows * run.longest < pace.tokens for run in jobs[0].graph.runs[1:]):
-                    return self._together(jobs, replace(pace, tokens=pace.tokens // 4))
-                return [OutOfMemory("the job alone doesn't fit the device's memory")]
-            log.exception("a job failed that shouldn't have")
-            fault = error.error if isinstance(error, Refused) else error
-            return [InternalError(f"running it failed with {type(fault).__name__}; this is our fault")]
-        return [self._outcome(job, run, pace) for job, run in zip(jobs, started, strict=True)]
+                log.warning("a shared run failed (%s); its %d jobs run apart", name, len(jobs))
+            elif not memory:
+                log.exception("a job failed that shouldn't have")
+            if memory:
+                return OutOfMemory("the job alone doesn't fit the device's memory")
+            return InternalError(f"running it failed with {name}; this is our fault")
+        return started
 
     def _outcome(self, job: EngineJob, run: Interpreter | InterposeError, pace: _Pace) -> InterposeError | None:
         if isinstance(run, InterposeError):
@@ -193,10 +208,6 @@ class Engine:
             (error,) = self._together([replace(job, exclusive=True)], pace)
             return error
         return run.error
-
-    def _apart(self, jobs: Sequence[EngineJob], pace: _Pace) -> list[InterposeError | None]:
-        half = len(jobs) // 2
-        return [*self._together(jobs[:half], pace), *self._together(jobs[half:], pace)]
 
     def start(self, job: EngineJob) -> Interpreter | InterposeError:
         try:
@@ -263,200 +274,19 @@ class Engine:
         runs = [job.plan.graph.runs[run] for job, run in group]
         if runs[0].kind == "generate":
             fed = [pieces(own, job.attachments) for own, (job, _) in zip(runs, group, strict=True)]
-            guests = None if pace.breaks is None else _Resting(self, pace.breaks)
+            guests = None if pace.breaks is None else Resting(self, pace.breaks)
             Generation(self.loaded, self._tail, guests).run(
                 [(job, run, given) for (job, run), given in zip(group, fed, strict=True)]
             )
             return
-        made: dict[tuple[Rows, int], Made] = {}
-        pasts: dict[Rows, Past] = {}
+        staging = Staging(self.loaded, self._tail, self._restart, self._prefix)
         for stage in staged(group, self._restart, self._prefix):
             for portion in stage.portions(pace.tokens):
                 if pace.breaks is not None:
                     self.rest(pace.breaks)
-                self._stage(portion, made, pasts)
+                staging.run(portion)
                 run_backwards([job.gradients for job in dict.fromkeys(job for job, _ in group)])
-            made = {key: value for key, value in made.items() if key[1] != stage.block}
-            if stage.skip:
-                pasts.clear()  # those of other sizes come after it
-
-    def _stage(self, stage: Stage, made: dict[tuple[Rows, int], Made], pasts: dict[Rows, Past]) -> None:
-        """One forward.
-
-        Args:
-            made: by rows and block, what was made before that block for rows of later stages.
-            pasts: what rows made of first tokens for those that begin behind them.
-        """
-        seated = [rows for rows in stage.rows if not rows.over]
-        if not seated:
-            return
-        jobs = [rows.seats[0].member[0] for rows in seated]
-        runs = [rows.run for rows in seated]
-        fed = [pieces(run, job.attachments) for run, job in zip(runs, jobs, strict=True)]
-        if stage.skip:
-            fed = [[behind(piece, stage.skip) for piece in own] for own in fed]
-        inputs = joined(fed, self.manifest.inputs, self._world.device)
-        if stage.skip:
-            inputs = self._prefix.behind(inputs, stage.skip)
-        rows, width = inputs.attention_mask.shape
-        images = [self._images(own.seats[0].member) for own in seated]
-        where = zip(starts([run.rows for run in runs]), starts(list(map(sum, images))), strict=True)
-        spans = [
-            Span(row, own.rows, 0, length, 0, length, image, sum(counts))
-            for (row, image), own, counts, length in zip(
-                where, runs, images, [stage.skip + own for own in inputs.widths], strict=True
-            )
-        ]
-        placed = [
-            place(*seat.member, span, images=self._images(seat.member), since=seat.since, until=seat.until)
-            for own, span in zip(seated, spans, strict=True)
-            for seat in own.seats
-            if seat.until > seat.since
-        ]
-        whole = Span.whole(rows, width, width, sum(map(sum, images)))
-        for part in placed if not stage.block else ():
-            part.give_mask(inputs.attention_mask)
-        begun = None
-        if stage.block:
-            origins = [made[own.origin, stage.block] for own in seated if own.origin]
-            layout = self._restart.layout(stage.block)
-            begun = self._restart.begun(stage.block, Made.joined(origins, layout, spans, whole))
-        cut = self._cut(placed, inputs, stage.skip)
-        of = dict(zip(seated, spans, strict=True))
-        kept = self._kept(of, made)
-        kwargs = self._kwargs(inputs, plain=any(job.exclusive for job in jobs))
-        keeping = Keeping(self._prefix, of, stage.keep) if stage.keep else None
-        first: Mapping[Place, Parts] = {}
-        if keeping is not None:
-            kept |= keeping.places
-            kwargs |= keeping.arguments
-        if stage.skip:
-            before = [pasts[own.origin] for own in seated if own.origin]
-            kwargs |= self._prefix.begin(before)
-            begins = [replace(span, length=stage.skip) for span in spans]
-            first = self._prefix.first(before, begins, replace(whole, length=stage.skip))
-        forward = Forward(self.loaded, placed, whole, cut=cut, kept=kept, begun=begun, first=first)
-        with refusing(lambda: forward.serving):
-            forward.run(kwargs | (cut.argument if cut else {}))
-        forward.finish()
-        if keeping is not None:
-            pasts |= keeping.pasts()
-
-    def _images(self, member: Member) -> list[int]:
-        """How many images each invoke of a run has; runs of the same rows may have other invokes."""
-        job, run = member
-        graph = job.plan.graph
-        return [counted(invoke, self.manifest.inputs, graph.attachments) for invoke in graph.runs[run].invokes]
-
-    def _kept(
-        self, spans: Mapping[Rows, Span], made: dict[tuple[Rows, int], Made]
-    ) -> dict[Place, Callable[[Any], None]]:
-        """Where a forward is to keep what it makes for later stages."""
-
-        def keep(block: int) -> Callable[[Any], None]:
-            def seen(nest: Any) -> None:
-                for rows, span in spans.items():
-                    if block in rows.kept:
-                        made[rows, block] = Made.of(nest, self._restart.layout(block), span)
-
-            return seen
-
-        blocks = frozenset[int]().union(*(rows.kept for rows in spans))
-        return {self._restart.exit_of(block): keep(block) for block in blocks}
-
-    def _cut(self, placed: Sequence[Placed], inputs: ModelInputs, before: int) -> Cut | None:
-        """Drop the logits nobody looks at, in a forward that several runs share, or that begins behind tokens."""
-        if (len(placed) == 1 and not before) or self._tail is None or any(part.job.exclusive for part in placed):
-            return None
-        reads = [(part.job, self._tail.last_only(part.job.plan, part.run)) for part in placed if part.until == ALL]
-        if any(nodes is None for _, nodes in reads) or not any(nodes for _, nodes in reads):
-            return None
-        for job, nodes in reads:
-            job.narrowed |= nodes or frozenset()
-        return Cut(self._tail, inputs.widths, before)
-
-    def _kwargs(self, inputs: ModelInputs, *, plain: bool) -> dict[str, Any]:
-        kwargs: dict[str, Any] = call_kwargs(self.loaded, inputs)
-        if plain or "use_cache" not in self.loaded.feeding.accepts:
-            return kwargs
-        # One forward reads no cache; without one its keys and values die with their layer. They also lie otherwise
-        # in memory, which changes last bits.
-        return kwargs | {"use_cache": False}
-
-
-class Hosting:
-    """The jobs of one hosted generation: which run is whose."""
-
-    def __init__(self, engine: Engine, company: Company) -> None:
-        self._engine = engine
-        self._company = company
-        self._jobs: dict[Interpreter, EngineJob] = {}
-        self._left: list[EngineJob] = []
-
-    @property
-    def left(self) -> list[EngineJob]:
-        """Jobs whose end nobody was told."""
-        return [*self._left, *self._jobs.values()]
-
-    def begin(self, jobs: Sequence[EngineJob]) -> list[Begun]:
-        begun: list[Begun] = []
-        ahead = deque(jobs)
-        try:
-            while ahead:
-                job = ahead[0]
-                started = self._engine.start(job)
-                if isinstance(started, InterposeError):
-                    self._company.ended(job, started)
-                elif started.error is not None or started.plan.idle(0):
-                    self._company.ended(job, started.error)
-                elif self._by_itself(started):
-                    self._left.append(job)
-                else:
-                    self._jobs[started] = job
-                    begun.append((started, 0, pieces(started.plan.graph.runs[0], job.attachments)))
-                ahead.popleft()
-        finally:
-            self._left += ahead  # none is lost where one finds no memory to begin with
-        return begun
-
-    def _by_itself(self, job: Interpreter) -> bool:
-        """Whether a job can't stand beside others."""
-        # Rows that come and go are padded on the left.
-        padded = bool(self._engine.manifest.even_rows)
-        return padded or job.exclusive or bool(job.plan.graph.runs[0].given)
-
-    def pause(self, *, joinable: bool) -> None:
-        self._engine.rest(self._company, joinable=joinable and not self._left)
-
-    def arrivals(self) -> list[Begun]:
-        """Nobody once some wait for the end, or it might never come."""
-        return [] if self._left else self.begin(self._company.arrivals())
-
-    def refused(self, begun: Sequence[Begun]) -> None:
-        self._left += [self._jobs.pop(job) for job, _, _ in begun if job in self._jobs]
-
-    def ended(self, job: Interpreter) -> None:
-        self._company.ended(self._jobs.pop(job), job.error)
-
-
-@dataclass(frozen=True)
-class _Resting:
-    """The guests of a generation that nobody joins: breaks between its steps."""
-
-    engine: Engine
-    breaks: Breaks
-
-    def pause(self, *, joinable: bool) -> None:
-        self.engine.rest(self.breaks)
-
-    def arrivals(self) -> Sequence[Begun]:
-        return ()
-
-    def refused(self, begun: Sequence[Begun]) -> None:
-        """Nobody came."""
-
-    def ended(self, job: Interpreter) -> None:
-        """It is told of with the others of its batch."""
+            staging.over(stage)
 
 
 def _gradients(*jobs: Interpreter) -> torch.set_grad_enabled:
