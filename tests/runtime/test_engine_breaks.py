@@ -220,7 +220,7 @@ def test_a_model_that_refuses_given_inputs_is_the_jobs_fault(monkeypatch: pytest
 def test_our_own_fault_on_given_inputs_is_ours(monkeypatch: pytest.MonkeyPatch, kind: type[Exception]) -> None:
     on = Engine(load(tiny("vit")))
     with monkeypatch.context() as patch:
-        patch.setattr("interpose.runtime.engine.place", breaking(kind("ours")))
+        patch.setattr("interpose.runtime.staging.place", breaking(kind("ours")))
         assert isinstance(outcome(on), InternalError)
     with monkeypatch.context() as patch:
         patch.setattr(Forward, "_serve", breaking(kind("in a hook")))

@@ -49,6 +49,14 @@ def test_read_and_placed_once(blobs: LocalBlobs) -> None:
     assert len(placed) == 1
 
 
+def test_a_device_without_room_leaves_it_to_the_job(blobs: LocalBlobs) -> None:
+    def full(tensor: torch.Tensor) -> torch.Tensor:
+        raise torch.OutOfMemoryError("another batch has it")
+
+    one = store(blobs, "ada", torch.arange(5.0))
+    assert torch.equal(Shelf(blobs, 1000, full).get("ada", one.sha, one.spec, placed=True), torch.arange(5.0))
+
+
 def test_users_do_not_share(blobs: LocalBlobs) -> None:
     one = store(blobs, "ada", torch.ones(5))
     shelf = Shelf(blobs, 1000, lambda tensor: tensor)

@@ -8,6 +8,7 @@ makes) fail it, and run whole.
 from __future__ import annotations
 
 import logging
+import math
 import time
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -116,9 +117,16 @@ class Restart:
 
     @cached_property
     def bare_tokens(self) -> float:
-        """How many tokens cost as much as what any forward costs, mostly for reading the weights."""
+        """How many tokens cost as much as what any forward costs, mostly for reading the weights.
+
+        Infinite where that can't be told: then runs aren't divided.
+        """
         longest = min(_TRIAL, self.loaded.manifest.positions or _TRIAL)
-        one, many = (min(self._seconds(length) for _ in range(3)) for length in (1, longest))
+        try:
+            one, many = (min(self._seconds(length) for _ in range(3)) for length in (1, longest))
+        except Exception as error:  # noqa: BLE001 - a model that takes no such prompt may raise anything; it runs whole
+            log.info("what a forward of %s costs can't be told: %s", self.loaded.manifest.model, error)
+            return math.inf
         return max(one * (longest - 1) / max(many - one, one / 10) - 1, 0.0)
 
     def depth(self, moment: int) -> int:

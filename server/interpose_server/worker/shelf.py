@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 from collections import OrderedDict
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import TypeAlias
 
@@ -70,7 +71,10 @@ class Shelf:
         if data is None:
             raise MissingAttachment(f"tensor {sha} has expired; submit the job again")
         tensor: torch.Tensor = decode_tensor(spec, data, "torch")
-        tensor = self._place(tensor) if placed else tensor
+        if placed:
+            # Where the batch under way has taken the device's memory, the job brings it there when it runs.
+            with suppress(torch.OutOfMemoryError):
+                tensor = self._place(tensor)
         return _Kept(tensor, tensor._version)
 
     def _take(self, key: _Key) -> _Kept | None:
