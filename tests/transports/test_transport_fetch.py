@@ -13,7 +13,15 @@ import pytest
 import torch
 from interpose.client import run_remote, submit_remote
 from interpose.config import CONFIG, Endpoint
-from interpose.errors import ConnectionFailed, InvalidPayload, JobCancelled, OpFailed, UnknownJob, VersionMismatch
+from interpose.errors import (
+    ConnectionFailed,
+    InternalError,
+    InvalidPayload,
+    JobCancelled,
+    OpFailed,
+    UnknownJob,
+    VersionMismatch,
+)
 from interpose.transports.fetch import APART, direct
 from interpose.wire.messages import Save, Status, encode
 from interpose.wire.protocol import PROBLEM
@@ -92,6 +100,8 @@ PASSING = [
     answer(429, b'{"code": "queue_full", "message": "many downloads"}'),
     answer(502, b"<html>", "text/html"),
     lambda data, start: Response(b"", 503),
+    answer(429, b"[" * 60_000),
+    answer(429, b'{"code": "queue_full", "message": "many downloads"}', Retry_After="9" * 5000),
 ]
 
 
@@ -120,6 +130,21 @@ def test_what_makes_no_sense_is_an_error_and_the_next_job_runs(apart: Lab, fault
     apart.faults = [fault]
     with pytest.raises(error):
         run_remote(GRAPH, "m", {})
+    assert torch.equal(run_remote(GRAPH, "m", {})[1], LARGE)
+
+
+def test_a_fetch_that_cannot_begin_is_told(apart: Lab, monkeypatch: pytest.MonkeyPatch) -> None:
+    start = threading.Thread.start
+
+    def none_left(thread: threading.Thread) -> None:
+        if thread.name == "interpose-fetch":
+            raise RuntimeError("can't start new thread")
+        start(thread)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(threading.Thread, "start", none_left)
+        with pytest.raises(InternalError, match="start new thread"):
+            run_remote(GRAPH, "m", {})
     assert torch.equal(run_remote(GRAPH, "m", {})[1], LARGE)
 
 

@@ -139,13 +139,13 @@ def problem(body: bytes | bytearray | None, answered: Mapping[str, str]) -> Inte
     """The error a problem+json body describes."""
     try:
         plain = json.loads(body or b"")
-    except ValueError:
+    except (ValueError, RecursionError):
         plain = None
     if not isinstance(plain, dict) or "code" not in plain:
         return ConnectionFailed("the server refused, and its reason can't be read")
     error = from_wire(plain)
     wait = answered.get("retry-after", "")
-    if wait.isdigit():
+    if wait.isdecimal() and len(wait) < 10:
         error.details.setdefault("retry_after_s", int(wait))
     return error
 

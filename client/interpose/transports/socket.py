@@ -169,6 +169,8 @@ class Socket:
                 return self._tell_all(error)
             except (OSError, WebSocketException, TimeoutError, _Again) as error:
                 reason = error
+            except Exception as error:  # noqa: BLE001 - whoever waits must hear of it
+                return self._tell_all(InternalError(f"the stream failed: {type(error).__name__}: {error}"))
             if self._moved or clock() - began > _SETTLED_S:
                 lost_at, waits = clock(), delays()
             if not self._feeds:
@@ -289,6 +291,8 @@ class Socket:
                 feed.put(feed.stream.arrived(seq))
         except InterposeError as error:
             feed.queue.put_nowait(error)
+        except Exception as error:  # noqa: BLE001 - no thread is left, say; whoever waits must hear of it
+            feed.queue.put_nowait(InternalError(f"a save can't be fetched: {type(error).__name__}: {error}"))
 
 
 def _decline(accepted: asyncio.Future[bool], error: InterposeError) -> None:
