@@ -13,7 +13,7 @@ import httpx
 import msgpack
 import pytest
 from interpose.errors import BY_CODE, InvalidPayload
-from interpose.transports.remote import Remote
+from interpose.transports.socket import Socket
 from serving import Served
 from workloads import EVERY, MORE
 
@@ -35,12 +35,12 @@ def recorded(model: Any, program: str) -> bytes:
     """The body a client sends for a program."""
     bodies = []
 
-    async def capture(_: Remote, body: bytes) -> None:
+    async def capture(_: Socket, job: str, body: bytes) -> bool:
         bodies.append(body)
         raise InvalidPayload("captured")
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Remote, "_post", capture)
+        patch.setattr(Socket, "submit", capture)
         with pytest.raises(InvalidPayload, match="captured"):
             EVERY[program](model, remote=True)
     return bodies[0]
