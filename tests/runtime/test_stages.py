@@ -19,6 +19,7 @@ from interpose.errors import IndexOutOfRange, OutOfMemory
 from interpose.graph.manifest import Manifest
 from interpose.graph.model import Graph, Invoke, Node, Point, Run
 from interpose.graph.values import Ref
+from interpose.runtime import products
 from interpose.runtime.engine import Engine, EngineJob
 from interpose.runtime.loading import load
 from models import ARCHITECTURES, tiny
@@ -293,3 +294,26 @@ def test_a_model_of_few_positions_can_share() -> None:
     (together,) = run(on, [whole])
     assert on._restart.bare_tokens >= 0
     close(part(together, begins[2], graphs[2]), run(on, graphs[2:3])[0])
+
+
+def test_hooks_of_ones_own_on_the_head_see_the_positions_they_see_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """And not last ones alone, nor rows of several runs' products."""
+    monkeypatch.setattr(products, "LARGE_BYTES", 0)
+    model = AutoModelForCausalLM.from_pretrained(tiny("llama"))
+    lm: Any = LanguageModel(model)
+
+    def one(number: int) -> tuple[Any, Any]:
+        with lm.trace([[*ROW, number]]):
+            return lm.logits[:, -1].save(), lm.lm_head(lm.layers[1].resid_post[:, -3:]).save()
+
+    def together() -> list[tuple[Any, Any]]:
+        with lm.session():
+            return [one(number) for number in range(3)]
+
+    before = together()
+    handle = model.lm_head.register_forward_hook(add_to_the_first)
+    found, wanted = together(), [one(number) for number in range(3)]
+    handle.remove()
+    torch.testing.assert_close(found, wanted)
+    torch.testing.assert_close(together(), before)
+    assert not torch.equal(found[0][1], before[0][1])

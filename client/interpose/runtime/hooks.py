@@ -107,6 +107,17 @@ class Scope:
 CURRENT: ContextVar[Scope | None] = ContextVar("interpose_scope", default=None)
 
 
+def others(module: nn.Module) -> list[Any]:
+    """What is called with a module and isn't ours: hooks, and a forward that was set on it alone."""
+    found: list[Any] = []
+    if module._forward_hooks or module._forward_pre_hooks:
+        hooks = (*module._forward_pre_hooks.values(), *module._forward_hooks.values())
+        found += [hook for hook in hooks if getattr(hook, "__module__", None) != __name__]
+    if "forward" in vars(module):
+        found.append(vars(module)["forward"])
+    return found
+
+
 @contextmanager
 def no_hooks() -> Iterator[None]:
     """Modules called inside fire no hooks."""

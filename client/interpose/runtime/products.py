@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import nn
 
-from .hooks import no_hooks
+from .hooks import no_hooks, others
 
 if TYPE_CHECKING:
     from ..graph.model import Node
@@ -77,6 +77,7 @@ def _fits(module: nn.Module, value: torch.Tensor) -> bool:
         and value.dtype == module.weight.dtype
         and value.device == module.weight.device
         and 0 < _rows(value) <= FEW
+        and not others(module)
     )
 
 

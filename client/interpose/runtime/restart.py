@@ -10,7 +10,7 @@ from __future__ import annotations
 import logging
 import math
 import time
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -25,7 +25,7 @@ from ..graph.manifest import BATCH, BATCH_SEQ, KEY, SEQ, Layout, Leaf, leaves, w
 from ..graph.model import Key
 from . import nests
 from .feeding import examples
-from .hooks import CURRENT, hooked
+from .hooks import CURRENT, hooked, others
 from .inputs import call_kwargs, principal
 from .loading import Loaded
 from .pieces import Piece, joined
@@ -91,18 +91,17 @@ class Restart:
     loaded: Loaded
     _works: dict[int, bool] = field(default_factory=dict)
     _lock: Lock = field(default_factory=Lock)
-    _bound: Sequence[Any] = field(init=False)
+    _bound: Mapping[nn.Module, Sequence[Any]] = field(init=False)
 
     def __post_init__(self) -> None:
-        self._bound = _bound(self.loaded.model)
+        self._bound = {module: others(module) for module in self.loaded.model.modules()}
 
-    @property
-    def unaltered(self) -> bool:
-        """Whether the model calls what it called when it was loaded: no hooks came that aren't ours, nor forwards.
+    def unaltered(self, modules: Iterable[nn.Module]) -> bool:
+        """Whether modules call what they called when the model was loaded: neither hooks nor forwards came since.
 
         What is tried here holds for that alone; someone's own hook would act twice, or on other positions.
         """
-        return _bound(self.loaded.model) == self._bound
+        return all(others(module) == self._bound.get(module) for module in modules)
 
     @cached_property
     def ends(self) -> tuple[int, ...]:
@@ -266,17 +265,6 @@ class _Seen:
         if (module, event, call) in self.places:
             self.values[module, event, call] = value
         return value
-
-
-def _bound(model: nn.Module) -> list[Any]:
-    """All that is set on single modules and called in a forward."""
-    found: list[Any] = []
-    for module in model.modules():
-        if module._forward_hooks or module._forward_pre_hooks:
-            found += [module, *module._forward_pre_hooks.values(), *module._forward_hooks.values()]
-        if "forward" in vars(module):
-            found += [module, vars(module)["forward"]]
-    return found
 
 
 def _restore(module: nn.Module, forward: Any) -> None:

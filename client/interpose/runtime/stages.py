@@ -105,7 +105,7 @@ class _Family:
 
 def staged(group: Sequence[Member], restart: Restart, prefix: Prefix) -> list[Stage]:
     """The forwards of a group, in order."""
-    if len({job for job, _ in group}) == len(group) or not restart.unaltered:
+    if len({job for job, _ in group}) == len(group) or not restart.unaltered(restart.loaded.model.modules()):
         return [Stage([Rows([Seat(member)]) for member in group])]
     behind = _behind(group, restart, prefix)
     seats = (seat for stage in behind for rows in stage.rows for seat in rows.seats)

@@ -138,6 +138,8 @@ class Staging:
         """Drop the logits nobody looks at, in a forward that several runs share, or that begins behind tokens."""
         if (len(placed) == 1 and not before) or self._tail is None or any(part.job.exclusive for part in placed):
             return None
+        if not self._restart.unaltered(self._loaded.modules[name] for name in self._tail.modules):
+            return None  # someone's hook there may look at positions; nothing begins behind tokens then
         reads = [(part.job, self._tail.last_only(part.job.plan, part.run)) for part in placed if part.until == ALL]
         if any(nodes is None for _, nodes in reads) or not any(nodes for _, nodes in reads):
             return None
