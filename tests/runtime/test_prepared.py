@@ -9,7 +9,7 @@ import pytest
 import recording
 import torch
 from interpose import LanguageModel
-from interpose.errors import IndexOutOfRange, InterposeError, LimitExceeded
+from interpose.errors import IndexOutOfRange, InterposeError, InvalidGraph, LimitExceeded
 from interpose.graph.limits import UNLIMITED, Limits
 from interpose.graph.model import Graph, Invoke, Node, Point, Run
 from interpose.graph.structure import structure
@@ -173,3 +173,10 @@ def test_sources_are_kept_apart() -> None:
 
     assert structure(graph(1.5)) == structure(graph(1.5))
     assert structure(graph(1.5)) != structure(graph(2.5))
+
+
+def test_an_attachment_named_by_a_list_is_refused() -> None:
+    nodes = (Node(0, "attachment", ([1],)), Node(1, "save", (Ref(0),)))
+    graph = Graph((Run("trace", (Invoke(((1, 2, 3),)),)),), nodes)
+    with pytest.raises(InvalidGraph, match="attachment"):
+        Preparation(engine().manifest)(graph, {}, UNLIMITED, "", None)

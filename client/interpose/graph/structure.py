@@ -29,7 +29,7 @@ def _run(run: Run) -> Hashable:
 
 
 def _node(node: Node, places: Mapping[str, int]) -> Hashable:
-    if node.op == "attachment" and node.args and node.args[0] in places:
+    if node.op == "attachment" and node.args and type(node.args[0]) is str and node.args[0] in places:
         args: Hashable = places[node.args[0]]
     else:
         args = tuple([exact(arg) for arg in node.args])
