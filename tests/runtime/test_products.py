@@ -17,6 +17,7 @@ from interpose.runtime import products
 from interpose.runtime.engine import EngineJob
 from models import tiny
 from recording import Kept
+from sessions import called
 
 ROWS = ([5, 9, 33], [7, 8, 14, 90, 121, 33, 60], [44], [12, 13, 14], [21, 4, 4, 90])
 Fill = Callable[[Any], Any]
@@ -98,11 +99,8 @@ def calls(arch: str = "llama") -> Iterator[list[int]]:
     found: list[int] = []
     local = model(arch)._home.local
     head = local.loaded.modules["lm_head"]
-    handle = head.register_forward_hook(lambda _, args, output: found.append(args[0].shape[:-1].numel()))
-    try:
+    with called([head], lambda _, value: found.append(value.shape[:-1].numel())):
         yield found
-    finally:
-        handle.remove()
 
 
 @pytest.mark.parametrize("arch", ["llama", "gpt2", "gemma2"])
