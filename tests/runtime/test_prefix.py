@@ -12,13 +12,15 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from interpose import LanguageModel
 from interpose.errors import GraphError
 from interpose.graph.model import Graph, Invoke, Node, Point, Run
 from interpose.graph.validate import Checker
 from interpose.graph.values import Ref
 from interpose.runtime.engine import Engine
 from interpose.runtime.plan import compile_graph
-from models import ARCHITECTURES
+from models import ARCHITECTURES, tiny
+from recording import recorded
 from sessions import called, part, session
 from test_engine_isolation import close, engine, points, run, save
 
@@ -195,3 +197,25 @@ def test_runs_of_the_same_rows_in_other_invokes_share_them() -> None:
 @pytest.mark.parametrize("arch", sorted({*ARCHITECTURES} - {*BEHIND}))
 def test_models_that_look_ahead_or_forget_begin_at_the_first_token(arch: str) -> None:
     assert not engine(arch)._prefix.works
+
+
+@pytest.mark.usefixtures("eager_cuts")
+def test_what_is_written_in_place_at_late_positions_leaves_the_first_alone() -> None:
+    lm: Any = LanguageModel(str(tiny("llama")))
+    row = list(range(5, 45))
+
+    def fill(_: Any) -> None:
+        for scale in (0.5, 2.0, -1.0):
+            with lm.trace(row):
+                lm.layers[0].resid_post[:, -1] *= scale
+                lm.layers[1].resid_post[:, -3:] += scale
+                lm.output[:, -1].save()
+
+    whole = recorded(lm.session(), fill)
+    on = engine("llama")
+    (expected,) = run(on, [whole], exclusive=True)
+    run(on, [whole])
+    with tokens(on) as shapes:
+        (together,) = run(on, [whole])
+    assert shapes == [(1, 40), (3, 3)]
+    close(together, expected)

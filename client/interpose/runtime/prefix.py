@@ -306,7 +306,9 @@ def _divisible(leaf: Leaf) -> bool:
 def _first(node: Node, leaf: Leaf, length: int) -> int:
     """The first position that a write may change, of so many."""
     chain, index = node.args[:2]
-    if chain or index is None:
+    if len(chain) == 1 and chain[0][0] == "getitem":
+        index = chain[0][1]  # as `x[:, -1] *= 2` writes: whatever is written lies in that
+    elif chain or index is None:
         return 0
     items = spread(index if isinstance(index, tuple) else (index,), len(leaf.dims))
     if items is None:

@@ -214,7 +214,8 @@ class Deferred:
     def _no_number(self, *args: Any) -> NoReturn:
         raise ControlFlow(
             "this value exists only when the block runs, so Python can't have it as a number; compute with it as "
-            "it is, repeat by it with t.while_loop(...), or save it and take it after the block (a session's, in a session)"
+            "it is, repeat by it with t.while_loop(...), or save it and take it after the block, in a "
+            "session after the session's"
         )
 
     __int__ = __float__ = __index__ = __complex__ = tolist = numpy = _no_number
