@@ -246,8 +246,9 @@ def test_blocks_called_on_values_compute_while_they_are_passed_over() -> None:
     for layer, (hidden, through) in enumerate(found):
         with lm.trace([list(ROW)]):
             wanted = one(layer)
-        torch.testing.assert_close(hidden, wanted[0])
-        torch.testing.assert_close(through, wanted[1])
+        for value, expected in zip((hidden, through), wanted, strict=True):
+            # As docs/numbers.md says of float32: by norm at each position.
+            assert ((value - expected).norm(dim=-1) <= 1e-5 * expected.norm(dim=-1)).all()
     assert not torch.equal(found[0][1], found[1][1])
 
 
