@@ -22,6 +22,7 @@ from typing import Any
 import numpy as np
 from interpose import CONFIG, LanguageModel
 from interpose import torch as t
+from kinds import fill
 
 BLOCKS = 30
 TOKENS = 12
@@ -67,15 +68,7 @@ def trace(model: Any, index: int) -> None:
     """One of four kinds of graph, at a block of its own. All need the whole forward: each reads the logits."""
     block = model.model.layers[7 * index % BLOCKS]
     with model.trace(prompt(index), remote=True):
-        match index % 4:
-            case 0:
-                block.output[0][0, -1].save()
-            case 1:
-                block.output[0][:, -1] *= 1.5
-            case 2:
-                block.mlp.output[:] = 0
-            case _:
-                model.lm_head(model.model.norm(block.output[0][:, -1])).argmax(dim=-1).save()
+        fill(model, block, index)
         best = t.softmax(model.output[0, -1], dim=-1).topk(5).save()
     assert best.values.shape == (5,)
 

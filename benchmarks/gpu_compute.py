@@ -10,11 +10,10 @@ from typing import Any
 import torch
 from gpu_model import Bench
 from interpose.runtime.engine import EngineJob
+from kinds import KINDS, fill
 from recording import recorded
 from table import Row, ms
 from timing import added, ratio
-
-KINDS = 4
 
 
 def hooks(bench: Bench) -> Iterator[Row]:
@@ -52,7 +51,7 @@ def batch(bench: Bench) -> Iterator[Row]:
     """Jobs of different graphs in one forward, as a worker runs them."""
     jobs, tokens = bench.wanted.jobs, max(bench.wanted.tokens // 4, 4)
     blocks = [bench.model.trace(bench.prompt(row, tokens)) for row in range(jobs)]
-    graphs = [recorded(block, partial(fill, bench, row)) for row, block in enumerate(blocks)]
+    graphs = [recorded(block, partial(body, bench, row)) for row, block in enumerate(blocks)]
 
     def ours() -> None:
         done = bench.engine.run([EngineJob(graph, {}, Dropped()) for graph in graphs])
@@ -71,18 +70,9 @@ def batch(bench: Bench) -> Iterator[Row]:
         )  # fmt: skip
 
 
-def fill(bench: Bench, index: int, tracer: Any) -> None:
+def body(bench: Bench, index: int, tracer: Any) -> None:
     model = bench.model
-    block = model.model.layers[7 * index % len(bench.layers)]
-    match index % KINDS:
-        case 0:
-            block.output[0][0, -1].save()
-        case 1:
-            block.output[0][:, -1] *= 1.5
-        case 2:
-            block.mlp.output[:] = 0
-        case _:
-            model.lm_head(model.model.norm(block.output[0][:, -1])).argmax(dim=-1).save()
+    fill(model, model.model.layers[7 * index % len(bench.layers)], index)
     model.output[0, -1].argmax().save()
 
 
