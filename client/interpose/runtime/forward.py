@@ -19,7 +19,7 @@ from .hooks import hooked
 from .interpreter import Interpreter
 from .loading import Loaded
 from .plan import Place
-from .prefix import NAMES, Extended, Parts
+from .prefix import Extended, Parts, layout_of
 from .products import Products
 from .rows import Span
 from .slots import Touched
@@ -206,7 +206,7 @@ class Forward:
         parts = self.waiting.pop((module, event, call), None)
         if parts is None:
             return value
-        layout = self.loaded.manifest.modules[module].points[NAMES.get(event, event)]
+        layout = layout_of(self.loaded.manifest, (module, event, call))
         # What a function of the block's own makes may be the very memory that is written as its stream.
         rewritten = (module, event) in self.loaded.rewritten or (self._writes_stream and call_of(event) is not None)
         cut = self.cut if self.cut is not None and self.cut.tail.touches((module, event, call)) else None

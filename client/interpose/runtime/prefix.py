@@ -21,7 +21,7 @@ from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer
 
 from ..graph.functions import call_of
-from ..graph.manifest import BATCH, BATCH_SEQ, EVENT, KEY, SEQ, Layout, Leaf, Manifest, walk
+from ..graph.manifest import EVENT, SEQ, Layout, Leaf, Manifest, walk
 from ..graph.model import Key, Node
 from . import caches, nests
 from .feeding import examples
@@ -29,7 +29,7 @@ from .inputs import ModelInputs, call_kwargs, positions, principal
 from .loading import Loaded
 from .pieces import Piece, joined
 from .plan import Place, Plan
-from .restart import batched, part_of
+from .restart import batched, part_of, plain
 from .rows import Span
 from .slots import Touched
 from .tail import CLOSE, Tail, spread
@@ -299,8 +299,7 @@ def _leaves(manifest: Manifest, place: Place, nodes: Sequence[Node]) -> dict[tup
 
 
 def _divisible(leaf: Leaf) -> bool:
-    once = leaf.dims.count(BATCH) == 1 and leaf.dims.count(SEQ) == 1
-    return leaf.shared and once and not {KEY, BATCH_SEQ} & set(leaf.dims)
+    return plain(leaf) and SEQ in leaf.dims
 
 
 def _first(node: Node, leaf: Leaf, length: int) -> int:

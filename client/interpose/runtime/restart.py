@@ -67,6 +67,12 @@ class Made:
         return nest
 
 
+def plain(leaf: Leaf) -> bool:
+    """Whether a value belongs to rows, in a dimension of their own, and to positions at most, in one of theirs."""
+    once = leaf.dims.count(BATCH) == 1 and leaf.dims.count(SEQ) <= 1
+    return leaf.shared and once and not {KEY, BATCH_SEQ} & set(leaf.dims)
+
+
 def part_of(tensor: Tensor, leaf: Leaf, span: Span) -> Tensor:
     """A span's part of a batch, sharing its memory."""
     for dim, start, length in ((BATCH, span.row, span.rows), (SEQ, span.start, span.length)):
@@ -178,11 +184,7 @@ class Restart:
     def _carried(self, block: int) -> bool:
         """Whether all that is carried into a block belongs to rows, and to positions at most."""
         found = leaves(self.layout(block))
-        return bool(found) and all(
-            leaf.shared and leaf.dims.count(BATCH) == 1 and leaf.dims.count(SEQ) <= 1
-            and not {KEY, BATCH_SEQ} & set(leaf.dims)
-            for leaf in found
-        )  # fmt: skip
+        return bool(found) and all(map(plain, found))
 
     @cached_property
     def _trial(self) -> _Trial:

@@ -118,7 +118,7 @@ def _behind(group: Sequence[Member], restart: Restart, prefix: Prefix) -> list[S
     """The forwards of runs that begin behind tokens of another, and before them those of these tokens."""
     jobs: dict[Interpreter, list[int]] = {}
     for job, run in group:
-        if not (job.exclusive or job.plan.backwards or job.plan.graph.runs[run].given):
+        if not _alone((job, run)):
             jobs.setdefault(job, []).append(run)
     found: dict[int, tuple[list[Rows], list[Rows]]] = {}
     for job, runs in jobs.items():
@@ -164,6 +164,12 @@ def _kin(job: Interpreter, runs: Sequence[int], restart: Restart, prefix: Prefix
     return size, Rows(seats, behind=[(job, run) for run in behind])
 
 
+def _alone(member: Member) -> bool:
+    """Whether a run shares nothing with others of its job."""
+    job, run = member
+    return bool(job.exclusive or job.plan.backwards or job.plan.graph.runs[run].given)
+
+
 def _tokens(job: Interpreter, run: int) -> tuple[tuple[int, ...], ...]:
     return tuple(row for invoke in job.plan.graph.runs[run].invokes for row in invoke.rows)
 
@@ -197,8 +203,7 @@ def _families(group: Sequence[Member]) -> list[_Family]:
     for job, run in group:
         own = job.plan.graph.runs[run]
         rows = tuple(invoke.rows for invoke in own.invokes)
-        alone = job.exclusive or own.given or job.plan.backwards
-        key = (job, run) if alone else (job, rows)
+        key = (job, run) if _alone((job, run)) else (job, rows)
         found.setdefault(key, _Family(own.rows * own.longest)).members.append((job, run))
     return list(found.values())
 
