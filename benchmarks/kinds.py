@@ -1,4 +1,4 @@
-"""The kinds of graph that many clients or jobs are measured with. Needs nothing but a model that is being traced."""
+"""The kinds of graph that many clients or jobs are measured with. Needs nothing but a model being traced."""
 
 from __future__ import annotations
 
