@@ -1,0 +1,147 @@
+"""What an operator says of a cluster: which models, on how many devices, how many copies, when. A YAML file."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from enum import StrEnum
+from pathlib import Path
+from typing import Any
+
+import yaml
+from interpose.errors import ConfigError, InvalidPayload
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+
+from ..broker.keys import check_model
+
+
+class Placement(StrEnum):
+    """How one copy of a model lies on devices."""
+
+    AUTO = "auto"
+    """Whichever of the others its size asks for."""
+    DEVICE = "device"
+    """One device, or a part of one."""
+    DEVICES = "devices"
+    """Several devices of one process."""
+    BLOCKS = "blocks"
+    """Ranges of its blocks, each in a process of its own."""
+
+
+class Plain(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class Replicas(Plain):
+    """Copies of a model. With `min` 0 it is loaded when somebody asks for it."""
+
+    min: int = Field(default=0, ge=0)
+    max: int = Field(default=1, ge=1)
+
+    @model_validator(mode="after")
+    def _ordered(self) -> Replicas:
+        if self.min > self.max:
+            raise ValueError(f"at least {self.min} copies and at most {self.max} can't both be")
+        return self
+
+
+class ModelSpec(Plain):
+    """One model of the catalogue.
+
+    Attributes:
+        name: under which it is served.
+        source: a hub id, or a folder that every node sees.
+        revision: the hub's.
+        dtype: "float32", "bfloat16", ...; "auto" as saved.
+        quantization: a scheme of the transformers library, by name.
+        placement, devices, shards: how a copy lies on devices; left out, its size decides. Less than one device is
+            a part of one, which other models may share.
+        device_memory: bytes of one device, where that can't be asked.
+        resources: Ray's custom resources that a copy takes.
+        pinned: it is never evicted.
+        idle_s: so long without a job, and a copy beyond the least is let go.
+        schedule: when it is kept loaded, as "mon-fri 08:00-20:00", in UTC.
+        load_s: loading may take so long.
+        adapters: name -> source of LoRA weights that jobs may choose.
+        settings: of the worker's settings, those that differ for this model.
+    """
+
+    name: str
+    source: str = ""
+    revision: str | None = None
+    dtype: str = "auto"
+    quantization: str | None = None
+    placement: Placement = Placement.AUTO
+    devices: float | None = Field(default=None, ge=0)
+    shards: int | None = Field(default=None, ge=1)
+    device_memory: int | None = Field(default=None, gt=0)
+    resources: Mapping[str, float] = Field(default_factory=dict)
+    replicas: Replicas = Replicas()
+    pinned: bool = False
+    idle_s: float = Field(default=900.0, gt=0)
+    schedule: tuple[str, ...] = ()
+    load_s: float = Field(default=1800.0, gt=0)
+    adapters: Mapping[str, str] = Field(default_factory=dict)
+    settings: Mapping[str, Any] = Field(default_factory=dict)
+
+    @field_validator("name")
+    @classmethod
+    def _name(cls, value: str) -> str:
+        try:
+            return check_model(value)
+        except InvalidPayload as error:
+            raise ValueError(error.message) from error
+
+    @model_validator(mode="after")
+    def _sound(self) -> ModelSpec:
+        if self.devices is not None and self.devices > 1 and self.devices != int(self.devices):
+            raise ValueError("beyond one, devices come whole")
+        return self
+
+    @property
+    def place(self) -> str:
+        """Where its weights come from: its own name, where nothing else is said."""
+        return self.source or self.name
+
+
+class ClusterConfig(Plain):
+    """Attributes:
+    ray: address of a Ray cluster, "auto" for the one this machine belongs to; None starts one here.
+    redis_url: the broker; None starts one here.
+    data_dir: blobs and, of what is started here, files and logs.
+    host, port: where the gateway listens, if one is started here; port 0 takes a free one.
+    gateway: whether one is started here; None for where the broker is, too.
+    settings: of the servers' settings, by name, for every process.
+    """
+
+    ray: str | None = None
+    redis_url: str | None = None
+    data_dir: Path | None = None
+    host: str = "127.0.0.1"
+    port: int = Field(default=8000, ge=0, le=65535)
+    gateway: bool | None = None
+    settings: Mapping[str, Any] = Field(default_factory=dict)
+    models: tuple[ModelSpec, ...] = Field(min_length=1)
+
+    @field_validator("models")
+    @classmethod
+    def _names(cls, models: tuple[ModelSpec, ...]) -> tuple[ModelSpec, ...]:
+        names = [model.name for model in models]
+        if twice := next((name for name in names if names.count(name) > 1), None):
+            raise ValueError(f"two models are named {twice!r}")
+        return models
+
+    @classmethod
+    def read(cls, path: Path) -> ClusterConfig:
+        """Raises ConfigError, which names the place in the file."""
+        try:
+            plain = yaml.safe_load(path.read_text())
+        except OSError as error:
+            raise ConfigError(f"{path} can't be read: {error.strerror}") from error
+        except yaml.YAMLError as error:
+            raise ConfigError(f"{path} is no YAML: {error}") from error
+        try:
+            return cls.model_validate(plain)
+        except ValidationError as error:
+            first = error.errors()[0]
+            where = ".".join(map(str, first["loc"]))
+            raise ConfigError(f"{path}: {where}: {first['msg'].removeprefix('Value error, ')}") from error
