@@ -1,11 +1,11 @@
 """What travels between the process that runs a split model's forward and the shards that hold its blocks.
 
-Site 0 is *home*: the model's own forward, with stubs where the blocks were. Sites 1..n are the shards, each with a
-range of blocks. A forward visits the shards in order; each hands its hidden states, and values that later sites need
-(the *mail*), straight to the next, the last one back home. A backward takes the same way in reverse.
+Site 0 is *home*: the model's own forward, with stubs where the blocks were. Sites 1..n are the shards, each with
+a range of blocks. A forward visits the shards in order; each hands its hidden states, and values that later sites
+need (the *mail*), straight to the next, the last one back home. A backward takes the same way in reverse.
 
-Pure protocol: nothing here knows a network. A nest is tuples, lists and dicts with string keys, of tensors, numbers,
-strings, bytes, bools, None, and `CacheRef`.
+Pure protocol: nothing here knows a network. A nest is tuples, lists and dicts with string keys, of tensors,
+numbers, strings, bytes, bools, None, and `CacheRef`.
 """
 
 from __future__ import annotations
@@ -126,8 +126,8 @@ class Carrier(Protocol):
 
 
 class Route(Protocol):
-    """The way to the shards. Several forwards may be under way at once, from several threads; each shard serves them
-    in the order in which they come.
+    """The way to the shards. Several forwards may be under way at once, from several threads; each shard serves
+    them in the order in which they come.
 
     Whatever a shard raises is raised here, and nothing of that forward stays on any shard. A shard that is gone
     raises ReplicaLost: the replica is to end.
