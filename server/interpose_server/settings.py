@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Mapping
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,11 @@ from pydantic_settings import BaseSettings, SettingsConfigDict, SettingsError
 
 PREFIX = "INTERPOSE_SERVER_"
 _BASE = Limits()
+
+OF_WORKERS = frozenset(
+    ("limits", "batch_jobs", "batch_rows", "batch_tokens", "batch_memory_bytes", "batch_s", "aside_s", "measure_s")
+) | {"worker_threads", "grace_s", "shelf_bytes", "backlog_bytes"}
+"""Those that may differ from model to model."""
 
 
 class Settings(BaseSettings):
@@ -106,6 +112,24 @@ class Settings(BaseSettings):
             raise ConfigError(f"{PREFIX}{name}: {first['msg'].removeprefix('Value error, ')}") from error
         except SettingsError as error:
             raise ConfigError(f"a setting {PREFIX}... can't be read: {error}") from error
+
+    def changed(self, changes: Mapping[str, Any]) -> Settings:
+        """These settings, some of a worker's own with other values. Raises ConfigError."""
+        if wrong := sorted(changes.keys() - OF_WORKERS):
+            raise ConfigError(
+                f"{wrong[0]!r} can't be set for one model; these can: {', '.join(sorted(OF_WORKERS))}"
+            )
+        if not changes:
+            return self
+        limits = changes.get("limits")
+        if isinstance(limits, Mapping):
+            changes = {**changes, "limits": {**self.limits.as_dict(), **limits}}
+        try:
+            return Settings(**{**self.model_dump(), **changes})
+        except ValidationError as error:
+            first = error.errors()[0]
+            name = ".".join(map(str, first["loc"]))
+            raise ConfigError(f"setting {name}: {first['msg'].removeprefix('Value error, ')}") from error
 
     @cached_property
     def blob_dir(self) -> Path:

@@ -354,14 +354,24 @@ class Worker:
             except (RedisError, OSError) as error:
                 log.warning("no heartbeat (%s)", type(error).__name__)
 
+    def stuck(self, patience_s: float = 2 * STUCK_S) -> str | None:
+        """Why nobody can wait any longer for the operation under way; None while they can.
+
+        Args:
+            patience_s: how long beyond a job's wall time it may take. Half of what is the default, it gives up by
+                itself, so that more has passed only if that failed.
+        """
+        running, company = self._running, self._desk.company
+        if running is None:
+            return None
+        since = running[0] if company is None else max(running[0], company.stepped_at)
+        over_s = time.monotonic() - since - self._settings.limits.wall_s
+        return f"an operation is {over_s:.0f} s over the time a job has" if over_s >= patience_s else None
+
     async def _end_stuck(self) -> None:
         """Give up if the engine overran the wall time by far. A job that ran alone is told, others run again."""
         allowed = self._settings.limits.wall_s
-        if self._running is None:
-            return
-        company = self._desk.company
-        since = self._running[0] if company is None else max(self._running[0], company.stepped_at)
-        if time.monotonic() - since < allowed + STUCK_S:
+        if self._running is None or self.stuck(STUCK_S) is None:
             return
         log.error("an operation doesn't end; the worker starts anew")
         sinks, began = [*self._running[1]], self._running[0]

@@ -27,8 +27,11 @@ def free_bytes(model: nn.Module) -> int:
 
 
 def _on_card(device: torch.device) -> int:
-    free, _ = torch.cuda.mem_get_info(device)
-    return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    free, total = torch.cuda.mem_get_info(device)
+    used = torch.cuda.memory_allocated(device)
+    # This process may have been given a part of the card, whatever else is free on it now.
+    share = int(total * torch.cuda.get_per_process_memory_fraction(device)) - used
+    return min(free + torch.cuda.memory_reserved(device) - used, share)
 
 
 def _on_host() -> int:

@@ -1,0 +1,153 @@
+"""One copy of a model at work: load, tell the gateways, run jobs, stop.
+
+A process of its own and a Ray Serve replica are shells around it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import logging
+import os
+import sys
+import time
+from functools import partial
+
+import torch
+import transformers
+from interpose.errors import InterposeError, ModelUnavailable
+from interpose.graph.manifest import Manifest
+
+from .. import blob_keys
+from ..blobs import LocalBlobs
+from ..broker.connect import connect
+from ..broker.models import ModelState
+from ..models.spec import ModelSpec
+from ..settings import Settings
+from ..tasks import end
+from .budget import describe, told
+from .engines import Ready, engine_for
+from .loop import Worker
+
+log = logging.getLogger(__name__)
+
+FOREVER_S = 10 * 365 * 86_400.0
+
+
+def prepare_process(settings: Settings) -> None:
+    """What has to be said to torch before it computes."""
+    transformers.utils.logging.disable_progress_bar()  # type: ignore[no-untyped-call]
+    # Before torch allocates: fresh memory in huge pages costs a third of what it does page by page.
+    os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
+    if settings.worker_threads:
+        torch.set_num_threads(settings.worker_threads)
+
+
+class Host:
+    """Make it inside a running event loop; `load`, then `run`, then `close`.
+
+    Args:
+        name: under which its jobs are leased; no other live worker's.
+        settings: of the server; the spec's own are applied on top.
+        device: overrides where the spec puts it.
+
+    Raises:
+        ConfigError: a setting of the spec can't be.
+    """
+
+    def __init__(self, spec: ModelSpec, name: str, settings: Settings, device: str | None = None) -> None:
+        self.spec = spec
+        self.name = name
+        self.settings = settings.changed(spec.settings)
+        self.broker = connect(self.settings)
+        self._device = device
+        self._blobs = LocalBlobs(self.settings.blob_dir, self.settings.blob_bytes)
+        self._worker: Worker | None = None
+
+    async def load(self) -> None:
+        """Return once gateways know that it runs jobs.
+
+        Raises:
+            InterposeError: it can't; the broker knows why, too.
+        """
+        # A worker of this name that died holds leases on jobs nobody runs.
+        await self.broker.queue.reap(self.name)
+        await self.announce(ModelState.LOADING)
+        start = time.monotonic()
+        say(f"{self.spec.name}: loading from {self.spec.place}")
+        beat = asyncio.create_task(self._beat())
+        try:
+            async with asyncio.timeout(self.spec.load_s):
+                ready = await asyncio.to_thread(engine_for, self.spec, self.settings, self._device)
+        except TimeoutError:
+            error = ModelUnavailable(f"{self.spec.name} wasn't loaded after {self.spec.load_s:g} s")
+            await self._failed(error.message)
+            raise error from None
+        except Exception as error:
+            await self._failed(error.message if isinstance(error, InterposeError) else "loading it failed")
+            raise
+        finally:
+            await end([beat])
+        await self._publish(ready)
+        parts = f"{ready.manifest.architecture}, {ready.manifest.dtype}, {len(ready.manifest.blocks)} blocks"
+        alone = "" if ready.manifest.row_independent else f"; serves jobs one by one: {ready.manifest.row_note}"
+        took_s = time.monotonic() - start
+        say(f"{self.spec.name}: ready after {took_s:.1f} s ({parts}, on {ready.device}){alone}")
+        say(f"{self.spec.name}: {describe(ready.allowed, ready.measured)}")
+
+    async def run(self, stop: asyncio.Event) -> None:
+        """Run jobs until told to stop; then finish the running batch, and give back what was claimed beyond it.
+
+        Raises whatever leaves this process unable to go on, as a broken device does: another has to be started.
+        """
+        assert self._worker is not None, "it isn't loaded"
+        await self._worker.run(stop)
+        await self.announce(ModelState.STOPPED)
+
+    async def announce(self, state: ModelState) -> None:
+        await self.broker.models.announce(self.spec.name, self.name, state)
+
+    def ill(self) -> str | None:
+        """Why this process should be ended and another started; None while it is well."""
+        return self._worker.stuck() if self._worker is not None else None
+
+    async def close(self) -> None:
+        await self.broker.close()
+
+    async def _publish(self, ready: Ready) -> None:
+        tokenizer = ""
+        if ready.tokenizer is not None:
+            tokenizer = hashlib.sha256(ready.tokenizer).hexdigest()
+            self._blobs.put(blob_keys.tokenizer(tokenizer), [ready.tokenizer], FOREVER_S)
+        # The worker comes first: one that can't be made is never told of.
+        self._worker = Worker(
+            self.spec.name, self.name, ready.engine, self.broker, self._blobs, self.settings,
+            partial(_placed, ready.device), _check, budget=ready.allowed, prepare=ready.engine.prepare,
+        )  # fmt: skip
+        manifest: Manifest = ready.manifest
+        budget = told(ready.allowed, ready.measured)
+        await self.broker.models.publish(self.spec.name, self.name, manifest, tokenizer, budget)
+
+    async def _failed(self, why: str) -> None:
+        log.warning("%s: %s", self.spec.name, why)
+        await self.announce(ModelState.FAILED)
+
+    async def _beat(self) -> None:
+        while True:
+            await asyncio.sleep(1)
+            await self.broker.models.beat(self.spec.name)
+
+
+def _placed(device: torch.device, tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.to(device)
+
+
+def _check() -> None:
+    """Raises if the GPU was left broken, which only a new process can mend: its jobs are then tried again."""
+    if torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
+        torch.cuda.synchronize()
+
+
+def say(text: str) -> None:
+    """One line for the operator."""
+    print(text, file=sys.stderr, flush=True)

@@ -1,0 +1,57 @@
+"""A host: one copy of a model loaded, told of, run and stopped, in this process."""
+
+from __future__ import annotations
+
+import asyncio
+from pathlib import Path
+from typing import Any
+
+import pytest
+from interpose.errors import ConfigError
+from interpose_server.broker.connect import Broker
+from interpose_server.broker.models import ModelState
+from interpose_server.models.spec import ModelSpec
+from interpose_server.settings import Settings
+from interpose_server.worker.hosting import Host
+from models import tiny
+
+
+def spec(**changes: Any) -> ModelSpec:
+    return ModelSpec(**{"name": "tiny", "source": str(tiny("gpt2")), "settings": {"measure_s": 0}, **changes})
+
+
+async def test_it_is_ready_once_told_of_and_stops_when_told(settings: Settings, broker: Broker) -> None:
+    host, stop = Host(spec(), "w1", settings), asyncio.Event()
+    assert host.ill() is None
+    await host.load()
+    hosted = await broker.models.get("tiny")
+    assert (hosted.state, hosted.worker, bool(hosted.fingerprint)) == (ModelState.READY, "w1", True)
+    running = asyncio.create_task(host.run(stop))
+    await asyncio.sleep(0.05)
+    assert host.ill() is None
+    stop.set()
+    await asyncio.wait_for(running, 10)
+    assert (await broker.models.get("tiny")).state is ModelState.STOPPED
+    await host.close()
+
+
+async def test_a_models_own_settings_hold_for_it_alone(settings: Settings) -> None:
+    host = Host(spec(settings={"batch_jobs": 3, "limits": {"wall_s": 7}}), "w1", settings)
+    assert (host.settings.batch_jobs, host.settings.limits.wall_s) == (3, 7)
+    assert host.settings.limits.nodes == settings.limits.nodes
+    assert host.settings.redis_url == settings.redis_url
+    await host.close()
+
+
+@pytest.mark.parametrize("wrong", [{"batch_jobs": 0}, {"redis_url": "redis://elsewhere"}, {"limits": {"walls": 1}}])
+def test_a_setting_that_cannot_be_is_named(settings: Settings, wrong: dict[str, Any]) -> None:
+    with pytest.raises(ConfigError, match="batch_jobs|redis_url|walls"):
+        settings.changed(wrong)
+
+
+async def test_a_model_that_is_not_there_fails(settings: Settings, broker: Broker, tmp_path: Path) -> None:
+    host = Host(spec(source=str(tmp_path)), "w1", settings)
+    with pytest.raises(ConfigError, match=r"config\.json"):
+        await host.load()
+    assert (await broker.models.get("tiny")).state is ModelState.FAILED
+    await host.close()
