@@ -8,31 +8,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import transformers
 from torch import nn
-from transformers import AutoConfig, AutoTokenizer, PretrainedConfig
+from transformers import AutoTokenizer
 
-from ..errors import ConfigError, ModelUnavailable
 from ..graph.manifest import Manifest
 from . import attention, describe, independence, named
 from .feeding import examples, measure_feeding, places
 from .inputs import Feeding, vocabulary
 from .pieces import joined
 from .probe import probe
-
-_DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16, "float64": torch.float64}
-
-_KINDS = (
-    transformers.AutoModelForCausalLM,
-    transformers.AutoModelForMaskedLM,
-    transformers.AutoModelForSeq2SeqLM,
-    transformers.AutoModelForSequenceClassification,
-    transformers.AutoModelForTokenClassification,
-    transformers.AutoModelForQuestionAnswering,
-    transformers.AutoModelForImageTextToText,
-    transformers.AutoModelForImageClassification,
-    transformers.AutoModel,
-)
+from .sources import Source, auto_class, torch_device, torch_dtype
 
 
 @dataclass(frozen=True, eq=False)
@@ -81,24 +66,20 @@ def load(
         ConfigError: no such folder, device or dtype, or a model that needs code of its own.
         ModelUnavailable: the hub doesn't give it.
     """
-    folder = _folder(source)
-    place = str(folder or source)
-    hub: dict[str, Any] = {"local_files_only": local_files_only or folder is not None, "trust_remote_code": False}
-    if folder is None:
-        hub["revision"] = revision
-    options: dict[str, Any] = {"dtype": _dtype(dtype)}
+    at = Source.of(source, revision, local_files_only=local_files_only)
+    options: dict[str, Any] = {"dtype": torch_dtype(dtype)}
     if device == "auto":
         options["device_map"] = "auto"
-    config = _fetch(place, lambda: AutoConfig.from_pretrained(place, **hub))
-    kind = _kind(config)
-    model = _fetch(place, lambda: kind.from_pretrained(place, config=config, **hub, **options))
+    config = at.config()
+    kind = auto_class(config)
+    model = at.fetch(lambda: kind.from_pretrained(at.place, config=config, **at.hub, **options))
     if device != "auto":
-        model.to(_device(device))
+        model.to(torch_device(device))
     try:
-        tokens = AutoTokenizer.from_pretrained(place, **hub)
+        tokens = AutoTokenizer.from_pretrained(at.place, **at.hub)
     except (OSError, ValueError, KeyError, TypeError, AttributeError, ImportError):
         tokens = None  # a model without a tokenizer takes ids
-    return wrap(model, name or (folder.name if folder else place), tokens)
+    return wrap(model, name or (at.folder.name if at.folder else at.place), tokens)
 
 
 def wrap(model: nn.Module, name: str, tokenizer: Any = None) -> Loaded:
@@ -158,66 +139,3 @@ def wrap(model: nn.Module, name: str, tokenizer: Any = None) -> Loaded:
     return named.settle(
         Loaded(model, manifest, file, names, modules, device, feeding, measured.rewritten, measured.first_only)
     )
-
-
-def _folder(source: str | Path) -> Path | None:
-    """The folder a source names, None for a hub id."""
-    path = Path(source).expanduser()
-    if path.is_dir():
-        if not (path / "config.json").is_file():
-            raise ConfigError(f"{path} holds no config.json: give the folder that save_pretrained wrote")
-        return path.resolve()
-    text = str(source)
-    if isinstance(source, Path) or text.startswith((".", "/", "~")) or text.count("/") > 1 or not text:
-        raise ConfigError(f"there is no folder {text!r}; give one, or a hub id such as 'org/name'")
-    return None
-
-
-def _fetch(place: str, get: Any) -> Any:
-    try:
-        return get()
-    except OSError as error:
-        raise ModelUnavailable(
-            f"{place} can't be loaded: {_first_line(error)}. Check the name, the network, and for a gated model "
-            "that you are logged in; a folder works too"
-        ) from error
-    except (ValueError, KeyError, ImportError) as error:
-        raise ConfigError(f"{place} can't be loaded: {_first_line(error)}") from error
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).strip().partition("\n")[0].rstrip(".")
-
-
-def _kind(config: PretrainedConfig) -> Any:
-    """The library's Auto class that makes the architecture a config names."""
-    wanted = set(config.architectures or ())
-    offers = {kind: kind._model_mapping.get(type(config), None) for kind in _KINDS}
-    for kind, found in offers.items():
-        classes = found if isinstance(found, tuple) else (found,)
-        if any(cls is not None and cls.__name__ in wanted for cls in classes):
-            return kind
-    # Folders of old may name none; what writes text is what people mean.
-    for kind, found in offers.items():
-        if found is not None:
-            return kind
-    raise ConfigError(f"no model class for a config of type {config.model_type!r}")
-
-
-def _dtype(name: str | None) -> Any:
-    if name in (None, "auto"):
-        return "auto"
-    if name not in _DTYPES:
-        raise ConfigError(f"no dtype {name!r}; there are auto, {', '.join(_DTYPES)}")
-    return _DTYPES[name]
-
-
-def _device(name: str | None) -> torch.device:
-    if name is None:
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:
-        raise ConfigError(f"device {name!r} can't be used: {_first_line(error)}") from error
-    return device

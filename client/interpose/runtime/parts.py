@@ -1,0 +1,339 @@
+"""A part of a model: its own class, of which only the wanted parameters and buffers are there; the rest is meta.
+
+The library's own steps of `from_pretrained` are taken (its renamings, the experts it fuses, tied weights, buffers
+it computes), with two differences: of a checkpoint only the tensors that are needed are opened, from only the files
+that hold them, and nothing is dispatched by hooks. So a process that holds a tenth of a model reads and downloads
+about a tenth. On a CPU the weights are views of the files, as the library has them: memory that processes on one
+machine share, and that is taken as it is touched.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from torch import Tensor, nn
+from transformers import PretrainedConfig, PreTrainedModel, modeling_utils
+from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
+from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
+from transformers.utils.generic import ContextManagers
+from transformers.utils.hub import cached_file
+
+from ..errors import ConfigError
+from .sources import Source, first_line, model_class, torch_device, torch_dtype
+
+Keep = Callable[[str], bool]
+"""Whether a parameter or buffer, by its full name, is wanted."""
+
+META = torch.device("meta")
+
+_library: Any = modeling_utils
+"""Whose inner functions are used here. What they are is the library's affair, and pinned with its version."""
+
+
+def inside(paths: Iterable[str]) -> Keep:
+    """What lies in the modules of these paths."""
+    roots = tuple(f"{path}." for path in paths)
+    return lambda name: name.startswith(roots)
+
+
+def outside(paths: Iterable[str]) -> Keep:
+    """All but what lies in the modules of these paths."""
+    within = inside(paths)
+    return lambda name: not within(name)
+
+
+def outline(config: PretrainedConfig, dtype: torch.dtype | None = None) -> PreTrainedModel:
+    """The model of a config, all of it on meta: shapes and dtypes without a byte of weights.
+
+    Args:
+        dtype: of the weights; default: as the config says, or float32.
+
+    Raises:
+        ConfigError: the library can't make it.
+    """
+    config = copy.deepcopy(config)
+    _set_dtype(config, dtype or _as_dtype(config.dtype) or torch.float32)
+    return _built(config, None, None)
+
+
+def load_part(
+    source: str | Path,
+    keep: Keep,
+    *,
+    device: str | None = None,
+    dtype: str | None = None,
+    revision: str | None = None,
+    local_files_only: bool = False,
+) -> PreTrainedModel:
+    """A model in eval mode, without gradients, of which only what is wanted is read; bitwise as `load` has it.
+
+    A tied weight that is wanted at one place is there at its others, too.
+
+    Args:
+        keep: asked for each parameter and buffer. What decides is best a module, such as a block: a tensor that the
+            library makes with others from one of the file's is there only if they are wanted alike.
+        device, dtype, revision, local_files_only: as of `load`; "auto" is no device here.
+
+    Raises:
+        ConfigError: no such folder, device or dtype; weights that aren't in safetensors, that lack something
+            wanted, or that the library can't load on the device.
+        ModelUnavailable: the hub doesn't give it.
+    """
+    at = Source.of(source, revision, local_files_only=local_files_only)
+    config = at.config()
+    at = at.fixed(config)
+    wanted_dtype, place = torch_dtype(dtype), torch_device(device)
+    weights = at.fetch(lambda: Weights.find(at, config))
+    quantizer = at.fetch(lambda: _quantizer(config, place))
+    resolved = at.fetch(lambda: _set_dtype(config, wanted_dtype, quantizer, weights))
+    model = at.fetch(lambda: _built(config, quantizer, place))
+    part = _Part.of(model, keep, place)
+    mapping = _library.get_model_conversion_mapping(model, None, quantizer)
+    options = _library.LoadStateDictConfig(
+        pretrained_model_name_or_path=at.place,
+        device_map=part.device_map,
+        dtype=resolved,
+        dtype_plan=model._get_dtype_plan(resolved),
+        hf_quantizer=quantizer,
+        weight_mapping=mapping,
+    )
+    try:
+        _fill(model, part, weights, options)
+    except torch.OutOfMemoryError:
+        raise
+    except RuntimeError as error:
+        raise ConfigError(f"{at.place} can't be loaded: {first_line(error)}") from error
+    nn.Module.eval(model).requires_grad_(False)
+    _generation(model, at)
+    if quantizer is not None:
+        model.hf_quantizer = quantizer
+        quantizer.postprocess_model(model)
+    part.check(model)
+    return model
+
+
+@dataclass(frozen=True)
+class Weights:
+    """The safetensors files of a checkpoint.
+
+    Attributes:
+        files: name of a tensor -> name of the file that holds it; None where one file holds all.
+        metadata: of the index.
+    """
+
+    source: Source
+    files: Mapping[str, str] | None
+    metadata: Mapping[str, Any]
+
+    @classmethod
+    def find(cls, source: Source, config: PretrainedConfig) -> Weights:
+        """Raises ConfigError where there are none, OSError of the hub."""
+        named = getattr(config, "transformers_weights", None)
+        if named is not None or type(config).extra_files:
+            raise ConfigError(
+                f"{source.place} keeps weights in files of its own naming, which can't be read by parts"
+            )
+        if _path(source, SAFE_WEIGHTS_NAME, missing=True) is not None:
+            return cls(source, None, {})
+        index = _path(source, SAFE_WEIGHTS_INDEX_NAME, missing=True)
+        if index is None:
+            raise ConfigError(
+                f"{source.place} has no weights in safetensors, and others can't be read by parts: load it once "
+                "with the transformers library and save it with save_pretrained"
+            )
+        plain = json.loads(Path(index).read_text("utf-8"))
+        return cls(source, plain["weight_map"], plain.get("metadata") or {})
+
+    def names(self) -> list[str]:
+        if self.files is not None:
+            return list(self.files)
+        with safe_open(self.path(SAFE_WEIGHTS_NAME), framework="pt") as opened:
+            return list(opened.keys())
+
+    def slices(self, names: Iterable[str], stack: ExitStack) -> dict[str, Any]:
+        """What reads a tensor once it is asked to, for each name; the stack closes the files."""
+        by_file: dict[str, list[str]] = {}
+        for name in names:
+            by_file.setdefault(self.files[name] if self.files is not None else SAFE_WEIGHTS_NAME, []).append(name)
+        found = {}
+        for file, inside_it in by_file.items():
+            opened = stack.enter_context(safe_open(self.path(file), framework="pt", device="cpu"))
+            found.update({name: opened.get_slice(name) for name in inside_it})
+        return found
+
+    def any_file(self) -> str:
+        return self.path(next(iter(self.files.values())) if self.files else SAFE_WEIGHTS_NAME)
+
+    def path(self, file: str) -> str:
+        found = _path(self.source, file)
+        assert found is not None
+        return found
+
+
+def _path(source: Source, file: str, *, missing: bool = False) -> str | None:
+    """Where a file lies, downloaded if need be; None for one that isn't there and may be missing."""
+    options = {key: value for key, value in source.hub.items() if key != "trust_remote_code"}
+    found: str | None = cached_file(
+        source.place, file, _raise_exceptions_for_missing_entries=not missing, **options
+    )
+    return found
+
+
+@dataclass(frozen=True)
+class _Part:
+    """Which tensors of a model are wanted, and the device of each module, as the library asks for it."""
+
+    names: frozenset[str]
+    device: torch.device
+    device_map: Mapping[str, torch.device]
+
+    @classmethod
+    def of(cls, model: PreTrainedModel, keep: Keep, device: torch.device) -> _Part:
+        every = [name for name, _ in _tensors(model)]
+        names = {name for name in every if keep(name)}
+        for group in _tied(model):
+            if names & group:
+                names |= group
+        placed: dict[str, torch.device] = {"": META}
+        _cover(every, names, device, placed)
+        return cls(frozenset(names), device, placed)
+
+    def check(self, model: nn.Module) -> None:
+        """That all that is wanted is there, and nothing else."""
+        real = {name for name, tensor in _tensors(model) if not tensor.is_meta}
+        if lacking := sorted(self.names & {name for name, _ in _tensors(model)} - real):
+            raise ConfigError(
+                f"{lacking[0]} is made together with tensors of modules that aren't wanted, so this part can't be "
+                "loaded: take whole blocks"
+            )
+        for name in real - self.names:
+            owner, _, at = name.rpartition(".")
+            _replace(model.get_submodule(owner), at)
+
+
+def _tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    yield from model.named_parameters(remove_duplicate=False)
+    yield from model.named_buffers(remove_duplicate=False)
+
+
+def _replace(module: nn.Module, name: str) -> None:
+    held = module._parameters if name in module._parameters else module._buffers
+    tensor = held[name]
+    assert tensor is not None
+    empty = tensor.to(META)
+    held[name] = nn.Parameter(empty, requires_grad=False) if isinstance(tensor, nn.Parameter) else empty  # type: ignore[assignment]
+
+
+def _tied(model: PreTrainedModel) -> list[set[str]]:
+    """Names that stand for one tensor."""
+    groups: dict[str, set[str]] = {}
+    for name, of in model.all_tied_weights_keys.items():
+        groups.setdefault(of, {of}).add(name)
+    return list(groups.values())
+
+
+def _cover(every: Iterable[str], wanted: set[str], device: torch.device, placed: dict[str, torch.device]) -> None:
+    """A device for every module that is all wanted or all not, and for single tensors elsewhere.
+
+    All siblings are named: the library takes the first name that a tensor's begins with, the longest before others.
+    """
+
+    def divide(names: list[str], depth: int) -> None:
+        below: dict[str, list[str]] = {}
+        for name in names:
+            below.setdefault(".".join(name.split(".")[: depth + 1]), []).append(name)
+        for root, its in below.items():
+            kept = {name in wanted for name in its}
+            if len(kept) == 1:
+                placed[root] = device if kept.pop() else META
+            else:
+                divide(its, depth + 1)
+
+    divide(list(every), 0)
+
+
+def _fill(model: PreTrainedModel, part: _Part, weights: Weights, options: Any) -> None:
+    """Read what is wanted, tie what is tied, compute what files don't hold."""
+    names = _needed(model, part, weights.names(), options.weight_mapping)
+    with ExitStack() as stack:
+        state = weights.slices(names, stack)
+        info, _ = model._load_pretrained_model(model, state, None, options)
+    info.missing_keys &= part.names
+    model._finalize_model_loading(model, options, info)
+    if info.missing_keys:
+        raise ConfigError(
+            f"{weights.source.place} holds no weights for {', '.join(sorted(info.missing_keys)[:3])}"
+            f"{' and others' if len(info.missing_keys) > 3 else ''}"
+        )
+
+
+def _needed(model: PreTrainedModel, part: _Part, names: Iterable[str], mapping: Iterable[Any]) -> list[str]:
+    """Of a checkpoint's tensors those from which something wanted is made, by the library's own renaming."""
+    state = model.state_dict()
+    prefix = model.base_model_prefix
+    renamings = [entry for entry in mapping if isinstance(entry, WeightRenaming)]
+    converters = [entry for entry in mapping if isinstance(entry, WeightConverter)]
+    by_pattern = {pattern: entry for entry in converters for pattern in entry.source_patterns}
+
+    def targets(name: str) -> list[str]:
+        renamed, pattern = rename_source_key(name, renamings, converters, prefix, state)
+        if renamed not in state and name in state:
+            renamed, pattern = rename_source_key(name, [], [], prefix, state)
+        if pattern is None:
+            return [renamed]
+        made = by_pattern[pattern].target_patterns
+        return [renamed.replace(made[0], target) for target in made]
+
+    return [name for name in names if not part.names.isdisjoint(targets(name))]
+
+
+def _built(config: PretrainedConfig, quantizer: Any, device: torch.device | None) -> PreTrainedModel:
+    """A config's model on meta, as `from_pretrained` makes it before it reads anything."""
+    cls = model_class(config)
+    with ContextManagers(cls.get_init_context(config.dtype, quantizer is not None, False, None)):
+        model: PreTrainedModel = cls(copy.deepcopy(config))
+        _library.patch_output_recorders(model)
+        if quantizer is not None:
+            quantizer.preprocess_model(
+                model=model, dtype=config.dtype, device_map={"": device}, checkpoint_files=None
+            )
+    return model
+
+
+def _quantizer(config: PretrainedConfig, device: torch.device) -> Any:
+    """What loads weights that were saved quantised, None for others; an error where it can't on this device."""
+    found, _, _ = _library.get_hf_quantizer(config, None, {"": device}, True, {})
+    return found
+
+
+def _set_dtype(
+    config: PretrainedConfig, dtype: Any, quantizer: Any = None, weights: Weights | None = None
+) -> torch.dtype:
+    """Settle "auto" as the library does, and tell the config and its parts."""
+    file = [weights.any_file()] if weights is not None and dtype == "auto" and config.dtype is None else None
+    metadata = dict(weights.metadata) if weights is not None and weights.files is not None else None
+    _, found = _library._get_dtype(dtype, file, config, metadata, None, True, quantizer)
+    return _as_dtype(found) or torch.float32
+
+
+def _as_dtype(value: Any) -> torch.dtype | None:
+    found = getattr(torch, value) if isinstance(value, str) else value
+    return found if isinstance(found, torch.dtype) else None
+
+
+def _generation(model: Any, source: Source) -> None:
+    """The settings of generations that come with a model."""
+    if not model.can_generate():
+        return
+    unset = dict.fromkeys(("cache_dir", "force_download", "proxies", "token"))
+    model.adjust_generation_fn(
+        None, None, None, source.place, subfolder="", **{"revision": None, **source.hub, **unset}
+    )
