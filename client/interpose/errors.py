@@ -29,6 +29,8 @@ InterposeError
 │   ├── InvalidPayload            bytes that aren't a job
 │   ├── UnknownModel              not served here
 │   ├── ModelUnavailable          served here, not able to run now
+│   │   ├── ModelLoading          ... but soon: it was asked for and is on its way
+│   │   └── ModelFailed           ... because it can't be loaded
 │   ├── UnknownJob                no such job, or its result has expired
 │   ├── JobConflict               the same job id with another payload
 │   ├── MissingAttachment         the job names a tensor that was never uploaded
@@ -247,6 +249,14 @@ class UnknownModel(RequestError):
 
 class ModelUnavailable(RequestError):
     code, status = "model_unavailable", 503
+
+
+class ModelLoading(ModelUnavailable):
+    code = "model_loading"
+
+
+class ModelFailed(ModelUnavailable):
+    code = "model_failed"
 
 
 class UnknownJob(RequestError):

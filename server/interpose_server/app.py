@@ -35,7 +35,7 @@ def create_app(settings: Settings, broker: Broker, blobs: Blobs) -> FastAPI:
         settings=settings,
         broker=broker,
         blobs=blobs,
-        catalogue=Catalogue(broker.models),
+        catalogue=Catalogue(broker.models, broker.specs),
         notifier=Notifier(broker),
         positions=Positions(broker.queue, settings.position_s),
         rate=RateLimit(settings.rate_per_s, settings.rate_burst),

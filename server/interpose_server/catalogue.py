@@ -5,35 +5,47 @@ from __future__ import annotations
 import time
 
 import msgpack
-from interpose.errors import ModelUnavailable, UnknownModel
+from interpose.errors import ModelLoading, ModelUnavailable, UnknownModel
 from interpose.graph.manifest import Manifest, decode_manifest
 
-from .broker.models import Hosted, Models, ModelState
+from .broker.models import Hosted, Models
+from .broker.specs import Specs
+from .broker.states import ModelState
 
 FRESH_S = 1.0
+RETRY_S = 1
+"""When a client is to ask again for a model that is being loaded."""
 
 
 class Catalogue:
-    def __init__(self, models: Models) -> None:
+    def __init__(self, models: Models, specs: Specs) -> None:
         self._models = models
+        self._specs = specs
         self._hosted: dict[str, tuple[float, Hosted]] = {}
         self._manifests: dict[str, tuple[str, Manifest]] = {}
 
     async def ready(self, name: str, revision: str | None) -> Manifest:
         """The manifest to check a job against.
 
-        A model whose worker restarts keeps its queue, so it takes jobs as long as its manifest is known.
+        Whether a copy is loaded now makes no difference where one would be: jobs that wait have it loaded.
 
         Raises:
             UnknownModel: not served here, or not at this revision.
-            ModelUnavailable: never loaded so far, failed to load, or gone for long.
+            ModelLoading: never loaded so far; now it will be.
+            ModelFailed: it can't be loaded.
+            ModelUnavailable: gone for long, or about to go.
         """
-        hosted = await self._get(name)
-        if not hosted.fingerprint or hosted.state in (ModelState.FAILED, ModelState.STOPPED):
+        hosted = await self.get(name)
+        if hosted.removed:
             raise ModelUnavailable(
-                f"{name} is {hosted.state} here; try again later",
-                details={"retry_after_s": 5, "state": hosted.state},
+                f"{name} is being taken out of service and takes no more jobs", details={"state": "draining"}
             )
+        if hosted.state is ModelState.STOPPED:
+            raise ModelUnavailable(
+                f"{name} is stopped here; try again later", details={"retry_after_s": 5, "state": "stopped"}
+            )
+        _check_loadable(hosted)
+        await self.known(hosted)
         manifest = await self._manifest(hosted)
         if revision is not None and revision != manifest.revision:
             raise UnknownModel(
@@ -42,7 +54,26 @@ class Catalogue:
             )
         return manifest
 
-    async def _get(self, name: str) -> Hosted:
+    async def known(self, hosted: Hosted) -> None:
+        """Have a model loaded that never was, so that its manifest becomes known.
+
+        Raises:
+            ModelLoading, ModelFailed: it isn't known yet.
+        """
+        if hosted.fingerprint:
+            return
+        _check_loadable(hosted)
+        name = hosted.name
+        if hosted.wanted:
+            await self._specs.wish(name)
+        on_its_way = not hosted.wanted or hosted.state is ModelState.LOADING or await self._specs.kept()
+        told = "is being loaded" if on_its_way else "is to be loaded, but what loads models here is away"
+        raise ModelLoading(
+            f"{name} {told}; try again", details={"retry_after_s": RETRY_S, "state": str(hosted.state)}
+        )
+
+    async def get(self, name: str) -> Hosted:
+        """How a model is, or was a moment ago. Raises UnknownModel."""
         at, hosted = self._hosted.get(name, (0.0, None))
         if hosted is None or time.monotonic() - at > FRESH_S:
             hosted = await self._models.get(name)
@@ -55,3 +86,9 @@ class Catalogue:
             manifest = decode_manifest(msgpack.unpackb(await self._models.manifest(hosted.name)))
             self._manifests[hosted.name] = hosted.fingerprint, manifest
         return manifest
+
+
+def _check_loadable(hosted: Hosted) -> None:
+    """Raises ModelFailed where loading it failed, and nobody would try again now."""
+    if hosted.state is ModelState.FAILED and hosted.failure is not None and (hosted.barred or not hosted.wanted):
+        raise hosted.failure.error(hosted.name, hosted.now_ms)

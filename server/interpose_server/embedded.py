@@ -14,7 +14,7 @@ from interpose.errors import ConfigError
 
 from .broker.accounts import Accounts
 from .broker.connect import Broker, connect
-from .broker.models import ModelState
+from .broker.states import ModelState
 from .datadir import DataDir, default_dir
 from .gateway import listen
 from .processes import Child

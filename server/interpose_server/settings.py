@@ -49,6 +49,11 @@ class Settings(BaseSettings):
         inline_bytes: saves and payloads up to this size go through the broker, larger ones through the blob store.
         grace_s: how long a running batch may take to finish when the server stops.
         streams_per_user, downloads_per_user: open at once on one gateway process.
+        load_retry_s: a model that couldn't be loaded is left alone for so long, unless somebody asks.
+        wish_s: a model that was asked for, but by no job, is loaded if there is room within so long.
+        hold_s: a model that was loaded stays for at least so long before another may have its place.
+        scale_jobs, scale_wait_s: another copy of a model is loaded where more jobs than this wait for each it has,
+            or one for longer.
         metrics_open: whether /metrics answers without an admin's key.
     """
 
@@ -82,6 +87,12 @@ class Settings(BaseSettings):
     measure_s: float = Field(default=2.0, ge=0, le=60)
     worker_threads: int | None = None
     grace_s: float = Field(default=20.0, ge=0)
+
+    load_retry_s: float = Field(default=300.0, gt=0)
+    wish_s: float = Field(default=120.0, gt=0)
+    hold_s: float = Field(default=60.0, ge=0)
+    scale_jobs: int = Field(default=64, ge=1)
+    scale_wait_s: float = Field(default=10.0, gt=0)
 
     shelf_bytes: int = Field(default=512 << 20, ge=0)
     backlog_bytes: int = Field(default=256 << 20, ge=0)

@@ -28,10 +28,27 @@ async def sweep_forever(settings: Settings, broker: Broker, blobs: Blobs) -> Non
             due -= every
             if due <= 0:
                 due = settings.sweep_s
+                for worker in await broker.models.bury():
+                    log.warning("%s died while it loaded its model", worker)
+                for name in await retire(broker):
+                    log.info("%s is gone from the catalogue", name)
                 await asyncio.to_thread(_drop, blobs, await broker.queue.sweep())
         except (RedisError, OSError) as error:
             log.warning("the sweep failed (%s); again soon", type(error).__name__)
         await asyncio.sleep(every)
+
+
+async def retire(broker: Broker) -> list[str]:
+    """Drop from the catalogue what was removed and has nothing more to do. Returns the names."""
+    gone = []
+    for entry in await broker.specs.entries():
+        if not entry.removed:
+            continue
+        hosted, demand = await broker.models.get(entry.spec.name), await broker.queue.demand(entry.spec.name)
+        if not (hosted.copies or demand.waiting or demand.running):
+            await broker.models.forget(hosted.name)
+            gone.append(hosted.name)
+    return gone
 
 
 def _drop(blobs: Blobs, gone: Mapping[str, Sequence[str]]) -> None:

@@ -1,4 +1,4 @@
-"""The broker as one object: queue, accounts and models over one Redis."""
+"""The broker as one object: queue, accounts, models and their catalogue over one Redis."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ from .accounts import Accounts
 from .models import Models
 from .queue import Queue
 from .scripts import Scripts
+from .specs import Specs
 
 CONNECTIONS = 32
 """Of one process to Redis."""
@@ -28,6 +29,7 @@ class Broker:
     queue: Queue
     accounts: Accounts
     models: Models
+    specs: Specs
 
     async def reach(self) -> None:
         """Raises ConfigError if Redis doesn't answer, or not to us."""
@@ -58,9 +60,11 @@ def connect(settings: Settings) -> Broker:
     except ValueError as error:
         raise ConfigError(f"the Redis URL can't be read: {error}") from error
     redis = Redis.from_pool(pool)
+    scripts = Scripts(redis)
     return Broker(
         redis=redis,
-        queue=Queue(redis, Scripts(redis), settings),
+        queue=Queue(redis, scripts, settings),
         accounts=Accounts(redis),
-        models=Models(redis, silent_s=max(settings.lease_s, 5.0)),
+        models=Models(redis, scripts, settings),
+        specs=Specs(redis, settings),
     )

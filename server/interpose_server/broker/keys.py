@@ -6,9 +6,13 @@ A *ref* is "user/job id": users never share a job, so a ref is all that is neede
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
+from typing import Any
 
 from interpose.errors import InvalidPayload
 from interpose.wire.status import TRANSITIONS
+
+from .states import TRANSITIONS as MODEL_TRANSITIONS
 
 JOB = "ip:job:{ref}"
 """Hash: everything known of one job."""
@@ -21,7 +25,8 @@ QUEUE = "ip:queue:{model}/{user}"
 USERS = "ip:users:{model}"
 """Sorted set of users with waiting jobs, by virtual time."""
 CLOCK = "ip:clock:{model}"
-"""Hash: user -> virtual time in seconds; "/now" -> that of the last job served; "/depth" -> jobs waiting."""
+"""Hash: user -> virtual time in seconds; "/now" -> that of the last job served;
+"/depth", "/running" -> jobs waiting, leased; "/used" -> when one last came, or ended, in ms."""
 BELL = "ip:bell:{model}"
 """List that a worker without work blocks on."""
 QUEUED = "ip:queued:{user}"
@@ -42,7 +47,17 @@ TOTAL = "ip:total"
 MODELS = "ip:models"
 """Set of model names."""
 MODEL = "ip:model:{model}"
-"""Hash: what a worker published of its model."""
+"""Hash: what a worker published of its model; why it couldn't be loaded; when somebody last wished for it."""
+STATES = "ip:states:{model}"
+"""Hash: worker -> state of the copy it holds."""
+HEARD = "ip:heard:{model}"
+"""Sorted set of those workers by when they were last heard of, in ms."""
+SPECS = "ip:specs"
+"""Hash: name -> JSON of the catalogue's entry."""
+SPECS_CHANGED = "ip:specs-changed"
+"""Counter: changes of the catalogue."""
+KEEPER = "ip:keeper"
+"""There while somebody brings models up and down as the catalogue says."""
 KEYS = "ip:keys"
 """Hash: SHA-256 of a token -> its record."""
 KEY_IDS = "ip:key-ids"
@@ -83,12 +98,13 @@ def split(ref: str) -> tuple[str, str]:
 _FORMATS = {
     "JOB": JOB, "EVENTS": EVENTS, "BLOBS": BLOBS, "QUEUE": QUEUE, "USERS": USERS, "CLOCK": CLOCK, "BELL": BELL,
     "QUEUED": QUEUED, "RUNNING": RUNNING, "JOBS": JOBS, "USAGE": USAGE, "LEASES": LEASES, "EXPIRY": EXPIRY,
-    "ORDER": ORDER, "TOTAL": TOTAL, "WAKE": WAKE, "ACCOUNTS": KEYS,
+    "ORDER": ORDER, "TOTAL": TOTAL, "WAKE": WAKE, "ACCOUNTS": KEYS, "MODELS": MODELS, "MODEL": MODEL,
+    "STATES": STATES, "HEARD": HEARD,
 }  # fmt: skip
 
 
 def prelude() -> str:
-    """Lua: each key's name as a string or a function of its parts, and the table of a job's transitions."""
+    """Lua: each key's name as a string or a function of its parts, and the transitions of a job and a model."""
     lines = []
     for name, pattern in _FORMATS.items():
         parts = re.findall(r"\{(\w+)\}", pattern)
@@ -97,8 +113,12 @@ def prelude() -> str:
             lines.append(f"local function {name}({', '.join(parts)}) return '{body}' end")
         else:
             lines.append(f"local {name} = '{pattern}'")
-    ways = ", ".join(
-        f"{old} = {{{', '.join(f'{new} = true' for new in sorted(news))}}}" for old, news in TRANSITIONS.items()
-    )
     lines.append(f"local PUSHED = {PUSHED}")
-    return "\n".join([*lines, f"local WAYS = {{{ways}}}"])
+    return "\n".join([*lines, _ways("WAYS", TRANSITIONS), _ways("MODEL_WAYS", MODEL_TRANSITIONS)])
+
+
+def _ways(name: str, transitions: Mapping[Any, frozenset[Any]]) -> str:
+    ways = ", ".join(
+        f"{old} = {{{', '.join(f'{new} = true' for new in sorted(news))}}}" for old, news in transitions.items()
+    )
+    return f"local {name} = {{{ways}}}"

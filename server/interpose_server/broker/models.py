@@ -1,74 +1,116 @@
-"""What workers publish of their models, and whether they are alive."""
+"""What workers publish of their models, and how each copy of a model is."""
 
 from __future__ import annotations
 
-import time
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from enum import StrEnum
 from typing import Any
 
 import msgpack
-from interpose.errors import UnknownModel
+from interpose.errors import InternalError, ModelUnavailable, UnknownModel
 from interpose.graph.manifest import Manifest, encode_manifest, fingerprint
 from redis.asyncio import Redis
 
+from ..settings import Settings
 from . import keys
 from .answers import text
+from .failures import Failure
+from .scripts import Scripts
+from .states import ModelState, derive
 
-
-class ModelState(StrEnum):
-    LOADING = "loading"
-    READY = "ready"
-    FAILED = "failed"
-    STOPPED = "stopped"
-    """No worker has been heard of for a while."""
+FIELDS = ("fingerprint", "revision", "tokenizer", "batches", "jobs", "busy_s", "ready_ms", "wish_ms", "evict")
 
 
 @dataclass(frozen=True, slots=True)
 class Hosted:
     """One model. `fingerprint` is empty until a worker has loaded it for the first time.
 
-    batches, jobs: how many were run so far; a batch is one or more jobs that were given to the engine together.
-    busy_s: how long the engine has worked on them.
-    budget: what a batch may hold, and the measurements that says it, for people.
+    Attributes:
+        copies: worker -> state, of those heard of lately.
+        batches, jobs: how many were run so far; a batch is one or more jobs that were given to the engine together.
+        busy_s: how long the engines have worked on them.
+        budget: what a batch may hold, and the measurements that says it, for people.
+        failure: why the last try to load it failed; None if it didn't.
+        wanted: it is in the catalogue and stays there, so that it is loaded when somebody asks.
+        removed: it is being taken out of the catalogue.
+        now_ms, ready_ms: when this was read, and when a copy last became ready; 0 never. By the broker's clock.
+        wished: somebody asked for it to be loaded, and it hasn't been since.
+        evicted: somebody asked for it to go as soon as it has no work.
     """
 
     name: str
     state: ModelState
-    worker: str
+    copies: Mapping[str, ModelState]
     fingerprint: str
     revision: str
     tokenizer: str
-    seen_ms: int
-    batches: int
-    jobs: int
+    batches: int = 0
+    jobs: int = 0
     busy_s: float = 0.0
     budget: Mapping[str, Any] = field(default_factory=dict)
+    failure: Failure | None = None
+    wanted: bool = False
+    removed: bool = False
+    now_ms: int = 0
+    ready_ms: int = 0
+    wished: bool = False
+    evicted: bool = False
+
+    def count(self, state: ModelState) -> int:
+        """Copies in a state."""
+        return sum(own is state for own in self.copies.values())
+
+    @property
+    def barred(self) -> bool:
+        """Whether loading it failed, and it isn't time to try again."""
+        return self.failure is not None and self.failure.retry_ms > self.now_ms
 
     def to_plain(self) -> dict[str, Any]:
-        return {
+        plain: dict[str, Any] = {
             "id": self.name,
             "state": str(self.state),
             "revision": self.revision,
             "fingerprint": self.fingerprint,
             "budget": dict(self.budget),
+            "copies": self.count(ModelState.READY),
         }
+        failed = self.state is ModelState.FAILED and self.failure is not None
+        return {**plain, "failure": self.failure.to_plain()} if failed and self.failure else plain
 
 
 class Models:
-    """Args: silent_s: a model whose workers were silent for so long counts as stopped."""
+    """A copy that was silent for longer than the settings' lease counts as gone."""
 
-    def __init__(self, redis: Redis, silent_s: float) -> None:
+    def __init__(self, redis: Redis, scripts: Scripts, settings: Settings) -> None:
         self._redis = redis
-        self._silent_ms = silent_s * 1000
+        self._run = scripts
+        self._silent_ms = int(max(settings.lease_s, 5.0) * 1000)
+        self._ttl_ms = int(settings.result_ttl_s * 1000)
+        self._retry_s = settings.load_retry_s
 
-    async def announce(self, name: str, worker: str, state: ModelState) -> None:
-        """A worker says what it is doing. Ready counts only after `publish`."""
-        async with self._redis.pipeline(transaction=True) as pipe:
-            pipe.sadd(keys.MODELS, keys.check_model(name))
-            pipe.hset(_key(name), mapping={"state": str(state), "worker": worker, "seen_ms": _now()})
-            await pipe.execute()
+    async def announce(self, name: str, worker: str, state: ModelState, why: BaseException | None = None) -> bool:
+        """A worker says what it is doing; stopped is its last word. Ready counts only after `publish`.
+
+        Args:
+            why: what loading raised, of one that failed. Jobs that wait for the model end with it where no other
+                copy is left and trying again by itself is in vain.
+
+        Returns:
+            Whether its copy may be in this state: one that was told to drain isn't ready again.
+        """
+        failure, problem = b"", b""
+        if state is ModelState.FAILED:
+            before = Failure.unpack(await self._redis.hget(_key(name), "failure"))
+            seconds, micros = await self._redis.time()
+            now_ms = seconds * 1000 + micros // 1000
+            failed = Failure.after(before, why or InternalError("it failed"), now_ms, self._retry_s)
+            failure = failed.pack()
+            problem = msgpack.packb(failed.error(name, failed.at_ms).to_wire()) if failed.final else b""
+        allowed, _ = await self._run(
+            "announce", keys.check_model(name), worker, str(state), self._silent_ms, failure, problem, self._ttl_ms
+        )
+        return bool(allowed)
 
     async def publish(
         self, name: str, worker: str, manifest: Manifest, tokenizer: str, budget: Mapping[str, Any] | None = None
@@ -78,52 +120,65 @@ class Models:
         Args:
             tokenizer: name of the blob with its tokenizer file, "" without one.
             budget: what its batches may hold, for people. Not of the manifest: it differs from load to load.
-        """
-        mark = fingerprint(manifest)
-        async with self._redis.pipeline(transaction=True) as pipe:
-            pipe.hset(
-                _key(name),
-                mapping={
-                    "manifest": msgpack.packb(encode_manifest(manifest)),
-                    "fingerprint": mark,
-                    "revision": manifest.revision,
-                    "tokenizer": tokenizer,
-                    "budget": msgpack.packb(dict(budget or {})),
-                },
-            )
-            await pipe.execute()
-        await self.announce(name, worker, ModelState.READY)
 
-    async def beat(self, name: str, batches: int = 0, jobs: int = 0, busy_s: float = 0.0) -> None:
+        Raises:
+            ModelUnavailable: this copy was told to drain meanwhile.
+        """
+        await self._redis.hset(
+            _key(name),
+            mapping={
+                "manifest": msgpack.packb(encode_manifest(manifest)),
+                "fingerprint": fingerprint(manifest),
+                "revision": manifest.revision,
+                "tokenizer": tokenizer,
+                "budget": msgpack.packb(dict(budget or {})),
+            },
+        )
+        if not await self.announce(name, worker, ModelState.READY):
+            raise ModelUnavailable(f"this copy of {name} is wanted no longer")
+
+    async def beat(self, name: str, worker: str, batches: int = 0, jobs: int = 0, busy_s: float = 0.0) -> None:
         """A worker is alive, and has run so many more batches and jobs, for so long, since it last said so."""
-        async with self._redis.pipeline(transaction=False) as pipe:
-            pipe.hset(_key(name), "seen_ms", _now())
-            pipe.hincrby(_key(name), "batches", batches)
-            pipe.hincrby(_key(name), "jobs", jobs)
-            pipe.hincrbyfloat(_key(name), "busy_s", busy_s)
-            await pipe.execute()
+        await self._run("beat", name, worker, batches, jobs, busy_s)
 
     async def get(self, name: str) -> Hosted:
         """Raises UnknownModel."""
-        names = ["state", "worker", "fingerprint", "revision", "tokenizer", "seen_ms", "batches", "jobs", "busy_s"]
-        *found, budget = await self._redis.hmget(_key(name), [*names, "budget"])
-        state, worker, mark, revision, tokenizer, seen, batches, jobs, busy = map(text, found)
-        if not state:
+        async with self._redis.pipeline(transaction=False) as pipe:
+            pipe.time()
+            pipe.sismember(keys.MODELS, name)
+            pipe.hmget(_key(name), [*FIELDS, "budget", "failure"])
+            pipe.hgetall(keys.STATES.format(model=name))
+            pipe.zrange(keys.HEARD.format(model=name), 0, -1, withscores=True)
+            pipe.hget(keys.SPECS, name)
+            (seconds, micros), known, (*found, budget, failure), states, heard, entry = await pipe.execute()
+        if not known:
             raise await self._unknown(name)
-        seen_ms = int(seen or 0)
-        silent = _now() - seen_ms > self._silent_ms and state != ModelState.FAILED
+        now_ms = seconds * 1000 + micros // 1000
+        own = {text(worker): ModelState(text(state)) for worker, state in states.items()}
+        live = [text(worker) for worker, at in heard if now_ms - at <= self._silent_ms]
+        copies = {worker: own[worker] for worker in live if worker in own}
+        mark, revision, tokenizer, batches, jobs, busy, ready_ms, wish_ms, evict = map(text, found)
+        failed = Failure.unpack(failure)
+        removed = entry is not None and json.loads(entry)["removed"]
+        wanted = entry is not None and not removed
         return Hosted(
             name=name,
-            state=ModelState.STOPPED if silent else ModelState(state),
-            worker=worker,
+            state=derive(copies.values(), wanted=wanted, failed=failed is not None, removed=removed),
+            copies=copies,
             fingerprint=mark,
             revision=revision,
             tokenizer=tokenizer,
-            seen_ms=seen_ms,
             batches=int(batches or 0),
             jobs=int(jobs or 0),
             busy_s=float(busy or 0),
             budget=msgpack.unpackb(budget) if budget else {},
+            failure=failed,
+            wanted=wanted,
+            removed=removed,
+            now_ms=now_ms,
+            ready_ms=int(ready_ms or 0),
+            wished=int(wish_ms or 0) > now_ms,
+            evicted=bool(evict),
         )
 
     async def manifest(self, name: str) -> bytes:
@@ -134,14 +189,39 @@ class Models:
         assert isinstance(raw, bytes)
         return raw
 
-    async def list(self) -> list[Hosted]:
-        names = sorted(map(text, await self._redis.smembers(keys.MODELS)))
-        return [await self.get(name) for name in names]
+    async def known(self, name: str) -> bool:
+        return bool(await self._redis.sismember(keys.MODELS, name))
 
     async def forget(self, name: str) -> None:
         """Stop listing a model that is no longer served here."""
-        await self._redis.srem(keys.MODELS, name)
-        await self._redis.delete(_key(name))
+        async with self._redis.pipeline(transaction=True) as pipe:
+            pipe.srem(keys.MODELS, name)
+            pipe.delete(_key(name), keys.STATES.format(model=name), keys.HEARD.format(model=name))
+            pipe.hdel(keys.SPECS, name)
+            await pipe.execute()
+
+    async def give_up(self, name: str, error: ModelUnavailable) -> list[str]:
+        """End the jobs that wait for a model with an error. Returns their refs."""
+        problem = msgpack.packb(error.to_wire())
+        refs = await self._run("give_up", keys.check_model(name), problem, self._ttl_ms, 0)
+        return [ref.decode() for ref in refs]
+
+    async def bury(self) -> list[str]:
+        """Note of each copy that fell silent while it loaded that loading failed. Returns their workers' names."""
+        buried = []
+        for hosted in await self.list():
+            states = await self._redis.hgetall(keys.STATES.format(model=hosted.name))
+            for worker, state in ((text(worker), text(state)) for worker, state in states.items()):
+                if state == ModelState.LOADING and worker not in hosted.copies:
+                    why = InternalError(f"{worker} died while it loaded {hosted.name}")
+                    await self.announce(hosted.name, worker, ModelState.FAILED, why)
+                    await self.announce(hosted.name, worker, ModelState.STOPPED)
+                    buried.append(worker)
+        return buried
+
+    async def list(self) -> list[Hosted]:
+        names = sorted(map(text, await self._redis.smembers(keys.MODELS)))
+        return [await self.get(name) for name in names]
 
     async def _unknown(self, name: str) -> UnknownModel:
         names = sorted(map(text, await self._redis.smembers(keys.MODELS)))
@@ -150,7 +230,3 @@ class Models:
 
 def _key(name: str) -> str:
     return keys.MODEL.format(model=name)
-
-
-def _now() -> int:
-    return time.time_ns() // 1_000_000

@@ -133,6 +133,22 @@ class Report:
     outcome: Outcome | None = None
 
 
+@dataclass(frozen=True, slots=True)
+class Demand:
+    """What the users of a model ask of it.
+
+    Attributes:
+        waiting, running: jobs.
+        oldest_ms: when the one that waits longest was handed in; 0: none waits.
+        used_ms: when a job last came, or ended; 0: never.
+    """
+
+    waiting: int
+    running: int
+    oldest_ms: int
+    used_ms: int
+
+
 class Queue:
     def __init__(self, redis: Redis, scripts: Scripts, settings: Settings) -> None:
         self._redis = redis
@@ -314,6 +330,10 @@ class Queue:
         """Jobs waiting for a model."""
         raw = await self._redis.hget(keys.CLOCK.format(model=model), "/depth")
         return int(raw or 0)
+
+    async def demand(self, model: str) -> Demand:
+        """What its users ask of a model now."""
+        return Demand(*map(int, await self._run("load", model)))
 
     async def usage(self, user: str) -> dict[str, float]:
         """Jobs run and seconds charged so far."""

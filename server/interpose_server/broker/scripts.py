@@ -11,7 +11,10 @@ from redis.commands.core import AsyncScript
 
 from .keys import prelude
 
-NAMES = ("submit", "order", "peek", "claim", "release", "heartbeat", "report", "cancel", "reap", "sweep", "ack")
+NAMES = (
+    *("submit", "order", "peek", "claim", "release", "heartbeat", "report", "cancel", "reap", "sweep", "ack"),
+    *("announce", "beat", "give_up", "load"),
+)
 
 
 class Scripts:

@@ -8,7 +8,7 @@ from interpose.errors import Forbidden
 from redis.exceptions import RedisError
 
 from ..auth import identify
-from ..broker.models import ModelState
+from ..broker.states import ModelState
 from ..parts import Parts
 
 router = APIRouter(tags=["health"])

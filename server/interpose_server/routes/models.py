@@ -8,7 +8,7 @@ from typing import Any
 import msgpack
 from fastapi import APIRouter, Request
 from fastapi.responses import JSONResponse, Response
-from interpose.errors import ModelUnavailable, NotFound
+from interpose.errors import NotFound
 from interpose.wire.protocol import MSGPACK
 
 from .. import blob_keys
@@ -43,13 +43,16 @@ async def tokenizer(request: Request, model: str, user: User) -> Response:
     return Response(bytes(data), media_type="application/json", headers={"ETag": mark})
 
 
-@router.get("/{model:path}", summary="The model's manifest: msgpack if asked for, else JSON")
+@router.get(
+    "/{model:path}",
+    summary="The model's manifest: msgpack if asked for, else JSON; 503 while it is loaded for the first time",
+)
 async def manifest(request: Request, model: str, user: User) -> Response:
     allow(user, model)
-    models = Parts.of(request).broker.models
+    parts = Parts.of(request)
+    models = parts.broker.models
     hosted = await models.get(model)
-    if not hosted.fingerprint:
-        raise ModelUnavailable(f"{model} is still {hosted.state}; try again", details={"retry_after_s": 2})
+    await parts.catalogue.known(hosted)
     mark = f'"{hosted.fingerprint}"'
     headers = {"ETag": mark, "Vary": "Accept", "Cache-Control": "private, no-cache"}
     if request.headers.get("if-none-match") in (mark, hosted.fingerprint):

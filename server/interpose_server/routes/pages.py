@@ -9,6 +9,9 @@ from typing import Any
 from fastapi import APIRouter, Request
 from fastapi.responses import HTMLResponse
 
+from ..broker.failures import SENTENCES
+from ..broker.models import Hosted
+from ..broker.states import ModelState
 from ..parts import Parts
 
 router = APIRouter(include_in_schema=False)
@@ -36,13 +39,21 @@ with model.trace("The capital of France is", remote=True):
 async def status(request: Request) -> str:
     hosted = await Parts.of(request).broker.models.list()
     rows = "".join(
-        f"<tr><td>{escape(model.name)}<td>{escape(model.state)}{_budget(model.budget)}</tr>" for model in hosted
+        f"<tr><td>{escape(model.name)}<td>{escape(_state(model))}{_budget(model.budget)}</tr>" for model in hosted
     )
     return _PAGE.format(
         rows=rows or "<tr><td colspan=4>none yet</tr>",
         host=escape(str(request.base_url).rstrip("/")),
         model=escape(hosted[0].name if hosted else "org/name"),
     )
+
+
+def _state(model: Hosted) -> str:
+    """With how many copies there are of several, or why there is none."""
+    copies = model.count(ModelState.READY)
+    if model.state is ModelState.FAILED and model.failure is not None:
+        return f"failed: {SENTENCES[model.failure.reason]}"
+    return f"{model.state} ({copies} copies)" if copies > 1 else str(model.state)
 
 
 def _budget(told: Mapping[str, Any]) -> str:

@@ -21,7 +21,7 @@ from interpose.graph.manifest import Manifest
 from .. import blob_keys
 from ..blobs import LocalBlobs
 from ..broker.connect import connect
-from ..broker.models import ModelState
+from ..broker.states import ModelState
 from ..models.spec import ModelSpec
 from ..settings import Settings
 from ..tasks import end
@@ -80,11 +80,13 @@ class Host:
             async with asyncio.timeout(self.spec.load_s):
                 ready = await asyncio.to_thread(engine_for, self.spec, self.settings, self._device)
         except TimeoutError:
-            error = ModelUnavailable(f"{self.spec.name} wasn't loaded after {self.spec.load_s:g} s")
-            await self._failed(error.message)
+            error = ModelUnavailable(
+                f"{self.spec.name} wasn't loaded after {self.spec.load_s:g} s", details={"reason": "timeout"}
+            )
+            await self._failed(error)
             raise error from None
         except Exception as error:
-            await self._failed(error.message if isinstance(error, InterposeError) else "loading it failed")
+            await self._failed(error)
             raise
         finally:
             await end([beat])
@@ -104,8 +106,8 @@ class Host:
         await self._worker.run(stop)
         await self.announce(ModelState.STOPPED)
 
-    async def announce(self, state: ModelState) -> None:
-        await self.broker.models.announce(self.spec.name, self.name, state)
+    async def announce(self, state: ModelState, why: BaseException | None = None) -> None:
+        await self.broker.models.announce(self.spec.name, self.name, state, why)
 
     def ill(self) -> str | None:
         """Why this process should be ended and another started; None while it is well."""
@@ -128,14 +130,14 @@ class Host:
         budget = told(ready.allowed, ready.measured)
         await self.broker.models.publish(self.spec.name, self.name, manifest, tokenizer, budget)
 
-    async def _failed(self, why: str) -> None:
-        log.warning("%s: %s", self.spec.name, why)
-        await self.announce(ModelState.FAILED)
+    async def _failed(self, why: BaseException) -> None:
+        log.warning("%s: %s", self.spec.name, why.message if isinstance(why, InterposeError) else "loading failed")
+        await self.announce(ModelState.FAILED, why)
 
     async def _beat(self) -> None:
         while True:
             await asyncio.sleep(1)
-            await self.broker.models.beat(self.spec.name)
+            await self.broker.models.beat(self.spec.name, self.name)
 
 
 def _placed(device: torch.device, tensor: torch.Tensor) -> torch.Tensor:

@@ -347,7 +347,7 @@ class Worker:
             held = {sink.claim.ref: sink for sink in self._held}
             try:
                 (ran, self._ran), (busy_s, self._busy_s) = (self._ran, (0, 0)), (self._busy_s, 0.0)
-                await self._broker.models.beat(self._model, *ran, busy_s)
+                await self._broker.models.beat(self._model, self._name, *ran, busy_s)
                 pairs = [(ref, sink.claim.attempt) for ref, sink in held.items()]
                 for ref in await self._broker.queue.heartbeat(self._name, pairs) if pairs else ():
                     held[ref].lose()

@@ -13,7 +13,7 @@ import uvloop
 from interpose.errors import ConfigError, InterposeError
 
 from .. import logs
-from ..broker.models import ModelState
+from ..broker.states import ModelState
 from ..models.spec import ModelSpec
 from ..settings import Settings
 from .hosting import Host, prepare_process

@@ -46,6 +46,7 @@ local function enter_queue(ref, job)
     redis.call('ZADD', QUEUE(job.model, user), job.order, ref)
     redis.call('SADD', QUEUED(user), ref)
     redis.call('HINCRBY', CLOCK(job.model), '/depth', 1)
+    redis.call('HSET', CLOCK(job.model), '/used', now())
     redis.call('INCR', TOTAL)
     if not redis.call('ZSCORE', users, user) then
         -- Someone who was away doesn't come back with a credit for the time.
@@ -67,6 +68,8 @@ end
 local function leave_worker(ref, job)
     redis.call('SREM', RUNNING(job.user), ref)
     redis.call('ZREM', LEASES, ref)
+    redis.call('HINCRBY', CLOCK(job.model), '/running', -1)
+    redis.call('HSET', CLOCK(job.model), '/used', now())
     -- The user may have been at the most jobs running at once.
     if redis.call('EXISTS', QUEUE(job.model, job.user)) == 1 then ring(job.model) end
 end
@@ -86,6 +89,7 @@ local function become(ref, status, problem, ttl)
         enter_queue(ref, job)
     elseif status == 'running' then
         redis.call('SADD', RUNNING(job.user), ref)
+        redis.call('HINCRBY', CLOCK(job.model), '/running', 1)
         redis.call('HINCRBY', key, 'attempt', 1)
         redis.call('HSET', key, 'started_ms', time, 'applied', 0)
     else
@@ -102,6 +106,25 @@ local function become(ref, status, problem, ttl)
     emit(ref, 'status', body)
     wake(ref, status == 'running')
     return true
+end
+
+-- End the jobs that wait for a model, unless a copy that was heard of within `silence` ms may yet run them. Returns
+-- their refs.
+local function give_up(model, problem, ttl, silence)
+    if silence > 0 then
+        local states = map(redis.call('HGETALL', STATES(model)))
+        for _, worker in ipairs(redis.call('ZRANGEBYSCORE', HEARD(model), now() - silence, '+inf')) do
+            if states[worker] == 'ready' or states[worker] == 'loading' then return {} end
+        end
+    end
+    local ended = {}
+    for _, user in ipairs(redis.call('ZRANGE', USERS(model), 0, -1)) do
+        for _, ref in ipairs(redis.call('ZRANGE', QUEUE(model, user), 0, -1)) do
+            become(ref, 'failed', problem, ttl)
+            table.insert(ended, ref)
+        end
+    end
+    return ended
 end
 
 -- Make a waiting job this worker's, for one lease. Returns its hash; nothing if it waits no longer.

@@ -1,0 +1,9 @@
+-- ARGV: model worker batches jobs busy_s. A copy is alive, and has run so much since it last said so; one that has
+-- said its last word is not heard.
+local model, worker = ARGV[1], ARGV[2]
+if redis.call('HEXISTS', STATES(model), worker) == 1 then redis.call('ZADD', HEARD(model), now(), worker) end
+if tonumber(ARGV[3]) + tonumber(ARGV[4]) + tonumber(ARGV[5]) > 0 then
+    redis.call('HINCRBY', MODEL(model), 'batches', ARGV[3])
+    redis.call('HINCRBY', MODEL(model), 'jobs', ARGV[4])
+    redis.call('HINCRBYFLOAT', MODEL(model), 'busy_s', ARGV[5])
+end

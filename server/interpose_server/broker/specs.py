@@ -1,0 +1,136 @@
+"""The catalogue: the models an operator allows here, and what was asked of them by hand."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+
+from interpose.errors import ConfigError, UnknownModel
+from redis.asyncio import Redis
+
+from ..models.spec import ModelSpec
+from ..settings import Settings
+from . import keys
+from .answers import text
+
+KEPT_S = 30
+"""Who keeps models as the catalogue says was heard of within so long."""
+
+BY_HAND_S = 3600.0
+"""So long somebody's request to load a model stands while there is no room for it."""
+
+
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """`removed`: it takes no more jobs, and is dropped from the catalogue once those it has are over."""
+
+    spec: ModelSpec
+    removed: bool = False
+
+
+class Specs:
+    """Each change is counted in `revision`, so that who keeps models need not read what hasn't changed."""
+
+    def __init__(self, redis: Redis, settings: Settings) -> None:
+        self._redis = redis
+        self._wish_s = settings.wish_s
+
+    async def entries(self) -> list[Entry]:
+        """All, by name; those that were removed until their jobs are over."""
+        found = await self._redis.hgetall(keys.SPECS)
+        return [_entry(raw) for _, raw in sorted(found.items())]
+
+    async def list(self) -> list[ModelSpec]:
+        """What is in the catalogue."""
+        return [entry.spec for entry in await self.entries() if not entry.removed]
+
+    async def find(self, name: str) -> Entry | None:
+        raw = await self._redis.hget(keys.SPECS, name)
+        return None if raw is None else _entry(raw)
+
+    async def get(self, name: str) -> ModelSpec:
+        """Raises UnknownModel."""
+        entry = await self.find(name)
+        if entry is None or entry.removed:
+            names = ", ".join(spec.name for spec in await self.list())
+            raise UnknownModel(f"no model {name!r} is in the catalogue; there is {names or 'none yet'}")
+        return entry.spec
+
+    async def revision(self) -> int:
+        """A number that changes whenever an entry does."""
+        return int(await self._redis.get(keys.SPECS_CHANGED) or 0)
+
+    async def put(self, spec: ModelSpec) -> bool:
+        """Add a model, or replace what is said of it; loading that failed may be tried again. Whether it is new."""
+        new = await self.find(spec.name) is None
+        await self._write(Entry(spec))
+        await self._redis.hdel(_key(spec.name), "failure", "evict")
+        return new
+
+    async def remove(self, name: str) -> None:
+        """Take no more jobs for a model. It goes once those it has are over. Raises UnknownModel."""
+        await self._write(Entry(await self.get(name), removed=True))
+
+    async def pin(self, name: str, pinned: bool) -> None:
+        """Whether a model that is loaded stays so. Raises UnknownModel."""
+        spec = await self.get(name)
+        await self._write(Entry(spec.model_copy(update={"pinned": pinned})))
+
+    async def load(self, name: str) -> None:
+        """Have a model loaded, also if that failed before. Raises UnknownModel."""
+        await self.get(name)
+        await self._redis.hdel(_key(name), "failure", "evict")
+        await self._wish(name, BY_HAND_S)
+
+    async def wish(self, name: str) -> None:
+        """Somebody wants to use a model of the catalogue."""
+        await self._wish(name, self._wish_s)
+
+    async def evict(self, name: str) -> None:
+        """Let a model go as soon as it has no work.
+
+        Raises:
+            UnknownModel: it isn't in the catalogue.
+            ConfigError: it is to stay loaded.
+        """
+        spec = await self.get(name)
+        if spec.pinned:
+            raise ConfigError(f"{name} is pinned; unpin it first")
+        if spec.replicas.min:
+            raise ConfigError(f"at least {spec.replicas.min} of {name} stay loaded; replace its entry first")
+        async with self._redis.pipeline(transaction=True) as pipe:
+            pipe.hset(_key(name), "evict", "1")
+            pipe.hdel(_key(name), "wish_ms")
+            await pipe.execute()
+
+    async def keep(self) -> None:
+        """Say that somebody brings models up and down as the catalogue says."""
+        await self._redis.set(keys.KEEPER, "1", ex=KEPT_S)
+
+    async def kept(self) -> bool:
+        return bool(await self._redis.exists(keys.KEEPER))
+
+    async def _wish(self, name: str, for_s: float) -> None:
+        seconds, micros = await self._redis.time()
+        until = max(
+            seconds * 1000 + micros // 1000 + int(for_s * 1000),
+            int(await self._redis.hget(_key(name), "wish_ms") or 0),
+        )
+        await self._redis.hset(_key(name), "wish_ms", until)
+
+    async def _write(self, entry: Entry) -> None:
+        plain = {"spec": entry.spec.model_dump(mode="json"), "removed": entry.removed}
+        async with self._redis.pipeline(transaction=True) as pipe:
+            pipe.sadd(keys.MODELS, entry.spec.name)
+            pipe.hset(keys.SPECS, entry.spec.name, json.dumps(plain))
+            pipe.incr(keys.SPECS_CHANGED)
+            await pipe.execute()
+
+
+def _entry(raw: bytes | str) -> Entry:
+    plain = json.loads(text(raw))
+    return Entry(ModelSpec.model_validate(plain["spec"]), plain["removed"])
+
+
+def _key(name: str) -> str:
+    return keys.MODEL.format(model=name)
