@@ -5,9 +5,11 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from buckets import S3, run_s3
 
 # Before anything imports torch, and inherited by every process a test starts: one thread a process, since several
 # run at once, and no look at the hub. A developer's own host and key must not reach the tests.
@@ -35,3 +37,9 @@ def smollm2() -> Path:
 def minilm() -> Path:
     """all-MiniLM-L6-v2, a BERT encoder of 6 blocks without a head."""
     return real_model("all-MiniLM-L6-v2")
+
+
+@pytest.fixture(scope="session")
+def s3() -> Iterator[S3]:
+    with run_s3() as service:
+        yield service

@@ -25,7 +25,7 @@ from interpose.graph.model import Graph, Invoke, Node, Point, Run
 from interpose.graph.values import Ref
 from interpose.wire.submission import Submission, encode_submission
 from interpose_server.app import create_app
-from interpose_server.blobs import LocalBlobs
+from interpose_server.blobs import Blobs, open_blobs
 from interpose_server.broker.connect import Broker, connect
 from interpose_server.broker.queue import NewJob
 from interpose_server.gateway import listen
@@ -129,7 +129,7 @@ class Gateway:
 
     app: FastAPI
     broker: Broker
-    blobs: LocalBlobs
+    blobs: Blobs
     settings: Settings
     token: str
     client: httpx.AsyncClient
@@ -145,7 +145,7 @@ class Gateway:
 async def run_gateway(settings: Settings) -> AsyncIterator[Gateway]:
     """The app within this process, its background tasks running, the tiny model known."""
     broker = connect(settings)
-    blobs = LocalBlobs(settings.blob_dir, settings.blob_bytes)
+    blobs = open_blobs(settings)
     app = create_app(settings, broker, blobs)
     token, _ = await broker.accounts.create("ada")
     await broker.models.publish("tiny", "w1", tiny_manifest(), "")

@@ -40,6 +40,7 @@ InterposeError
 │   ├── JobCancelled
 │   ├── JobPoisoned               its worker died each time it ran
 │   └── InternalError             our fault
+│       └── StorageUnavailable    the server's blob store can't be reached
 ├── ConnectionFailed              the server can't be reached
 └── ConfigError                   no host, no key, or a missing extra
 """
@@ -293,6 +294,10 @@ class JobPoisoned(JobError):
 
 class InternalError(JobError):
     code = "internal_error"
+
+
+class StorageUnavailable(InternalError):
+    code, status = "storage_unavailable", 503
 
 
 class ConnectionFailed(InterposeError, ConnectionError):

@@ -39,7 +39,10 @@ def load(blobs: Blobs, user: str, sha: str, spec: TensorSpec) -> bytearray | Non
         data = bytearray(spec.nbytes)
         done = 0
         while done < len(data):
-            done += reader.readinto(len(expected) + done, memoryview(data)[done:])
+            more = reader.readinto(len(expected) + done, memoryview(data)[done:])
+            if not more:
+                return None
+            done += more
         return data
     finally:
         reader.close()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import AsyncIterator
+from functools import partial
 
 from interpose.errors import InvalidPayload, UnknownJob
 from starlette.responses import StreamingResponse
@@ -74,4 +75,5 @@ async def download(parts: Parts, user: str, job: str, seq: int, wanted: str) -> 
     start = int(asked[1]) if asked else 0
     if start and start >= event.body["nbytes"]:
         raise InvalidPayload(f"byte {start:,} lies beyond a save of {event.body['nbytes']:,} bytes")
-    return Download(parts, user, open_save(parts.blobs, user, event), start)
+    reader = await parts.blobs.ask(partial(open_save, parts.blobs, user, event))
+    return Download(parts, user, reader, start)

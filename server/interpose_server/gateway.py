@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import asyncio
 import socket
 from collections.abc import Sequence
 
@@ -12,7 +11,7 @@ import uvloop
 
 from . import logs
 from .app import create_app
-from .blobs import LocalBlobs
+from .blobs import open_blobs
 from .broker.connect import connect
 from .settings import Settings
 
@@ -44,8 +43,8 @@ def listen(host: str, port: int) -> socket.socket:
 async def serve(settings: Settings, bound: socket.socket) -> None:
     """Serve until SIGTERM or SIGINT, then finish what is being answered."""
     broker = connect(settings)
-    blobs = LocalBlobs(settings.blob_dir, settings.blob_bytes)
-    await asyncio.to_thread(blobs.recount)
+    blobs = open_blobs(settings)
+    await blobs.run(blobs.recount)
     config = uvicorn.Config(
         create_app(settings, broker, blobs),
         http="httptools",

@@ -7,6 +7,7 @@ import logging
 import struct
 from collections.abc import Awaitable, Callable
 from contextlib import suppress
+from functools import partial
 
 from interpose.errors import InternalError, InterposeError, InvalidPayload, UnknownJob
 from interpose.graph.values import TensorSpec
@@ -182,7 +183,7 @@ class Relay:
             await self._line.send(save)
             return
         async with self._line.saving:
-            reader = open_save(self._parts.blobs, self._user, event)
+            reader = await self._parts.blobs.ask(partial(open_save, self._parts.blobs, self._user, event))
             try:
                 await self._line.send(save)
                 await self._send_chunks(event.seq, reader, offset)

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import asyncio
 import json
 from collections.abc import AsyncIterator, Iterable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import msgpack
@@ -32,6 +32,9 @@ class Inline:
         return len(part)
 
     at_hand = readinto
+
+    async def fetch(self, offset: int, buffer: memoryview) -> int:
+        return self.readinto(offset, buffer)
 
     def close(self) -> None:
         pass
@@ -77,7 +80,7 @@ class Results:
             found += [event for event in batch if event.kind == "save" and event.attempt == attempt]
             after = batch[-1].seq
         # Those of a result that was acknowledged are gone; once an answer has begun, nothing can tell of it.
-        await asyncio.to_thread(_all_there, parts.blobs, user, found)
+        await parts.blobs.run(partial(_all_there, parts.blobs, user, found))
         return cls(parts, user, job, found)
 
     def safetensors(self) -> tuple[int, AsyncIterator[bytes]]:
@@ -125,7 +128,7 @@ class Results:
         step = self.parts.settings.chunk_bytes
         for head, save in zip(heads[1:], self.saves, strict=True):
             yield head
-            reader = open_save(self.parts.blobs, self.user, save)
+            reader = await self.parts.blobs.ask(partial(open_save, self.parts.blobs, self.user, save))
             try:
                 at = 0
                 while at < reader.size:

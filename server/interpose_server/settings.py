@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from collections.abc import Mapping
 from functools import cached_property
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 from interpose.errors import ConfigError
 from interpose.graph.limits import Limits
@@ -17,6 +19,7 @@ from pydantic_settings import BaseSettings, SettingsConfigDict, SettingsError
 
 PREFIX = "INTERPOSE_SERVER_"
 _BASE = Limits()
+_BUCKET = re.compile(r"[a-z0-9][a-z0-9._-]{1,61}[a-z0-9]")
 
 OF_WORKERS = frozenset(
     ("limits", "batch_jobs", "batch_rows", "batch_tokens", "batch_memory_bytes", "batch_s", "aside_s", "measure_s")
@@ -28,7 +31,11 @@ class Settings(BaseSettings):
     """Attributes end with their unit; `INTERPOSE_SERVER_LIMITS='{"wall_s": 60}'` sets limits one by one.
 
     Attributes:
+        redis_url: redis://, rediss:// or unix://; it may hold a password.
         data_dir: blobs, and in embedded mode the broker's files, locks and logs.
+        blobs: where uploads and results are: "file" for the data folder, or s3://BUCKET/PREFIX, for which the
+            usual AWS_* variables say where that is and who asks.
+        blob_bytes: of all of them together.
         limits: of one job; the manifest tells clients.
         queued_per_user, running_per_user: jobs of one user, over all models.
         queued_total: jobs waiting on this server.
@@ -59,8 +66,9 @@ class Settings(BaseSettings):
 
     model_config = SettingsConfigDict(env_prefix=PREFIX, frozen=True, extra="ignore")
 
-    redis_url: str = "redis://127.0.0.1:6379/0"
+    redis_url: str = Field(default="redis://127.0.0.1:6379/0", repr=False)
     data_dir: Path = Path("interpose-data")
+    blobs: str = "file"
     limits: Limits = Field(default_factory=Limits)
     protocols: tuple[int, ...] = (PROTOCOL,)
 
@@ -111,6 +119,15 @@ class Settings(BaseSettings):
         if isinstance(value, dict) and (wrong := sorted(value.keys() - _BASE.as_dict().keys())):
             raise ValueError(f"there is no limit {wrong[0]!r}; there are {', '.join(_BASE.as_dict())}")
         return Limits(**{**_BASE.as_dict(), **value}) if isinstance(value, dict) else value
+
+    @field_validator("blobs")
+    @classmethod
+    def _blobs(cls, value: str) -> str:
+        parts = urlsplit(value)
+        if value != "file" and (parts.scheme != "s3" or not _BUCKET.fullmatch(parts.netloc) or parts.query):
+            # Not quoted: somebody may have written a key into it.
+            raise ValueError('neither "file" nor s3://BUCKET/PREFIX; keys belong in AWS_ACCESS_KEY_ID and the like')
+        return value
 
     @classmethod
     def read(cls) -> Settings:

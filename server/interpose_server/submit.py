@@ -50,11 +50,10 @@ async def submit(
     manifest = await parts.catalogue.ready(job.model, job.revision)
     footprint = await _maybe_thread(large, lambda: _check(parts, job, manifest))
     digest = hashlib.sha256(body).hexdigest()
-    ttl_s = parts.settings.queue_ttl_s + parts.settings.result_ttl_s
-    payload = await _maybe_thread(
-        large or bool(job.graph.attachments), lambda: _store(parts, key, job, digest, ttl_s)
-    )
+    payload = await _maybe_thread(large, lambda: _packed(job))
     inline = len(payload) <= parts.settings.inline_bytes
+    if job.graph.attachments or not inline:
+        await parts.blobs.run(lambda: _store(parts, key, job, b"" if inline else payload, digest))
     status, place = await parts.broker.queue.submit(
         NewJob(
             user=key.user,
@@ -78,8 +77,15 @@ def _check(parts: Parts, job: Submission, manifest: Manifest) -> Footprint:
     return validate(job.graph, manifest, parts.settings.limits, batching=job.batching).footprint
 
 
-def _store(parts: Parts, key: Key, job: Submission, digest: str, ttl_s: float) -> bytes:
-    """Keep attachments and, if it is large, the graph. Returns the graph's msgpack."""
+def _packed(job: Submission) -> bytes:
+    """The graph's msgpack."""
+    payload: bytes = msgpack.packb(encode_graph(job.graph))
+    return payload
+
+
+def _store(parts: Parts, key: Key, job: Submission, payload: bytes, digest: str) -> None:
+    """Keep attachments, and the graph's msgpack if there is any."""
+    ttl_s = parts.settings.queue_ttl_s + parts.settings.result_ttl_s
     missing = []
     for sha, spec in job.graph.attachments.items():
         if sha in job.attachments:
@@ -91,10 +97,8 @@ def _store(parts: Parts, key: Key, job: Submission, digest: str, ttl_s: float) -
             f"{len(missing)} of the job's tensors were never uploaded, or have expired: {missing[0]}",
             details={"missing": missing[:64]},
         )
-    payload: bytes = msgpack.packb(encode_graph(job.graph))
-    if len(payload) > parts.settings.inline_bytes:
+    if payload:
         parts.blobs.put(blob_keys.payload(key.user, digest), [payload], ttl_s)
-    return payload
 
 
 async def _maybe_thread(large: bool, work: Callable[[], T]) -> T:

@@ -5,7 +5,9 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Mapping, Sequence
+from functools import partial
 
+from interpose.errors import StorageUnavailable
 from redis.exceptions import RedisError
 
 from .blobs import Blobs
@@ -32,8 +34,9 @@ async def sweep_forever(settings: Settings, broker: Broker, blobs: Blobs) -> Non
                     log.warning("%s died while it loaded its model", worker)
                 for name in await retire(broker):
                     log.info("%s is gone from the catalogue", name)
-                await asyncio.to_thread(_drop, blobs, await broker.queue.sweep())
-        except (RedisError, OSError) as error:
+                gone = await broker.queue.sweep()
+                await blobs.run(partial(_drop, blobs, gone))
+        except (RedisError, OSError, StorageUnavailable) as error:
             log.warning("the sweep failed (%s); again soon", type(error).__name__)
         await asyncio.sleep(every)
 

@@ -4,12 +4,8 @@ from __future__ import annotations
 
 import os
 import signal
-import socket
-import struct
-import threading
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -20,6 +16,7 @@ from interpose import LanguageModel
 from interpose.client import jobs
 from interpose.errors import JobCancelled
 from interpose.job import Job
+from proxies import proxied
 from serving import Served
 from workloads import slow
 
@@ -110,55 +107,13 @@ def listed(lab: Served) -> list[Any]:
     return jobs(host=lab.host, api_key=lab.key)
 
 
-@contextmanager
-def proxied(lab: Served, cut: list[int], path: bytes) -> Iterator[str]:
-    """The server's address through a proxy that resets the n-th connection asked for `path` after cut[n] bytes."""
-    host, port = lab.host.removeprefix("http://").split(":")
-    listener = socket.create_server(("127.0.0.1", 0))
-    threading.Thread(target=_accept, args=(listener, (host, int(port)), cut, path), daemon=True).start()
-    yield f"127.0.0.1:{listener.getsockname()[1]}"
-    listener.close()
-
-
-def _accept(listener: socket.socket, target: tuple[str, int], cut: list[int], path: bytes) -> None:
-    with suppress(OSError):
-        while True:
-            client, _ = listener.accept()
-            threading.Thread(target=_serve, args=(client, target, cut, path), daemon=True).start()
-
-
-def _serve(client: socket.socket, target: tuple[str, int], cut: list[int], path: bytes) -> None:
-    head = client.recv(65536)
-    server = socket.create_connection(target)
-    server.sendall(head)
-    most = cut.pop(0) if path in head and cut else None
-    threading.Thread(target=_pump, args=(client, server, None), daemon=True).start()
-    _pump(server, client, most)
-
-
-def _pump(source: socket.socket, target: socket.socket, most: int | None) -> None:
-    sent = 0
-    with suppress(OSError):
-        while data := source.recv(65536):
-            target.sendall(data)
-            sent += len(data)
-            if most is not None and sent > most:
-                # Closing with nothing lingering resets the connection: no goodbye of any kind.
-                target.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
-                break
-    for end in (source, target):
-        with suppress(OSError):
-            end.shutdown(socket.SHUT_RDWR)
-        end.close()
-
-
 @pytest.mark.parametrize("path", [b"/v1/stream", b"/saves/"], ids=["streamed", "fetched"])
 def test_a_connection_that_breaks_within_a_large_result(
     lab: Served, path: bytes, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("interpose.transports.socket.direct", lambda server: path == b"/saves/")
     cut = [20 << 20, 5 << 20, 300]
-    with proxied(lab, cut, path) as address:
+    with proxied(lab.host, cut, path) as address:
         model = LanguageModel("tiny-gpt2", host=address, api_key=lab.key)
         factors = np.arange(1 << 18, dtype=np.float32)[:, None]
         with model.trace(PROMPT, remote=True):

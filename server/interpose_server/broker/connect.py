@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 from interpose.errors import ConfigError
 from redis.asyncio import BlockingConnectionPool, Redis
@@ -19,8 +20,16 @@ from .queue import Queue
 from .scripts import Scripts
 from .specs import Specs
 
-CONNECTIONS = 32
-"""Of one process to Redis."""
+OPTIONS: dict[str, Any] = {
+    # One loop makes no use of more at once. Whoever comes then waits for one: the plain pool would refuse them, and
+    # opening a connection takes longer than most commands.
+    "max_connections": 32,
+    "timeout": 30,
+    "retry_on_error": [RedisConnectionError, RedisTimeoutError],
+    "health_check_interval": 0,
+    "socket_timeout": 30,
+}
+"""Of a pool of connections to Redis."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,15 +56,9 @@ def connect(settings: Settings) -> Broker:
     try:
         pool = BlockingConnectionPool.from_url(
             settings.redis_url,
-            # One loop makes no use of more at once. Whoever comes then waits for one: the plain pool would refuse
-            # them, and opening a connection takes longer than most commands.
-            max_connections=CONNECTIONS,
-            timeout=30,
             # Every call may be made twice: scripts are idempotent where it matters. About three seconds in all.
             retry=Retry(ExponentialBackoff(cap=0.5, base=0.02), 10),
-            retry_on_error=[RedisConnectionError, RedisTimeoutError],
-            health_check_interval=0,
-            socket_timeout=30,
+            **OPTIONS,
         )
     except ValueError as error:
         raise ConfigError(f"the Redis URL can't be read: {error}") from error

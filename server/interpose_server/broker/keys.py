@@ -66,6 +66,20 @@ PUSHED = 16 << 10
 """Bytes of events up to which they go along with the wake-up."""
 WAKE = "ip:wake"
 """Channel: a ref whose events grew, perhaps with them (see `wake` in common.lua), or "!id" for a revoked key."""
+STORE = "ip:store"
+"""String: names this broker's part of a bucket."""
+STORED = "ip:stored"
+"""Hash: a blob's name -> "bytes object". The blobs there are, where their bytes are in a bucket."""
+STORED_ENDS = "ip:stored-ends"
+"""Sorted set of blobs' names by the time they may be deleted, in ms."""
+STORED_BYTES = "ip:stored-bytes"
+"""Counter: bytes charged for all of them, and for those being written."""
+WRITING = "ip:writing"
+"""Hash: an object being written -> bytes charged for it."""
+TRASH = "ip:trash"
+"""Sorted set of objects no blob is in, or not yet, by the time they are to be deleted, in ms."""
+TIDIED = "ip:tidied"
+"""String that expires: the bucket was compared with all this a while ago."""
 
 _USER = re.compile(r"[A-Za-z0-9][A-Za-z0-9._@-]{0,63}")
 _MODEL = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*(/[A-Za-z0-9][A-Za-z0-9._-]*){0,3}")
@@ -99,7 +113,8 @@ _FORMATS = {
     "JOB": JOB, "EVENTS": EVENTS, "BLOBS": BLOBS, "QUEUE": QUEUE, "USERS": USERS, "CLOCK": CLOCK, "BELL": BELL,
     "QUEUED": QUEUED, "RUNNING": RUNNING, "JOBS": JOBS, "USAGE": USAGE, "LEASES": LEASES, "EXPIRY": EXPIRY,
     "ORDER": ORDER, "TOTAL": TOTAL, "WAKE": WAKE, "ACCOUNTS": KEYS, "MODELS": MODELS, "MODEL": MODEL,
-    "STATES": STATES, "HEARD": HEARD,
+    "STATES": STATES, "HEARD": HEARD, "STORED": STORED, "STORED_ENDS": STORED_ENDS,
+    "STORED_BYTES": STORED_BYTES, "WRITING": WRITING, "TRASH": TRASH,
 }  # fmt: skip
 
 

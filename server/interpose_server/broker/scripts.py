@@ -17,14 +17,18 @@ NAMES = (
 )
 
 
+def source(name: str, *shared: str) -> str:
+    """A script with all that it begins with: what these files share with others."""
+    folder = files(__package__) / "lua"
+    return "\n".join([prelude(), *((folder / f"{part}.lua").read_text() for part in (*shared, name))])
+
+
 class Scripts:
     """`await scripts(name, *args)`; with a pipeline, the call is queued there."""
 
     def __init__(self, redis: Redis) -> None:
-        folder = files(__package__) / "lua"
-        common = f"{prelude()}\n{(folder / 'common.lua').read_text()}"
         self._scripts: dict[str, AsyncScript] = {
-            name: redis.register_script(f"{common}\n{(folder / f'{name}.lua').read_text()}") for name in NAMES
+            name: redis.register_script(source(name, "common")) for name in NAMES
         }
 
     async def __call__(self, name: str, *args: Any, pipe: Pipeline | None = None) -> Any:

@@ -42,5 +42,5 @@ async def metrics(request: Request) -> Response:
         figures.batches.labels(hosted.name).set(hosted.batches)
         figures.ran.labels(hosted.name).set(hosted.jobs)
         figures.busy.labels(hosted.name).set(hosted.busy_s)
-    figures.blob_bytes.set(parts.blobs.used())
+    figures.blob_bytes.set(await parts.blobs.ask(parts.blobs.used))
     return Response(figures.text(), media_type="text/plain; version=0.0.4")

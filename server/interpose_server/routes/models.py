@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 from typing import Any
 
 import msgpack
@@ -13,6 +12,7 @@ from interpose.wire.protocol import MSGPACK
 
 from .. import blob_keys
 from ..auth import User, allow
+from ..blobs import whole
 from ..parts import Parts
 
 router = APIRouter(prefix="/v1/models", tags=["models"])
@@ -32,14 +32,10 @@ async def tokenizer(request: Request, model: str, user: User) -> Response:
     mark = f'"{hosted.tokenizer}"'
     if hosted.tokenizer and request.headers.get("if-none-match") == mark:
         return Response(status_code=304, headers={"ETag": mark})
-    reader = parts.blobs.open(blob_keys.tokenizer(hosted.tokenizer)) if hosted.tokenizer else None
-    if reader is None:
+    key = blob_keys.tokenizer(hosted.tokenizer)
+    data = await parts.blobs.run(lambda: whole(parts.blobs, key)) if hosted.tokenizer else None
+    if data is None:
         raise NotFound(f"{model} has no tokenizer here; give it token ids")
-    try:
-        data = bytearray(reader.size)
-        await asyncio.to_thread(reader.readinto, 0, memoryview(data))
-    finally:
-        reader.close()
     return Response(bytes(data), media_type="application/json", headers={"ETag": mark})
 
 

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import asyncio
 import hashlib
+from functools import partial
 from typing import Annotated
 
 from fastapi import APIRouter, Header, Request
@@ -16,7 +16,7 @@ from interpose.wire.tensors import spec_of
 
 from .. import attachments, blob_keys
 from ..auth import User
-from ..blobs import Writer
+from ..blobs import Blobs, Writer
 from ..limits import body_parts
 from ..parts import Parts
 
@@ -26,7 +26,8 @@ router = APIRouter(prefix="/v1/tensors", tags=["tensors"])
 @router.head("/{sha}", summary="Whether you have uploaded this tensor; if so it is kept longer")
 async def head(request: Request, sha: str, user: User) -> Response:
     parts = Parts.of(request)
-    if parts.blobs.keep(blob_keys.tensor(user.user, check_sha(sha)), parts.settings.queue_ttl_s) is None:
+    key = blob_keys.tensor(user.user, check_sha(sha))
+    if await parts.blobs.ask(lambda: parts.blobs.keep(key, parts.settings.queue_ttl_s)) is None:
         raise NotFound(f"no tensor {sha} of yours is here")
     return Response(status_code=200)
 
@@ -43,16 +44,19 @@ async def put(
     key = blob_keys.tensor(user.user, check_sha(sha))
     spec = spec_of(dtype, shape)
     parts.settings.limits.check("attachment_bytes", spec.nbytes)
-    if parts.blobs.keep(key, parts.settings.queue_ttl_s) is not None:
+    if await parts.blobs.ask(lambda: parts.blobs.keep(key, parts.settings.queue_ttl_s)) is not None:
         return Response(status_code=200)
-    first = attachments.head(spec)
-    with parts.blobs.writer(key, len(first) + spec.nbytes, parts.settings.queue_ttl_s) as writer:
-        await _receive(request, writer, spec, sha)
-        writer.commit()
+    size = len(attachments.head(spec)) + spec.nbytes
+    writer = await parts.blobs.ask(lambda: parts.blobs.writer(key, size, parts.settings.queue_ttl_s))
+    try:
+        await _receive(request, parts.blobs, writer, spec, sha)
+        await parts.blobs.run(writer.commit)
+    finally:
+        await parts.blobs.ask(writer.close)
     return Response(status_code=201)
 
 
-async def _receive(request: Request, writer: Writer, spec: TensorSpec, sha: str) -> None:
+async def _receive(request: Request, blobs: Blobs, writer: Writer, spec: TensorSpec, sha: str) -> None:
     """Write the body behind its head, checking size, digest and the bytes of bools as they pass."""
     first = attachments.head(spec)
     digest = hashlib.sha256(first)
@@ -62,7 +66,7 @@ async def _receive(request: Request, writer: Writer, spec: TensorSpec, sha: str)
         seen += len(part)
         if spec.dtype == "bool" and part.translate(None, b"\0\1"):
             raise InvalidPayload("a bool tensor holds bytes other than 0 and 1")
-        await asyncio.to_thread(_write, writer, digest, part)
+        await blobs.run(partial(_write, writer, digest, part))
     if seen != spec.nbytes:
         raise InvalidPayload(f"{seen:,} bytes came for a tensor of {spec.nbytes:,}")
     if digest.hexdigest() != sha:

@@ -19,7 +19,7 @@ from interpose.errors import InterposeError, ModelUnavailable
 from interpose.graph.manifest import Manifest
 
 from .. import blob_keys
-from ..blobs import LocalBlobs
+from ..blobs import open_blobs
 from ..broker.connect import connect
 from ..broker.states import ModelState
 from ..models.spec import ModelSpec
@@ -61,7 +61,7 @@ class Host:
         self.settings = settings.changed(spec.settings)
         self.broker = connect(self.settings)
         self._device = device
-        self._blobs = LocalBlobs(self.settings.blob_dir, self.settings.blob_bytes)
+        self._blobs = open_blobs(self.settings)
         self._worker: Worker | None = None
 
     async def load(self) -> None:
@@ -119,8 +119,9 @@ class Host:
     async def _publish(self, ready: Ready) -> None:
         tokenizer = ""
         if ready.tokenizer is not None:
-            tokenizer = hashlib.sha256(ready.tokenizer).hexdigest()
-            self._blobs.put(blob_keys.tokenizer(tokenizer), [ready.tokenizer], FOREVER_S)
+            data, tokenizer = ready.tokenizer, hashlib.sha256(ready.tokenizer).hexdigest()
+            key = blob_keys.tokenizer(tokenizer)
+            await self._blobs.run(lambda: self._blobs.put(key, [data], FOREVER_S))
         # The worker comes first: one that can't be made is never told of.
         self._worker = Worker(
             self.spec.name, self.name, ready.engine, self.broker, self._blobs, self.settings,

@@ -15,7 +15,7 @@ from interpose.graph.model import Graph
 from interpose.runtime.engine import EngineJob
 
 from .. import blob_keys
-from ..blobs import Blobs
+from ..blobs import Blobs, whole
 from ..broker.queue import Claim
 from ..settings import Settings
 from .shelf import Shelf
@@ -77,16 +77,11 @@ class Preparer:
         return self.prepare(job)
 
     def _graph(self, claim: Claim) -> Graph:
-        payload: bytes | bytearray = claim.payload
+        payload: bytes | bytearray | None = claim.payload
         if claim.blob:
-            reader = self.blobs.open(blob_keys.payload(claim.user, claim.blob))
-            if reader is None:
-                raise InvalidPayload("the job's payload has expired; submit it again")
-            try:
-                payload = bytearray(reader.size)
-                reader.readinto(0, memoryview(payload))
-            finally:
-                reader.close()
+            payload = whole(self.blobs, blob_keys.payload(claim.user, claim.blob))
+        if payload is None:
+            raise InvalidPayload("the job's payload has expired; submit it again")
         return decode_graph(msgpack.unpackb(payload), self.settings.limits)
 
     def _attachments(self, claim: Claim, graph: Graph) -> dict[str, torch.Tensor]:

@@ -1,107 +1,30 @@
-"""Payloads, attachments and results as files, each deleted at its time, all together under a cap.
-
-Nobody's words become a file's name: a name is the SHA-256 of user, kind and name, so users can't reach or notice
-each other's. `Blobs` is the whole of what the rest of the server asks for; an object store can stand behind it.
-"""
+"""Blobs as files in one folder, each deleted at its time, all together under a cap."""
 
 from __future__ import annotations
 
 import asyncio
 import errno
 import fcntl
-import hashlib
 import os
 import secrets
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Protocol
+from typing import IO, TypeVar
 
-from interpose.errors import StorageFull
+from interpose.errors import StorageFull, StorageUnavailable
 from interpose.wire.tensors import Buffer
 
-BLOCK = 4096
-"""What a file takes on disk is a multiple of this, so empty files count too."""
+from .protocol import FULL, TOO_LONG, BlobKey, charged
+
+T = TypeVar("T")
 
 _NOWAIT = getattr(os, "RWF_NOWAIT", 0)
 """Linux's: read what the page cache has, and don't wait for a disk."""
 
-
-@dataclass(frozen=True, slots=True)
-class BlobKey:
-    """Attributes:
-    user: whose it is; "" for the server's own.
-    kind: "payload", "tensor", "result" or "tokenizer".
-    name: unique within user and kind.
-    """
-
-    user: str
-    kind: str
-    name: str
-
-    @property
-    def hashed(self) -> str:
-        return hashlib.sha256("\0".join((self.user, self.kind, self.name)).encode()).hexdigest()
-
-
-class Reader(Protocol):
-    """An open blob. It can be read to its end even if it is deleted meanwhile."""
-
-    size: int
-
-    def readinto(self, offset: int, buffer: memoryview) -> int:
-        """Fill `buffer` from `offset`; returns how many bytes there were."""
-
-    def at_hand(self, offset: int, buffer: memoryview) -> int:
-        """As `readinto`, but only what can be had without waiting, which may be nothing."""
-
-    def close(self) -> None: ...
-
-
-async def read(reader: Reader, offset: int, buffer: memoryview) -> int:
-    """As `Reader.readinto`, on the event loop where that doesn't make it wait, else in a thread."""
-    done = reader.at_hand(offset, buffer)
-    if done < buffer.nbytes:
-        done += await asyncio.to_thread(reader.readinto, offset + done, buffer[done:])
-    return done
-
-
-class Writer(Protocol):
-    """A blob being written; it exists once committed. Leaving the context without that drops it."""
-
-    def write(self, data: Buffer) -> None: ...
-
-    def commit(self) -> None: ...
-
-    def __enter__(self) -> Writer: ...
-
-    def __exit__(self, *exc: object) -> None: ...
-
-
-class Blobs(Protocol):
-    """Blocking calls: an event loop makes the large ones in a thread."""
-
-    def put(self, key: BlobKey, parts: Iterable[Buffer], ttl_s: float) -> int:
-        """Store the parts end to end, replacing what was there. Returns the size. Raises StorageFull."""
-
-    def writer(self, key: BlobKey, size: int, ttl_s: float) -> Writer:
-        """Store piece by piece, at most `size` bytes. Raises StorageFull."""
-
-    def open(self, key: BlobKey) -> Reader | None:
-        """None if there is no such blob."""
-
-    def keep(self, key: BlobKey, ttl_s: float) -> int | None:
-        """The blob's size, after making it live for at least so long from now; None if there is none."""
-
-    def delete(self, key: BlobKey) -> None: ...
-
-    def sweep(self) -> int:
-        """Delete what is past its time. Returns the bytes freed."""
-
-    def used(self) -> int:
-        """Bytes taken."""
+ABANDONED_S = 3600.0
+"""A file nobody has written to for so long won't be finished."""
 
 
 class LocalReader:
@@ -120,6 +43,9 @@ class LocalReader:
                 return 0
             raise
 
+    async def fetch(self, offset: int, buffer: memoryview) -> int:
+        return await asyncio.to_thread(self.readinto, offset, buffer)
+
     def close(self) -> None:
         os.close(self._descriptor)
 
@@ -130,11 +56,20 @@ class LocalBlobs:
     Several processes share the folder; a locked counter file holds the bytes taken by all of them.
     """
 
+    lanes = 1
+
     def __init__(self, folder: Path, cap_bytes: int) -> None:
         self._folder = folder
         self._cap = cap_bytes
         self._counter = folder / "used"
-        (folder / "new").mkdir(parents=True, exist_ok=True, mode=0o700)
+        self._new = folder / "new"
+        self._new.mkdir(parents=True, exist_ok=True, mode=0o700)
+
+    async def ask(self, work: Callable[[], T]) -> T:
+        return work()
+
+    async def run(self, work: Callable[[], T]) -> T:
+        return await asyncio.to_thread(work)
 
     def put(self, key: BlobKey, parts: Iterable[Buffer], ttl_s: float) -> int:
         views = [memoryview(part) for part in parts]
@@ -146,11 +81,11 @@ class LocalBlobs:
         return size
 
     def writer(self, key: BlobKey, size: int, ttl_s: float) -> LocalWriter:
-        self._take(_blocks(size))
+        self._take(charged(size))
         try:
-            return LocalWriter(self, self._path(key), self._folder / "new", size, ttl_s)
+            return LocalWriter(self, self._path(key), self._new, size, ttl_s)
         except OSError:
-            self._take(-_blocks(size))
+            self._take(-charged(size))
             raise
 
     def open(self, key: BlobKey) -> LocalReader | None:
@@ -186,17 +121,22 @@ class LocalBlobs:
             return int(self._counter.read_text())
         return 0
 
-    def recount(self) -> int:
-        """Count what is there and drop what a process that died left half written; for the start of a server."""
-        for path in (self._folder / "new").iterdir():
-            path.unlink(missing_ok=True)
+    def reach(self) -> None:
+        if not os.access(self._new, os.W_OK | os.X_OK):
+            raise StorageUnavailable("the server's folder for results can't be written to")
+
+    def recount(self) -> None:
+        """Count what is there, and drop what was left half written; not what other processes are writing."""
+        total, abandoned = 0, time.time() - ABANDONED_S
         with self._locked() as file:
-            total = 0
-            for entry in self._files():
+            for entry in [*os.scandir(self._new), *self._files()]:
                 with suppress(FileNotFoundError):
-                    total += _blocks(entry.stat().st_size)
+                    known = entry.stat()
+                    if Path(entry.path).parent == self._new and known.st_mtime < abandoned:
+                        Path(entry.path).unlink()
+                    else:
+                        total += charged(known.st_size)
             _rewrite(file, total)
-        return total
 
     def _remove(self, path: Path) -> int:
         try:
@@ -204,17 +144,14 @@ class LocalBlobs:
             path.unlink()
         except FileNotFoundError:
             return 0
-        self._take(-_blocks(size))
+        self._take(-charged(size))
         return size
 
     def _take(self, size: int) -> None:
         with self._locked() as file:
             used = int(file.read() or 0) + size
             if size > 0 and used > self._cap:
-                raise StorageFull(
-                    "the server's storage is full; try again once results have expired, or save less",
-                    details={"retry_after_s": 30},
-                )
+                raise StorageFull(FULL, details={"retry_after_s": 30})
             _rewrite(file, max(used, 0))
 
     @contextmanager
@@ -245,12 +182,11 @@ class LocalWriter:
         self._file: IO[bytes] | None = self._new.open("xb", buffering=0)
 
     def write(self, data: Buffer) -> None:
-        """Raises StorageFull beyond the size this writer was opened for."""
         assert self._file is not None
         view = memoryview(data)
         self._left -= view.nbytes
         if self._left < 0:
-            raise StorageFull("more bytes came than were announced")
+            raise StorageFull(TOO_LONG)
         view = view.cast("B") if view.nbytes else memoryview(b"")
         while view:
             view = view[self._file.write(view) :]
@@ -261,24 +197,27 @@ class LocalWriter:
         self._file = None
         ends = time.time() + self._ttl_s
         os.utime(self._new, (ends, ends))
-        self._blobs._remove(self._path)
         self._path.parent.mkdir(exist_ok=True, mode=0o700)
+        try:
+            replaced = charged(self._path.stat().st_size)
+        except FileNotFoundError:
+            replaced = 0
         self._new.replace(self._path)
-        if self._left:
-            self._blobs._take(_blocks(self._size - self._left) - _blocks(self._size))
+        if less := charged(self._size) - charged(self._size - self._left) + replaced:
+            self._blobs._take(-less)
 
     def __enter__(self) -> LocalWriter:
         return self
 
     def __exit__(self, *exc: object) -> None:
+        self.close()
+
+    def close(self) -> None:
         if self._file is not None:
             self._file.close()
+            self._file = None
             self._new.unlink(missing_ok=True)
-            self._blobs._take(-_blocks(self._size))
-
-
-def _blocks(size: int) -> int:
-    return max(-(-size // BLOCK), 1) * BLOCK
+            self._blobs._take(-charged(self._size))
 
 
 def _rewrite(file: IO[str], value: int) -> None:
