@@ -5,14 +5,14 @@ a range of blocks. A forward visits the shards in order; each hands its hidden s
 need (the *mail*), straight to the next, the last one back home. A backward takes the same way in reverse.
 
 Pure protocol: nothing here knows a network. A nest is tuples, lists and dicts with string keys, of tensors,
-numbers, strings, bytes, bools, None, and `CacheRef`.
+numbers, strings, bytes, bools, None, `CacheRef` and `ArgumentRef`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol, TypeAlias
+from typing import Any, Protocol, TypeAlias, runtime_checkable
 
 from torch import Tensor
 
@@ -29,8 +29,19 @@ class CacheRef:
 
 
 @dataclass(frozen=True, slots=True)
+class ArgumentRef:
+    """Stands in a call's arguments for a tensor that comes as mail, since its gradient goes back that way."""
+
+    number: int
+
+
+@dataclass(frozen=True, slots=True)
 class BlockCall:
-    """One block's own arguments, as the model's forward gave them; `None` first stands for the hidden states."""
+    """One block's own arguments, as the model's forward gave them.
+
+    `None` first stands for the hidden states; without positional arguments they are the keyword that is the name of
+    the block's first parameter.
+    """
 
     path: str
     args: tuple[Nest, ...]
@@ -103,6 +114,7 @@ class Guest(Protocol):
         called on another thread than the others, while they are under way."""
 
 
+@runtime_checkable
 class Carrier(Protocol):
     """Home's side of the same: what the visitor of a forward (`hooks.CURRENT`) gives to the shards and takes back.
 

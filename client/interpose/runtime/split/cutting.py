@@ -1,0 +1,85 @@
+"""A whole model cut into home and shards within one process; they share its parameters."""
+
+from __future__ import annotations
+
+import copy
+import itertools
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from ...errors import ConfigError
+from .here import Here
+from .route import Guest
+from .shard import Shard
+from .stubs import Home, places, settle_exit, stub
+
+
+@dataclass(frozen=True, eq=False)
+class Cut:
+    """A model in parts.
+
+    Attributes:
+        home: the model with stubs.
+        parts: of each shard, the model with its own blocks alone; the others pass their hidden states on.
+    """
+
+    home: nn.Module
+    parts: tuple[nn.Module, ...]
+    route: Here
+    stubs: Home
+
+
+def block_list(model: nn.Module) -> list[str]:
+    """Paths of the blocks of a model's longest list of modules of one class, first of equals.
+
+    Raises ConfigError for a model without one.
+    """
+    found: list[str] = []
+    for path, module in model.named_modules():
+        if isinstance(module, nn.ModuleList) and len(module) > len(found):
+            found = [f"{path}.{index}" if path else str(index) for index in range(len(module))]
+    if len(found) < 2:
+        raise ConfigError(f"{type(model).__name__} has no list of blocks to split")
+    return found
+
+
+def ranges(paths: Sequence[str], parts: int) -> list[list[str]]:
+    """Consecutive paths in so many parts of about one length."""
+    edges = [round(index * len(paths) / parts) for index in range(parts + 1)]
+    return [[*paths[start:end]] for start, end in itertools.pairwise(edges)]
+
+
+def cut(
+    model: nn.Module,
+    shards: Sequence[Sequence[str]],
+    guest: Callable[[int, nn.Module], Guest | None] = lambda site, part: None,
+) -> Cut:
+    """Args: shards: of each, the paths of its blocks; guest: what of the jobs' graphs runs on a site's part."""
+    blocks = {path: model.get_submodule(path) for paths in shards for path in paths}
+    parts = tuple(_without(model, [path for path in blocks if path not in own]) for own in map(set, shards))
+    device = next((param.device for param in model.parameters()), torch.device("cpu"))
+    stations = {
+        site: Shard(site, {path: part.get_submodule(path) for path in paths}, device, guest(site, part))
+        for site, (paths, part) in enumerate(zip(shards, parts, strict=True), 1)
+    }
+    sites = {path: site for site, paths in enumerate(shards, 1) for path in paths}
+    route = Here(sites, stations)
+    stubs = Home(route)
+    where = places(route, blocks)
+    home = _copied(model, {path: stub(block, stubs, where[path]) for path, block in blocks.items()})
+    settle_exit(home)
+    return Cut(home, parts, route, stubs)
+
+
+def _without(model: nn.Module, others: Sequence[str]) -> nn.Module:
+    return _copied(model, {path: nn.Identity() for path in others})
+
+
+def _copied(model: nn.Module, instead: dict[str, nn.Module]) -> nn.Module:
+    """The model again with other modules in some places; parameters are the same ones."""
+    memo: dict[int, object] = {id(param): param for param in model.parameters()}
+    memo |= {id(model.get_submodule(path)): module for path, module in instead.items()}
+    return copy.deepcopy(model, memo)

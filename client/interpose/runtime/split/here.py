@@ -1,0 +1,137 @@
+"""A route within one process: shards on several devices, or beside one another, each with its compute thread."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Future
+from functools import partial
+from queue import SimpleQueue
+from typing import Any
+
+from torch import Tensor
+
+from .parcels import Swapped, leaf, readdressed
+from .route import Landing, Mail, Nest, Visit
+from .station import Station, Stop
+
+_Task = Callable[[], None]
+
+
+class Thread:
+    """One thread that does what it is given, in order. Giving takes no lock: a finalizer may do it anywhere."""
+
+    def __init__(self, name: str) -> None:
+        self._tasks: SimpleQueue[_Task | None] = SimpleQueue()
+        self._thread = threading.Thread(target=self._work, name=name, daemon=True)
+        self._thread.start()
+
+    def post(self, task: _Task) -> None:
+        """Have something done that raises nothing; don't wait."""
+        self._tasks.put(task)
+
+    def run(self, task: Callable[[], Any]) -> Any:
+        """What a task returns, or raises."""
+        future: Future[Any] = Future()
+        self._tasks.put(partial(_settle, future, task))
+        try:
+            return future.result()
+        finally:
+            # An error's frames hold the future that holds the error.
+            del future
+
+    def close(self) -> None:
+        self._tasks.put(None)
+        self._thread.join()
+
+    def _work(self) -> None:
+        while (task := self._tasks.get()) is not None:
+            task()
+            del task
+
+
+def _settle(future: Future[Any], task: Callable[[], Any]) -> None:
+    try:
+        future.set_result(task())
+    except BaseException as error:  # noqa: BLE001 - raised where it is waited for
+        future.set_exception(error)
+
+
+class Here:
+    """A `Route` whose shards are in this process.
+
+    Args:
+        sites: path of a block -> its site.
+        stations: site -> shard.
+    """
+
+    def __init__(self, sites: Mapping[str, int], stations: Mapping[int, Station]) -> None:
+        self.sites = sites
+        self._stops = {site: Stop(site, station) for site, station in stations.items()}
+        self._threads = {site: Thread(f"interpose-shard-{site}") for site in stations}
+        self._ways: dict[int, list[int]] = {}
+
+    def forward(self, number: int, hidden: Tensor, visits: Sequence[Visit], mail: Sequence[Mail]) -> Landing:
+        """Go by the shards of `visits`, in order."""
+        replies: dict[int, Nest] = {}
+        letters = [*mail]
+        result: Tensor | None = hidden
+        way: list[int] = []
+        try:
+            for visit in visits:
+                assert result is not None
+                border = Swapped(leaf)
+                result, letters = border(result), readdressed(letters, border)
+                way.append(visit.site)
+                result, replies[visit.site], letters = self._forward(number, result, visit, letters)
+                if result is None:
+                    break
+        except BaseException:
+            self.drop([number])
+            raise
+        if any(visit.grad for visit in visits):
+            self._ways[number] = way
+        return Landing(result, tuple(letters), replies)
+
+    def _forward(
+        self, number: int, hidden: Tensor, visit: Visit, mail: Sequence[Mail]
+    ) -> tuple[Tensor | None, Nest, list[Mail]]:
+        stop = self._stops[visit.site]
+        found: tuple[Tensor | None, Nest, list[Mail]] = self._threads[visit.site].run(
+            lambda: stop.forward(number, hidden, visit, mail)
+        )
+        return found
+
+    def backward(
+        self, number: int, gradients: Sequence[Tensor | None], work: Mapping[int, Nest], mail: Sequence[Mail]
+    ) -> tuple[Sequence[Tensor | None], Landing]:
+        """Go back by the shards of that forward."""
+        replies: dict[int, Nest] = {}
+        letters, back = [*mail], gradients
+        for site in reversed(self._ways[number]):
+            back, replies[site], letters = self._backward(site, number, back, work.get(site), letters)
+        return back, Landing(None, tuple(letters), replies)
+
+    def _backward(
+        self, site: int, number: int, gradients: Sequence[Tensor | None], work: Nest, mail: Sequence[Mail]
+    ) -> tuple[list[Tensor | None], Nest, list[Mail]]:
+        stop = self._stops[site]
+        found: tuple[list[Tensor | None], Nest, list[Mail]] = self._threads[site].run(
+            lambda: stop.backward(number, gradients, work, mail)
+        )
+        return found
+
+    def errand(self, site: int, name: str, request: Nest) -> Nest:
+        """On the caller's own thread."""
+        return self._stops[site].station.errand(name, request)
+
+    def drop(self, numbers: Sequence[int] = (), caches: Sequence[int] = ()) -> None:
+        """Forget forwards and caches, each shard when it has done what it was given before."""
+        for number in numbers:
+            self._ways.pop(number, None)
+        for site, stop in self._stops.items():
+            self._threads[site].post(partial(stop.drop, numbers, caches))
+
+    def close(self) -> None:
+        for thread in self._threads.values():
+            thread.close()

@@ -1,0 +1,77 @@
+"""A journey by the shards as one step of home's graph of gradients."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .parcels import Swapped, mapped
+from .route import Carrier, Landing, Mail, Nest, Route
+from .station import tracked
+
+
+class Trip:
+    """A forward whose graph shards keep, as long as home's graph holds this.
+
+    Attributes:
+        came: what came home requiring gradients.
+    """
+
+    def __init__(self, route: Route, number: int, sites: tuple[int, ...], carrier: Carrier | None) -> None:
+        self.route = route
+        self.number = number
+        self.sites = sites
+        self.carrier = carrier
+        self.came: Sequence[Tensor] = ()
+        end = weakref.finalize(self, route.drop, [number])
+        end.atexit = False
+
+    def back(self, gradients: Sequence[Tensor | None]) -> Sequence[Tensor | None]:
+        """Go back by the shards."""
+        work: dict[int, Nest] = {}
+        mail: list[Mail] = []
+        for site in self.sites if self.carrier is not None else ():
+            assert self.carrier is not None
+            work[site], letters = self.carrier.wave(site)
+            mail += letters
+        found, landing = self.route.backward(self.number, gradients, work, mail)
+        if self.carrier is not None:
+            self.carrier.ebbed(landing)
+        return found
+
+
+class _Journey(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, trip: Trip, _: Tensor, *sent: Tensor) -> tuple[Tensor, ...]:
+        ctx.trip = trip
+        ctx.set_materialize_grads(False)
+        return tuple(tensor.detach() for tensor in trip.came)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Any, ...]:
+        return None, None, *ctx.trip.back(gradients)
+
+
+def differentiable(trip: Trip, sent: tuple[Tensor, Sequence[Mail]], landing: Landing) -> Landing:
+    """The landing with what requires gradients tied to what was sent, so that a backward goes by the shards.
+
+    Values that shards themselves watch have their gradients so even where nothing that was sent requires any.
+    """
+    trip.came = tracked(landing.hidden, landing.mail)
+    if not trip.came:
+        return landing
+    anchor = torch.empty((), requires_grad=True)
+    tied = _Journey.apply(trip, anchor, *tracked(*sent))  # type: ignore[no-untyped-call]
+    by_id = {id(raw): tensor for raw, tensor in zip(trip.came, tied, strict=True)}
+    swap = Swapped(lambda tensor: by_id.get(id(tensor), tensor))
+    return replace(
+        landing,
+        hidden=None if landing.hidden is None else swap(landing.hidden),
+        mail=tuple(Mail(letter.to, letter.address, mapped(letter.value, swap)) for letter in landing.mail),
+    )

@@ -1,0 +1,225 @@
+"""A shard: a range of a model's blocks, their part of the caches, and of the graphs that gradients go back by."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Collection, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ...errors import InternalError
+from .. import nests
+from ..hooks import hooked, no_hooks
+from ..independence import Buffers
+from . import caches
+from .parcels import Swapped, given, mapped, readdressed
+from .route import ArgumentRef, BlockCall, CacheRef, Guest, Mail, Nest, Visit
+from .station import tracked
+
+ARGUMENT = "argument"
+"""First part of the address of mail that stands for an argument of blocks."""
+
+HIDDEN = "hidden"
+"""In the description of what a block returns: the hidden states."""
+
+OUTPUTS, RESTORE = "blocks.outputs", "blocks.restore"
+"""Errands that a shard does itself: what its blocks return, and putting back what they remember."""
+
+
+class _Looking:
+    """A visitor that touches nothing but wants attention in its eager form."""
+
+    attention = True
+
+    def visit(self, module: str, event: str, call: int, value: Any) -> Any:
+        return value
+
+    def astray(self, module: str) -> None:
+        """No functions are looked at."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Kept:
+    """Of one forward: what came and what left requiring gradients."""
+
+    came: Sequence[Tensor]
+    left: Sequence[Tensor]
+
+
+class Shard:
+    """A `Station` that runs blocks.
+
+    Args:
+        site: its number.
+        blocks: path -> block, in eval mode.
+        guest: what of the jobs' graphs runs here.
+    """
+
+    def __init__(
+        self, site: int, blocks: Mapping[str, nn.Module], device: torch.device, guest: Guest | None = None
+    ) -> None:
+        self.site = site
+        self.guest = guest
+        self._blocks = blocks
+        self._device = device
+        self._first = {path: first_parameter(block) for path, block in blocks.items()}
+        self._outputs: dict[str, Nest] = {}
+        self._caches = caches.ShardCaches(site, device)
+        self._kept: dict[int, _Kept] = {}
+        self._buffers = [Buffers(block) for block in blocks.values()]
+
+    # -- forwards ------------------------------------------------------------------------------------------------
+
+    def visit(
+        self, number: int, hidden: Tensor, visit: Visit, mail: Sequence[Mail]
+    ) -> tuple[Tensor | None, Nest, Sequence[Mail]]:
+        """Serve one forward; `mail` is what is addressed here."""
+        of_caches = [letter for letter in mail if letter.address[0] == caches.ADDRESS]
+        arguments = {letter.address[1]: letter.value for letter in mail if letter.address[0] == ARGUMENT}
+        for_guest = [letter for letter in mail if letter.address[0] not in (caches.ADDRESS, ARGUMENT)]
+        self._caches.take(of_caches)
+        swapped = Swapped(self._here)
+
+        def resolve(value: Any) -> Any:
+            if isinstance(value, CacheRef):
+                return self._caches.get(value)
+            return arguments[value.number] if isinstance(value, ArgumentRef) else swapped(value)
+
+        def run() -> Tensor:
+            result = hidden
+            for call in visit.calls:
+                result = self._call(call, result, resolve)
+            return result
+
+        # The run of the context isn't this one's: a thread may serve many.
+        with torch.set_grad_enabled(visit.grad), no_hooks():
+            result, reply, new = self._serve(visit, for_guest, run)
+        came, left = tracked(hidden, mail), tracked(result, new)
+        if visit.grad:
+            self._kept[number] = _Kept(came, left)
+        border = Swapped(_border)
+        out = None if result is None else border(result)
+        return out, reply, [*self._caches.tell(of_caches), *readdressed(new, border)]
+
+    def _serve(
+        self, visit: Visit, mail: Sequence[Mail], run: Callable[[], Tensor]
+    ) -> tuple[Tensor | None, Nest, Sequence[Mail]]:
+        if visit.work is None and not mail:
+            with self._attention(visit):
+                return run(), None, ()
+        if self.guest is None:
+            raise InternalError(f"site {self.site} serves no graphs")
+        return self.guest.visit(visit.work, mail, run)
+
+    @staticmethod
+    def _attention(visit: Visit) -> AbstractContextManager[Any]:
+        return hooked({}, {}, _Looking()) if visit.attention else nullcontext()
+
+    def _call(self, call: BlockCall, hidden: Tensor, resolve: Callable[[Any], Any]) -> Tensor:
+        block = self._blocks.get(call.path)
+        if block is None:
+            raise InternalError(f"{call.path} isn't at site {self.site}")
+        args = mapped(tuple(call.args), resolve)
+        kwargs = given(call.kwargs, resolve)
+        if args:
+            args = (hidden, *args[1:])
+        else:
+            kwargs[self._first[call.path]] = hidden
+        output = block(*args, **kwargs)
+        self._note(call.path, output)
+        return output if isinstance(output, Tensor) else output[0]
+
+    def _note(self, path: str, output: Any) -> None:
+        kind = output_kind(path, output)
+        if self._outputs.setdefault(path, kind) != kind:
+            raise InternalError(f"{path} returned {kind} and had returned {self._outputs[path]}")
+
+    def _here(self, tensor: Tensor) -> Tensor:
+        return tensor if tensor.device == self._device or tensor.is_meta else tensor.to(self._device)
+
+    # -- backwards -----------------------------------------------------------------------------------------------
+
+    def wave(
+        self, number: int, gradients: Sequence[Tensor | None], work: Nest, mail: Sequence[Mail]
+    ) -> tuple[Sequence[Tensor | None], Nest, Sequence[Mail]]:
+        """Serve one backward: `gradients` are those of what `visit` returned, in the order of `tracked`."""
+        kept = self._kept.get(number)
+        if kept is None:
+            raise InternalError(f"site {self.site} keeps no graph of forward {number}")
+
+        def run() -> None:
+            pairs = [
+                (out, gradient) for out, gradient in zip(kept.left, gradients, strict=True) if gradient is not None
+            ]
+            if pairs:
+                torch.autograd.backward(
+                    [out for out, _ in pairs], [gradient for _, gradient in pairs], retain_graph=True
+                )
+
+        reply: Nest = None
+        new: Sequence[Mail] = ()
+        try:
+            with no_hooks():
+                if self.guest is not None and (work is not None or mail):
+                    reply, new = self.guest.wave(work, mail, run)
+                else:
+                    run()
+            back = [tensor.grad for tensor in kept.came]
+        finally:
+            # What was handed out may be this very memory, and the next backward would add to it in place.
+            for tensor in kept.came:
+                tensor.grad = None
+        return back, reply, readdressed(new, Swapped(_border))
+
+    # -- all else ------------------------------------------------------------------------------------------------
+
+    def errand(self, name: str, request: Nest) -> Nest:
+        """Answer for the blocks, or have the guest do it."""
+        if name == OUTPUTS:
+            return dict(self._outputs)
+        if name == RESTORE:
+            for buffers in self._buffers:
+                buffers.restore()
+            return None
+        if self.guest is None:
+            raise InternalError(f"site {self.site} serves no graphs")
+        return self.guest.errand(name, request)
+
+    def drop(self, numbers: Collection[int], caches: Collection[int]) -> None:
+        """Forget forwards and caches."""
+        for number in numbers:
+            self._kept.pop(number, None)
+        self._caches.drop(caches)
+
+
+def first_parameter(block: nn.Module) -> str:
+    """The name by which a block takes its hidden states."""
+    return next(iter(inspect.signature(block.forward).parameters))
+
+
+def output_kind(path: str, output: Any) -> Nest:
+    """What a block returns: `HIDDEN`, or a list of that first, then None and "tensor".
+
+    Raises InternalError for anything else.
+    """
+    if isinstance(output, Tensor):
+        return HIDDEN
+    if type(output) is tuple and output and isinstance(output[0], Tensor):
+        return [HIDDEN, *(_further(path, item) for item in output[1:])]
+    raise InternalError(f"{path} returns a {type(output).__name__}, not hidden states or a tuple of them first")
+
+
+def _further(path: str, item: Any) -> Nest:
+    if item is None:
+        return None
+    if nests.tensors(item):
+        return "tensor"
+    raise InternalError(f"{path} returns a {type(item).__name__} beside its hidden states")
+
+
+def _border(tensor: Tensor) -> Tensor:
+    return tensor.detach().requires_grad_(tensor.requires_grad)

@@ -1,0 +1,170 @@
+"""A split model's forward gives the whole model's numbers, whatever its architecture."""
+
+from __future__ import annotations
+
+import gc
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import pytest
+import torch
+from interpose.errors import ConfigError, InternalError
+from interpose.runtime.split import placeholders
+from interpose.runtime.split.cutting import block_list
+from interpose.runtime.split.route import Visit
+from torch import nn
+
+from tests.models import ARCHITECTURES, BEYOND
+from tests.runtime.split.splitting import assert_same, fed, split, whole
+
+
+@pytest.mark.parametrize("arch", [*ARCHITECTURES, *BEYOND])
+@torch.no_grad()
+def test_bitwise_equal_with_every_hidden_state(arch: str) -> None:
+    model, inputs = whole(arch), fed(arch)
+    expected, all_states = model(**inputs), model(**inputs, output_hidden_states=True)
+    with split(model, 2) as parts:
+        for _ in range(2):
+            assert_same(expected, parts.home(**inputs))
+            assert_same(all_states, parts.home(**inputs, output_hidden_states=True))
+
+
+@torch.no_grad()
+def test_three_shards_are_visited_once_each_in_order(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, inputs = whole("gemma3"), fed("gemma3")
+    with split(model, 3) as parts:
+        assert_same(model(**inputs), parts.home(**inputs))
+        journeys: list[list[Visit]] = []
+        forward = parts.route.forward
+
+        def noted(number: int, hidden: Any, visits: Any, mail: Any) -> Any:
+            journeys.append([*visits])
+            return forward(number, hidden, visits, mail)
+
+        monkeypatch.setattr(parts.route, "forward", noted)
+        parts.home(**inputs, use_cache=False)
+    assert [[visit.site for visit in visits] for visits in journeys] == [[1, 2, 3]]
+    masks = [visit.calls[0].kwargs["attention_mask"] for visit in journeys[0]]
+    assert masks[0] is masks[2] and not torch.equal(masks[0], masks[1])
+
+
+@torch.no_grad()
+def test_several_forwards_are_in_flight() -> None:
+    model = whole("llama")
+    inputs = [fed("llama", seed) for seed in range(8)]
+    with split(model, 3) as parts, ThreadPoolExecutor(4) as threads:
+        parts.home(**inputs[0])
+
+        def run(kwargs: dict[str, Any]) -> Any:
+            with torch.no_grad():
+                return parts.home(**kwargs)
+
+        for kwargs, found in zip(inputs, threads.map(run, inputs), strict=True):
+            assert_same(model(**kwargs), found)
+
+
+@torch.no_grad()
+def test_an_error_in_a_block_is_raised_at_home_and_nothing_stays() -> None:
+    model, inputs = whole("gpt2"), fed("gpt2")
+    expected = model(**inputs)
+    with split(model, 2) as parts:
+        parts.home(**inputs)
+        block = parts.parts[1].get_submodule("transformer.h.2.mlp")
+        handle = block.register_forward_pre_hook(_fails)
+        for grad in (False, True):
+            with torch.set_grad_enabled(grad), pytest.raises(ZeroDivisionError):
+                parts.home(**inputs)
+        handle.remove()
+        assert_same(expected, parts.home(**inputs))
+        gc.collect()
+        for site, stop in parts.route._stops.items():
+            parts.route._threads[site].run(lambda: None)
+            assert not stop._entries and not stop.station._kept  # type: ignore[attr-defined]
+
+
+def _fails(module: nn.Module, args: Any) -> None:
+    raise ZeroDivisionError
+
+
+class Toy(nn.Module):
+    """Blocks of one's own, called as a subclass pleases."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList([Plus() for _ in range(4)])
+
+    def forward(self, hidden: torch.Tensor) -> Any:
+        raise NotImplementedError
+
+
+class Plus(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.shift = nn.Parameter(torch.randn(3), requires_grad=False)
+
+    def forward(self, hidden: torch.Tensor, beside: Any = None) -> torch.Tensor:
+        return hidden * self.shift + (0 if beside is None else beside)
+
+
+class Twice(Toy):
+    """The list comes twice in a forward."""
+
+    def forward(self, hidden: torch.Tensor) -> Any:
+        for block in [*self.layers, *self.layers]:
+            hidden = block(hidden)
+        return {"hidden": hidden}
+
+
+class Beside(Toy):
+    """What one block made is an argument of the others; and something happens in between."""
+
+    def forward(self, hidden: torch.Tensor) -> Any:
+        first = self.layers[0](hidden=hidden)
+        second = self.layers[1](first, beside=first)
+        second += 1
+        return {"hidden": self.layers[3](self.layers[2](second), first), "list": [first, second]}
+
+
+@pytest.mark.parametrize("kind", [Twice, Beside])
+@torch.no_grad()
+def test_lists_that_are_called_in_other_ways(kind: type[Toy]) -> None:
+    model, hidden = kind().eval(), torch.randn(2, 3)
+    with split(model, 2) as parts:
+        for _ in range(2):
+            assert_same(model(hidden), parts.home(hidden))
+
+
+class Odd(Toy):
+    def forward(self, hidden: torch.Tensor) -> Any:
+        return self.layers[0](hidden, object())
+
+
+class Reaches(Toy):
+    def forward(self, hidden: torch.Tensor) -> Any:
+        return self.layers[0](hidden) + self.layers[1].shift
+
+
+@torch.no_grad()
+def test_what_can_not_be_split_says_so() -> None:
+    with (
+        split(Odd().eval(), 2) as parts,
+        pytest.raises(InternalError, match=r"layers.0 is given argument 1, a obj"),
+    ):
+        parts.home(torch.randn(2, 3))
+    with split(Reaches().eval(), 2) as parts, pytest.raises(AttributeError, match="shift"):
+        parts.home(torch.randn(2, 3))
+    with pytest.raises(ConfigError, match="no list of blocks"):
+        block_list(nn.Linear(2, 2))
+
+
+@torch.no_grad()
+def test_a_placeholder_tells_its_shape_without_a_journey() -> None:
+    class Never:
+        def value(self, turn: int) -> torch.Tensor:
+            raise AssertionError
+
+    made = placeholders.Placeholder(torch.zeros(2, 3, dtype=torch.float16), Never(), 0)
+    assert made.shape == (2, 3) and made.size(-1) == 3 and made.ndim == 2 and len(made) == 2
+    assert made.dtype == torch.float16 and made.device.type == "cpu" and made.is_floating_point()
+    with pytest.raises(AssertionError):
+        made + 1
