@@ -39,6 +39,7 @@ InterposeError
 ├── JobError                      how an accepted job ended
 │   ├── JobCancelled
 │   ├── JobPoisoned               its worker died each time it ran
+│   ├── ReplicaLost               a part of the model's copy is gone; what it ran is run again elsewhere
 │   └── InternalError             our fault
 │       └── StorageUnavailable    the server's blob store can't be reached
 ├── ConnectionFailed              the server can't be reached
@@ -290,6 +291,10 @@ class JobCancelled(JobError):
 
 class JobPoisoned(JobError):
     code = "job_poisoned"
+
+
+class ReplicaLost(JobError):
+    code, status = "replica_lost", 503
 
 
 class InternalError(JobError):
