@@ -130,9 +130,12 @@ def test_redis_is_the_brokers_and_ray_the_shards() -> None:
         assert not commands or "broker" in inside or path.name == "valkey.py", path
 
 
-def test_the_scheduler_is_pure() -> None:
-    for name, _ in imports(HOMES["interpose_server"] / "worker" / "scheduler.py"):
-        assert name.split(".")[0] not in {"torch", "redis", "asyncio", "time", "os", "random"}, name
+@pytest.mark.parametrize(
+    "path", ["worker/scheduler.py", "models/lifecycle.py", "models/packing.py", "models/schedule.py"]
+)
+def test_decisions_are_pure(path: str) -> None:
+    for name, _ in imports(HOMES["interpose_server"] / path):
+        assert name.split(".")[0] not in {"torch", "ray", "redis", "asyncio", "time", "os", "random"}, name
 
 
 def test_nothing_unpickles_or_runs_code() -> None:

@@ -90,5 +90,8 @@ class Catalogue:
 
 def _check_loadable(hosted: Hosted) -> None:
     """Raises ModelFailed where loading it failed, and nobody would try again now."""
-    if hosted.state is ModelState.FAILED and hosted.failure is not None and (hosted.barred or not hosted.wanted):
-        raise hosted.failure.error(hosted.name, hosted.now_ms)
+    failure = hosted.failure
+    if hosted.state is not ModelState.FAILED or failure is None:
+        return
+    if not hosted.wanted or (failure.final and failure.retry_ms > hosted.now_ms):
+        raise failure.error(hosted.name, hosted.now_ms)

@@ -19,7 +19,21 @@ from .failures import Failure
 from .scripts import Scripts
 from .states import ModelState, derive
 
-FIELDS = ("fingerprint", "revision", "tokenizer", "batches", "jobs", "busy_s", "ready_ms", "wish_ms", "evict")
+FIELDS = (
+    "fingerprint",
+    "revision",
+    "tokenizer",
+    "batches",
+    "jobs",
+    "busy_s",
+    "ready_ms",
+    "wish_ms",
+    "evict",
+    "note",
+)
+
+PLANNED = "(planned)"
+"""In a worker's place where none was begun."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,6 +51,7 @@ class Hosted:
         now_ms, ready_ms: when this was read, and when a copy last became ready; 0 never. By the broker's clock.
         wished: somebody asked for it to be loaded, and it hasn't been since.
         evicted: somebody asked for it to go as soon as it has no work.
+        note: what was last decided about its copies, and why, for the operator.
     """
 
     name: str
@@ -56,6 +71,7 @@ class Hosted:
     ready_ms: int = 0
     wished: bool = False
     evicted: bool = False
+    note: str = ""
 
     def count(self, state: ModelState) -> int:
         """Copies in a state."""
@@ -157,7 +173,7 @@ class Models:
         own = {text(worker): ModelState(text(state)) for worker, state in states.items()}
         live = [text(worker) for worker, at in heard if now_ms - at <= self._silent_ms]
         copies = {worker: own[worker] for worker in live if worker in own}
-        mark, revision, tokenizer, batches, jobs, busy, ready_ms, wish_ms, evict = map(text, found)
+        mark, revision, tokenizer, batches, jobs, busy, ready_ms, wish_ms, evict, note = map(text, found)
         failed = Failure.unpack(failure)
         removed = entry is not None and json.loads(entry)["removed"]
         wanted = entry is not None and not removed
@@ -179,6 +195,7 @@ class Models:
             ready_ms=int(ready_ms or 0),
             wished=int(wish_ms or 0) > now_ms,
             evicted=bool(evict),
+            note=note,
         )
 
     async def manifest(self, name: str) -> bytes:
@@ -191,6 +208,13 @@ class Models:
 
     async def known(self, name: str) -> bool:
         return bool(await self._redis.sismember(keys.MODELS, name))
+
+    async def note(self, notes: Mapping[str, str]) -> None:
+        """Keep for the operator, by model, what was decided about its copies."""
+        async with self._redis.pipeline(transaction=False) as pipe:
+            for name, note in notes.items():
+                pipe.hset(_key(name), "note", note)
+            await pipe.execute()
 
     async def forget(self, name: str) -> None:
         """Stop listing a model that is no longer served here."""
@@ -205,6 +229,11 @@ class Models:
         problem = msgpack.packb(error.to_wire())
         refs = await self._run("give_up", keys.check_model(name), problem, self._ttl_ms, 0)
         return [ref.decode() for ref in refs]
+
+    async def refuse(self, name: str, why: ModelUnavailable) -> None:
+        """Note that a model can't be loaded, before any worker tried."""
+        await self.announce(name, PLANNED, ModelState.FAILED, why)
+        await self.announce(name, PLANNED, ModelState.STOPPED)
 
     async def bury(self) -> list[str]:
         """Note of each copy that fell silent while it loaded that loading failed. Returns their workers' names."""

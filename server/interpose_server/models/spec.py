@@ -12,6 +12,7 @@ from interpose.errors import ConfigError, InvalidPayload
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from ..broker.keys import check_model
+from .schedule import Window
 
 
 class Placement(StrEnum):
@@ -90,6 +91,13 @@ class ModelSpec(Plain):
             return check_model(value)
         except InvalidPayload as error:
             raise ValueError(error.message) from error
+
+    @field_validator("schedule")
+    @classmethod
+    def _schedule(cls, windows: tuple[str, ...]) -> tuple[str, ...]:
+        for text in windows:
+            Window.parse(text)
+        return windows
 
     @model_validator(mode="after")
     def _sound(self) -> ModelSpec:

@@ -1,0 +1,108 @@
+"""What the broker knows of each model of the catalogue, as the lifecycle's figures; and its decisions told back."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections import deque
+from collections.abc import Callable, Mapping
+from datetime import UTC, datetime
+
+from interpose.errors import ModelUnavailable, UnknownModel
+
+from ..broker.connect import Broker
+from ..broker.models import Hosted
+from ..broker.queue import Demand
+from ..broker.states import ModelState
+from ..settings import Settings
+from .lifecycle import Figures, Rules, Wanted
+from .packing import Parts
+from .spec import ModelSpec
+
+LATELY_S = 60.0
+
+
+def rules(settings: Settings) -> Rules:
+    """The lifecycle's rules as the operator set them."""
+    return Rules(settings.hold_s, settings.scale_jobs, settings.scale_wait_s)
+
+
+class Watch:
+    """Reads figures again and again, as one of them is a rate.
+
+    Args:
+        clock: seconds that only grow.
+    """
+
+    def __init__(self, broker: Broker, clock: Callable[[], float] = time.monotonic) -> None:
+        self._broker = broker
+        self._clock = clock
+        self._work: dict[str, deque[tuple[float, float]]] = {}
+        """By model: moments of the last minute, and the seconds worked by then."""
+        self._noted: dict[str, str] = {}
+
+    async def look(self, parts: Callable[[ModelSpec], Parts] = lambda spec: (1.0,)) -> list[Figures]:
+        """The figures of all models of the catalogue.
+
+        Args:
+            parts: what one copy of a model takes.
+        """
+        found = []
+        for entry in await self._broker.specs.entries():
+            name = entry.spec.name
+            try:
+                hosted, demand = await self._broker.models.get(name), await self._broker.queue.demand(name)
+            except UnknownModel:
+                continue  # It was dropped in between.
+            busy = self._busy(hosted)
+            found.append(figures_of(entry.spec, entry.removed, hosted, demand, busy, parts(entry.spec)))
+        self._work = {model.name: self._work[model.name] for model in found}
+        return found
+
+    async def tell(self, wanted: Wanted) -> None:
+        """Keep what was decided for the operator, and tell who waits for what can't be."""
+        await self._broker.specs.keep()
+        at = datetime.now(UTC).strftime("%m-%d %H:%M")
+        new = {name: why for name, why in wanted.why.items() if self._noted.get(name) != why}
+        self._noted |= new
+        copies: Mapping[str, int] = wanted.copies
+        await self._broker.models.note({name: f"{at} {copies[name]} wanted: {why}" for name, why in new.items()})
+        for name, why in wanted.impossible.items():
+            if not (await self._broker.models.get(name)).barred:
+                await self._broker.models.refuse(name, ModelUnavailable(why, details={"reason": "too_large"}))
+
+    def _busy(self, hosted: Hosted) -> float:
+        """The share of a copy's time that went into work of late."""
+        now, seen = self._clock(), self._work.setdefault(hosted.name, deque())
+        seen.append((now, hosted.busy_s))
+        while len(seen) > 2 and now - seen[1][0] >= LATELY_S:
+            seen.popleft()
+        (since, before), copies = seen[0], max(hosted.count(ModelState.READY), 1)
+        return min(max(hosted.busy_s - before, 0.0) / (now - since) / copies, 1.0) if now > since else 0.0
+
+
+def figures_of(
+    spec: ModelSpec, removed: bool, hosted: Hosted, demand: Demand, busy: float, parts: Parts
+) -> Figures:
+    """One model's figures from what the broker answered."""
+    ready = hosted.count(ModelState.READY)
+    used_ms = max(demand.used_ms, hosted.ready_ms)
+    wait_ms = hosted.now_ms - demand.oldest_ms if demand.oldest_ms else 0
+    if ready:
+        # What its jobs waited while it was loaded, a further copy would have taken as well.
+        wait_ms = min(wait_ms, hosted.now_ms - hosted.ready_ms)
+    return Figures(
+        spec=spec,
+        ready=ready,
+        loading=hosted.count(ModelState.LOADING),
+        waiting=demand.waiting,
+        working=demand.running,
+        oldest_wait_s=max(wait_ms, 0) / 1000,
+        idle_s=max(hosted.now_ms - used_ms, 0) / 1000 if used_ms else math.inf,
+        busy=busy,
+        wished=hosted.wished and not ready,
+        evicted=hosted.evicted,
+        failed=hosted.barred,
+        draining=removed,
+        parts=parts,
+    )

@@ -1,0 +1,95 @@
+"""The lifecycle's figures as the broker has them, and its decisions as the broker keeps them."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+from interpose.errors import ModelUnavailable
+from interpose.wire.status import JobStatus
+from interpose_server.broker import keys
+from interpose_server.broker.connect import Broker
+from interpose_server.broker.states import ModelState
+from interpose_server.models.figures import Watch, rules
+from interpose_server.models.lifecycle import OUTGROWN_S, Figures, Memory, Room, decide
+from interpose_server.models.spec import ModelSpec
+from interpose_server.settings import Settings
+from rig import new_job, tiny_manifest
+
+NEW = ModelSpec(name="tiny")
+
+
+async def look(broker: Broker) -> Figures:
+    (found,) = await Watch(broker).look()
+    return found
+
+
+async def test_a_model_nobody_has_used(broker: Broker) -> None:
+    await broker.specs.put(NEW)
+    assert await look(broker) == Figures(NEW, idle_s=math.inf)
+    await broker.specs.wish("tiny")
+    assert (await look(broker)).wished
+
+
+async def test_jobs_and_copies(broker: Broker) -> None:
+    await broker.specs.put(NEW)
+    job = new_job()
+    await broker.queue.submit(job)
+    await broker.redis.hset(keys.JOB.format(ref=keys.ref(job.user, job.id)), "created_ms", 1)
+    await broker.models.announce("tiny", "w1", ModelState.LOADING)
+    found = await look(broker)
+    assert (found.ready, found.loading, found.waiting, found.working) == (0, 1, 1, 0) and found.oldest_wait_s > 1e6
+    await broker.models.publish("tiny", "w1", tiny_manifest(), "")
+    found = await look(broker)
+    assert (found.ready, found.loading) == (1, 0)
+    assert found.oldest_wait_s < 60, "what it waited for the first copy presses for no second"
+    await broker.queue.claim("tiny", "w1", [keys.ref(job.user, job.id)])
+    found = await look(broker)
+    assert (found.waiting, found.working, found.oldest_wait_s) == (0, 1, 0) and found.idle_s < 60
+
+
+async def test_wishes_are_over_once_it_is_loaded_and_marks_are_handed_on(broker: Broker) -> None:
+    await broker.specs.put(NEW)
+    await broker.specs.load("tiny")
+    await broker.models.publish("tiny", "w1", tiny_manifest(), "")
+    assert not (await look(broker)).wished
+    await broker.specs.load("tiny")
+    assert not (await look(broker)).wished, "it is loaded"
+    await broker.specs.evict("tiny")
+    assert (await look(broker)).evicted
+    await broker.specs.remove("tiny")
+    assert (await look(broker)).draining
+    await broker.models.announce(
+        "tiny", "w1", ModelState.FAILED, ModelUnavailable("", details={"reason": "missing"})
+    )
+    assert (await look(broker)).failed
+
+
+async def test_the_share_of_time_at_work(broker: Broker) -> None:
+    await broker.specs.put(NEW)
+    await broker.models.publish("tiny", "w1", tiny_manifest(), "")
+    now = 0.0
+    watch = Watch(broker, lambda: now)
+    shares = []
+    for _ in range(130):
+        now += 1
+        await broker.models.beat("tiny", "w1", 1, 1, 0.25 if now < 70 else 0.0)
+        shares.append((await watch.look())[0].busy)
+    assert shares[0] == 0 and shares[60] == pytest.approx(0.25, rel=0.05) and shares[-1] == 0
+
+
+async def test_decisions_are_told(broker: Broker, settings: Settings) -> None:
+    assert rules(settings).hold_s == settings.hold_s
+    await broker.specs.put(NEW)
+    job = new_job()
+    await broker.queue.submit(job)
+    watch, memory = Watch(broker), Memory()
+    for now in (0.0, OUTGROWN_S):
+        wanted = decide(await watch.look(lambda spec: (4.0,)), Room((2,)), now, memory)
+        await watch.tell(wanted)
+        memory = wanted.memory
+    assert await broker.specs.kept()
+    hosted = await broker.models.get("tiny")
+    assert "0 wanted: a copy takes 4 devices" in hosted.note
+    assert hosted.failure is not None and hosted.failure.reason == "too_large" and not hosted.copies
+    assert (await broker.queue.info(job.user, job.id)).status is JobStatus.FAILED
