@@ -57,6 +57,16 @@ def test_settings_that_are_wrong(tmp_path: Path) -> None:
     assert "no limit 'wal_s'" in ends_with(tmp_path, *serve, INTERPOSE_SERVER_LIMITS='{"wal_s": 3}')
 
 
+def test_folder_and_redis_come_from_the_environment_too(tmp_path: Path) -> None:
+    env = os.environ | {
+        "INTERPOSE_SERVER_REDIS_URL": "redis://127.0.0.1:1",
+        "INTERPOSE_SERVER_DATA_DIR": str(tmp_path),
+    }
+    done = subprocess.run([INTERPOSE, "keys", "list"], capture_output=True, text=True, env=env)
+    assert done.returncode == 1
+    assert "Redis can't be used" in done.stderr
+
+
 def test_the_version() -> None:
     done = subprocess.run([INTERPOSE, "--version"], capture_output=True, text=True, check=True)
     assert done.stdout.startswith("interpose ")

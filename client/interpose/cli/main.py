@@ -25,8 +25,11 @@ app = typer.Typer(
 keys = typer.Typer(help="API keys of a server.", no_args_is_help=True)
 app.add_typer(keys, name="keys")
 
-DataDir = Annotated[Path | None, typer.Option(help="The server's data folder.")]
-RedisUrl = Annotated[str | None, typer.Option(help="A Redis of your own instead of the embedded Valkey.")]
+DataDir = Annotated[Path | None, typer.Option(help="The server's data folder.", envvar="INTERPOSE_SERVER_DATA_DIR")]
+RedisUrl = Annotated[
+    str | None,
+    typer.Option(help="A Redis of your own instead of the embedded Valkey.", envvar="INTERPOSE_SERVER_REDIS_URL"),
+]
 
 
 def plainly(verb: Callable[P, T]) -> Callable[P, T]:
