@@ -2,7 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Mapping
+
+from interpose.wire.status import JobStatus
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+
+from .broker.models import Hosted
+from .broker.queue import Demand
+from .broker.states import ModelState
 
 _BUCKETS = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.25, 1.0, 5.0, 30.0)
 
@@ -22,14 +29,47 @@ class Metrics:
         self.streams = Gauge("interpose_streams", "Open websockets", registry=self.registry)
         self.downloads = Gauge("interpose_downloads", "Saves being fetched", registry=self.registry)
         self.sent = Counter("interpose_stream_bytes", "Bytes of saves sent", registry=self.registry)
-        self.waiting = Gauge("interpose_waiting", "Jobs waiting", ["model"], registry=self.registry)
-        self.ready = Gauge("interpose_model_ready", "1 if the model runs jobs", ["model"], registry=self.registry)
-        self.batches = Gauge("interpose_batches", "Batches run", ["model"], registry=self.registry)
-        self.ran = Gauge("interpose_batched_jobs", "Jobs run, over all batches", ["model"], registry=self.registry)
-        self.busy = Gauge(
-            "interpose_busy_seconds", "Time the engine has worked on batches", ["model"], registry=self.registry
+        self.tokens = Counter(
+            "interpose_tokens", "Tokens of the jobs accepted, padding included", ["model"], registry=self.registry
         )
+        self.waiting = self._gauge("interpose_waiting", "Jobs waiting")
+        self.running = self._gauge("interpose_running", "Jobs on a worker")
+        self.oldest = self._gauge("interpose_oldest_wait_seconds", "How long the job has waited that waits longest")
+        self.ready = self._gauge("interpose_model_ready", "1 if the model runs jobs")
+        self.copies = self._gauge("interpose_copies", "Copies of the model", "state")
+        self.batches = self._gauge("interpose_batches", "Batches run")
+        self.ran = self._gauge("interpose_batched_jobs", "Jobs run, over all batches")
+        self.busy = self._gauge("interpose_busy_seconds", "Time the engines have worked on batches")
+        self.ended = self._gauge("interpose_ended_jobs", "Jobs ended", "outcome")
+        self.started = self._gauge("interpose_started_jobs", "Times a job was given to a worker")
+        self.requeued = self._gauge("interpose_requeued_jobs", "Times a job went back to the queue")
+        self.waited = self._gauge("interpose_wait_seconds", "How long jobs waited, from submission to each start")
         self.blob_bytes = Gauge("interpose_blob_bytes", "Bytes in the blob store", registry=self.registry)
+
+    def _gauge(self, name: str, help: str, *labels: str) -> Gauge:
+        return Gauge(name, help, ["model", *labels], registry=self.registry)
+
+    def note(self, models: Iterable[tuple[Hosted, Demand, Mapping[str, int]]]) -> None:
+        """What the broker knows of each model: how it is, what is asked of it, its tally."""
+        told = (self.waiting, self.running, self.oldest, self.ready, self.copies, self.batches, self.ran, self.busy)
+        for gauge in (*told, self.ended, self.started, self.requeued, self.waited):
+            gauge.clear()  # Models come and go.
+        for hosted, demand, tally in models:
+            name = hosted.name
+            self.waiting.labels(name).set(demand.waiting)
+            self.running.labels(name).set(demand.running)
+            self.oldest.labels(name).set(max(hosted.now_ms - demand.oldest_ms, 0) / 1000 if demand.oldest_ms else 0)
+            self.ready.labels(name).set(hosted.state is ModelState.READY)
+            for state in ModelState:
+                self.copies.labels(name, state).set(hosted.count(state))
+            self.batches.labels(name).set(hosted.batches)
+            self.ran.labels(name).set(hosted.jobs)
+            self.busy.labels(name).set(hosted.busy_s)
+            for outcome in (JobStatus.COMPLETED, JobStatus.FAILED, JobStatus.CANCELLED):
+                self.ended.labels(name, outcome).set(tally.get(outcome, 0))
+            self.started.labels(name).set(tally.get("running", 0))
+            self.requeued.labels(name).set(tally.get("requeued", 0))
+            self.waited.labels(name).set(tally.get("wait_ms", 0) / 1000)
 
     def text(self) -> bytes:
         return generate_latest(self.registry)

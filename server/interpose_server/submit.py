@@ -70,6 +70,7 @@ async def submit(
         )
     )
     parts.metrics.jobs.labels(job.model).inc()
+    parts.metrics.tokens.labels(job.model).inc(footprint.tokens)
     return job, status, place
 
 

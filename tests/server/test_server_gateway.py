@@ -231,3 +231,7 @@ async def test_figures_need_an_admin(settings: Settings) -> None:
         admin, _ = await gateway.broker.accounts.create("root", admin=True)
         text = (await gateway.client.get("/metrics", headers=gateway.auth(admin))).text
         assert 'interpose_waiting{model="tiny"} 1.0' in text and "/v1/jobs" in text
+        assert 'interpose_tokens_total{model="tiny"}' in text
+        await gateway.broker.models.forget("tiny")
+        text = (await gateway.client.get("/metrics", headers=gateway.auth(admin))).text
+        assert "interpose_waiting{" not in text, "of a model that is gone"

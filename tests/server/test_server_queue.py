@@ -78,6 +78,9 @@ async def test_life_of_a_job(broker: Broker) -> None:
     ]
     assert stored[3].body == {"status": "completed"} and stored[2].data == b"bytes"
     assert (await broker.queue.usage("ada"))["seconds"] == 0.5
+    tally = await broker.queue.tally("tiny")
+    assert tally.pop("wait_ms") >= 0
+    assert tally == {"running": 1, "completed": 1}
     assert await broker.queue.load("ada") == {"queued": 0, "running": 0}
 
 

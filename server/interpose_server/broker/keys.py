@@ -27,6 +27,8 @@ USERS = "ip:users:{model}"
 CLOCK = "ip:clock:{model}"
 """Hash: user -> virtual time in seconds; "/now" -> that of the last job served;
 "/depth", "/running" -> jobs waiting, leased; "/used" -> when one last came, or ended, in ms."""
+TALLY = "ip:tally:{model}"
+"""Hash: how many jobs came to each status, since ever; those requeued; "wait_ms", how long they waited in all."""
 BELL = "ip:bell:{model}"
 """List that a worker without work blocks on."""
 QUEUED = "ip:queued:{user}"
@@ -114,7 +116,7 @@ _FORMATS = {
     "QUEUED": QUEUED, "RUNNING": RUNNING, "JOBS": JOBS, "USAGE": USAGE, "LEASES": LEASES, "EXPIRY": EXPIRY,
     "ORDER": ORDER, "TOTAL": TOTAL, "WAKE": WAKE, "ACCOUNTS": KEYS, "MODELS": MODELS, "MODEL": MODEL,
     "STATES": STATES, "HEARD": HEARD, "STORED": STORED, "STORED_ENDS": STORED_ENDS,
-    "STORED_BYTES": STORED_BYTES, "WRITING": WRITING, "TRASH": TRASH,
+    "STORED_BYTES": STORED_BYTES, "WRITING": WRITING, "TRASH": TRASH, "TALLY": TALLY,
 }  # fmt: skip
 
 

@@ -220,7 +220,8 @@ class Models:
         """Stop listing a model that is no longer served here."""
         async with self._redis.pipeline(transaction=True) as pipe:
             pipe.srem(keys.MODELS, name)
-            pipe.delete(_key(name), keys.STATES.format(model=name), keys.HEARD.format(model=name))
+            parts = (keys.STATES, keys.HEARD, keys.TALLY)
+            pipe.delete(_key(name), *(part.format(model=name) for part in parts))
             pipe.hdel(keys.SPECS, name)
             await pipe.execute()
 

@@ -335,6 +335,14 @@ class Queue:
         """What its users ask of a model now."""
         return Demand(*map(int, await self._run("load", model)))
 
+    async def tally(self, model: str) -> dict[str, int]:
+        """How many of a model's jobs came to each status since ever, and "requeued".
+
+        "wait_ms" is how long they waited in all, from submission to each start.
+        """
+        raw = await self._redis.hgetall(keys.TALLY.format(model=model))
+        return {text(name): int(count) for name, count in raw.items()}
+
     async def usage(self, user: str) -> dict[str, float]:
         """Jobs run and seconds charged so far."""
         raw = await self._redis.hgetall(keys.USAGE.format(user=user))

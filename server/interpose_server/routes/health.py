@@ -35,12 +35,9 @@ async def metrics(request: Request) -> Response:
     parts = Parts.of(request)
     if not parts.settings.metrics_open and not (await identify(request)).admin:
         raise Forbidden("figures need an admin's key")
-    figures = parts.metrics
-    for hosted in await parts.broker.models.list():
-        figures.ready.labels(hosted.name).set(hosted.state is ModelState.READY)
-        figures.waiting.labels(hosted.name).set(await parts.broker.queue.depth(hosted.name))
-        figures.batches.labels(hosted.name).set(hosted.batches)
-        figures.ran.labels(hosted.name).set(hosted.jobs)
-        figures.busy.labels(hosted.name).set(hosted.busy_s)
-    figures.blob_bytes.set(await parts.blobs.ask(parts.blobs.used))
-    return Response(figures.text(), media_type="text/plain; version=0.0.4")
+    queue = parts.broker.queue
+    hosted = await parts.broker.models.list()
+    known = [(model, await queue.demand(model.name), await queue.tally(model.name)) for model in hosted]
+    parts.metrics.note(known)
+    parts.metrics.blob_bytes.set(await parts.blobs.ask(parts.blobs.used))
+    return Response(parts.metrics.text(), media_type="text/plain; version=0.0.4")

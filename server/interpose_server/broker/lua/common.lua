@@ -83,6 +83,7 @@ local function become(ref, status, problem, ttl)
     if job.status == 'running' then leave_worker(ref, job) end
     redis.call('HSET', key, 'status', status)
     local time = now()
+    redis.call('HINCRBY', TALLY(job.model), status == 'queued' and 'requeued' or status, 1)
     if status == 'queued' then
         redis.call('HDEL', key, 'worker')
         redis.call('HSET', key, 'alone', '1')
@@ -90,6 +91,7 @@ local function become(ref, status, problem, ttl)
     elseif status == 'running' then
         redis.call('SADD', RUNNING(job.user), ref)
         redis.call('HINCRBY', CLOCK(job.model), '/running', 1)
+        redis.call('HINCRBY', TALLY(job.model), 'wait_ms', time - job.created_ms)
         redis.call('HINCRBY', key, 'attempt', 1)
         redis.call('HSET', key, 'started_ms', time, 'applied', 0)
     else
