@@ -6,6 +6,7 @@ InterposeError
 │   ├── UnknownModule             no such module in the model
 │   ├── UnknownPoint              the module has no such hook point
 │   ├── UnknownOp                 not in the op table
+│   ├── UnknownAdapter            the model has no such adapter
 │   ├── BadArgument               an argument of the wrong kind or value
 │   ├── ShapeMismatch             shapes or dtypes that don't fit
 │   ├── IndexOutOfRange           an index, token id or position outside its range
@@ -159,6 +160,10 @@ class UnknownPoint(GraphError, AttributeError):
 
 class UnknownOp(GraphError, AttributeError):
     code = "unknown_op"
+
+
+class UnknownAdapter(GraphError, LookupError):
+    code = "unknown_adapter"
 
 
 class BadArgument(GraphError, TypeError):

@@ -29,6 +29,7 @@ class Home:
         source: a name on a server, a hub id, a local folder, or a loaded module.
         load: options of `interpose.runtime.loading.load`, for when it is needed here.
         tokenizer: to use instead of the model's own.
+        adapters: name -> source of LoRA weights, for when it is loaded here.
     """
 
     def __init__(
@@ -38,10 +39,12 @@ class Home:
         api_key: str | None = None,
         load: Mapping[str, Any] | None = None,
         tokenizer: Any = None,
+        adapters: Mapping[str, Any] | None = None,
     ) -> None:
         self.source = source
         self._server = (host, api_key)
         self._load = load or {}
+        self._adapters = dict(adapters or {})
         self._given_tokenizer = tokenizer
         self.processor: Any = None
         """What makes a model's inputs of texts and images, once it is known."""
@@ -118,12 +121,17 @@ class Home:
 
             if isinstance(self.source, (str, Path)):
                 try:
-                    self._local = LocalModel.load(self.source, **self._load)
+                    self._local = LocalModel.load(self.source, adapters=self._adapters, **self._load)
                 except ModelUnavailable as error:
                     raise ModelUnavailable(f"{error.message}; a model on a server needs remote=True") from error
             else:
-                self._local = LocalModel.wrap(self.source, self.name, self._given_tokenizer)
+                self._local = LocalModel.wrap(self.source, self.name, self._given_tokenizer, self._adapters)
         return self._local
+
+    def load_adapter(self, name: str, source: Any) -> None:
+        """Raises ConfigError, ModelUnavailable."""
+        self._local = self.local.with_adapter(name, source)
+        self._adapters[name] = source
 
     def face(self, remote: bool) -> MakeValue:
         """What makes deferred values: torch's face where torch is there and wanted."""

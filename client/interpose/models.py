@@ -7,16 +7,19 @@ from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, Any, Literal
 
-from .errors import BadArgument
+from .errors import BadArgument, UnknownAdapter
 from .familiar import Familiar, other_options
+from .graph.adapters import AdapterInfo, check_adapter
 from .graph.generation import OPTIONS
 from .graph.inputs import TOKENS
 from .graph.manifest import Manifest
 from .home import Home
 from .traced import Traced
+from .tracing.edits import Editor
 from .tracing.execution import Execute, Execution, Options
 from .tracing.handles import aliases
 from .tracing.recorder import Recorder
+from .tracing.source import caller
 from .tracing.tracer import ACTIVE, SESSION, Session, Tracer
 
 if TYPE_CHECKING:
@@ -39,6 +42,7 @@ class LanguageModel(Familiar, Traced):
         revision: of a hub model.
         tokenizer: for a loaded module: its tokenizer.
         rename: further names of modules: `{"transformer.h": "blocks", "mlp": "feedforward"}`.
+        adapters: of a local model: LoRA weights that a block may choose, as `{"name": folder or hub id}`.
         others: what other libraries take here; what means something else here is refused with a word.
     """
 
@@ -55,6 +59,7 @@ class LanguageModel(Familiar, Traced):
         revision: str | None = None,
         tokenizer: Any = None,
         rename: Mapping[str, str | Sequence[str]] | None = None,
+        adapters: Mapping[str, Any] | None = None,
         **others: Any,
     ) -> None:
         other_options(others)
@@ -64,7 +69,7 @@ class LanguageModel(Familiar, Traced):
             "dtype": None if chosen is None else str(chosen).removeprefix("torch."),
             "revision": revision,
         }
-        self._set_up(Home(source, host, api_key, load, tokenizer), ())
+        self._set_up(Home(source, host, api_key, load, tokenizer, adapters), ())
         self.__dict__["_aliases"] = aliases(rename or {})
 
     # -- blocks ------------------------------------------------------------------------------------------------
@@ -77,6 +82,7 @@ class LanguageModel(Familiar, Traced):
         blocking: bool = True,
         timeout: float | None = None,
         batching: Batching = "auto",
+        adapter: str | None = None,
         trace: bool = True,
         scan: bool = True,
         validate: bool = True,
@@ -92,10 +98,11 @@ class LanguageModel(Familiar, Traced):
             blocking: False to go on while it runs; the tracer's `job` then has `status`, `result()`, `cancel()`.
             timeout: seconds it may take.
             batching: "exclusive" to share the forward with nobody, for results bitwise those of a plain forward.
+            adapter: LoRA weights to run with beside the model's own, one of `model.adapters`.
             trace: False for the model's output right away, without a block.
             scan, validate: a block is always checked as it is recorded, whatever they say.
         """
-        block = self._open(prompt, Options(remote, blocking, timeout, batching), inputs=inputs)
+        block = self._open(prompt, Options(remote, blocking, timeout, batching), adapter, inputs=inputs)
         return block if trace else self._result_of(block)
 
     def generate(
@@ -106,6 +113,7 @@ class LanguageModel(Familiar, Traced):
         blocking: bool = True,
         timeout: float | None = None,
         batching: Batching = "auto",
+        adapter: str | None = None,
         stream: Callable[[NewText], None] | bool = False,
         trace: bool = True,
         **options: Any,
@@ -115,6 +123,7 @@ class LanguageModel(Familiar, Traced):
         Inside an open block it makes that block's run a generation instead, and returns the saved token ids.
 
         Args:
+            adapter: as of a trace.
             stream: a function that is given each new token as it comes, a `NewText`; or True, to find them among
                 the events of the job of a block with `blocking=False`.
             trace: False for all token ids right away, without a block.
@@ -128,6 +137,8 @@ class LanguageModel(Familiar, Traced):
                 raise BadArgument("the block has its prompt already: generate(max_new_tokens=...) continues it")
             if stream:
                 raise BadArgument("tokens stream from a block of their own: with model.generate(..., stream=...)")
+            if adapter is not None:
+                raise BadArgument("the block has chosen its adapter already: with model.trace(..., adapter=...)")
             if not isinstance(tracer, Tracer):
                 raise BadArgument("an edit generates nothing: generate with the edited model")
             tracer.recorder.generate(options)
@@ -135,7 +146,7 @@ class LanguageModel(Familiar, Traced):
         inputs = self._taken(options, remote)
         if not stream:
             how = Options(remote, blocking, timeout, batching)
-            block = self._open(prompt, how, generation=options, inputs=inputs)
+            block = self._open(prompt, how, adapter, generation=options, inputs=inputs)
             return block if trace else self._result_of(block)
         told = stream if callable(stream) else None
         if told is not None and (not blocking or SESSION.get() is not None):
@@ -144,7 +155,7 @@ class LanguageModel(Familiar, Traced):
                 "stream=True and async for event in t.job"
             )
         how = Options(remote, blocking, timeout, batching, told)
-        return self._open(prompt, how, generation={**options, "stream": True}, inputs=inputs)
+        return self._open(prompt, how, adapter, generation={**options, "stream": True}, inputs=inputs)
 
     def _taken(self, options: dict[str, Any], remote: bool) -> dict[str, Any]:
         """The model's inputs among options, taken out of these."""
@@ -164,14 +175,64 @@ class LanguageModel(Familiar, Traced):
         blocking: bool = True,
         timeout: float | None = None,
         batching: Batching = "auto",
+        adapter: str | None = None,
     ) -> Session:
-        """Open a block for several traces that run as one job; values of one can be used in the next."""
-        options = Options(remote, blocking, timeout, batching)
-        return Session(self._execution(options), self)
+        """Open a block for several traces that run as one job; values of one can be used in the next.
 
-    def scan(self, prompt: Any = None, **inputs: Any) -> Tracer:
+        Args:
+            adapter: of those of its traces that choose none; others as of a trace.
+        """
+        owner = self._execution(Options(remote, blocking, timeout, batching))
+        return Session(owner, self, self._chosen(adapter, owner.recorder.manifest))
+
+    def scan(self, prompt: Any = None, *, adapter: str | None = None, **inputs: Any) -> Tracer:
         """Open a block that runs nothing: shapes, order and errors are told as in a trace."""
-        return self._open(prompt, Options(remote=self._home.prefers_server), execute=None, inputs=inputs)
+        how = Options(remote=self._home.prefers_server)
+        return self._open(prompt, how, adapter, execute=None, inputs=inputs)
+
+    def edit(self, *, inplace: bool = False, adapter: str | None = None) -> Editor:
+        """Open a block whose interventions stay: they come first in every later block of the edited model.
+
+        `with model.edit() as edited:` leaves `model` as it was; with `inplace` it is `model` that is edited.
+
+        Args:
+            adapter: that of the edited model's blocks that choose none.
+        """
+        editor = super().edit(inplace=inplace)
+        if adapter is not None:
+            editor.model.__dict__["_adapter"] = self._chosen(adapter, editor.recorder.manifest)
+        return editor
+
+    # -- adapters ----------------------------------------------------------------------------------------------
+
+    @property
+    def adapters(self) -> Mapping[str, AdapterInfo]:
+        """The LoRA weights that a block may choose, by name: `model.trace(prompt, adapter="name")`."""
+        return self.manifest.adapters
+
+    def load_adapter(self, source: Any, adapter_name: str) -> None:
+        """Load LoRA weights, from a folder or the hub, that blocks of a local model may choose from now on.
+
+        Raises:
+            ConfigError: they aren't LoRA weights, or aren't of this model.
+            BadArgument: the model isn't loaded here: a server's adapters are its operator's choice.
+        """
+        if self._home.prefers_server:
+            raise BadArgument(
+                "a server's adapters are chosen by who runs it (interpose serve MODEL --adapter NAME=FOLDER); "
+                f"{self._home.name} has {', '.join(sorted(self.adapters)) or 'none'} there"
+            )
+        self._home.load_adapter(adapter_name, source)
+
+    def _chosen(self, adapter: str | None, manifest: Manifest) -> str | None:
+        """The adapter of a block that chose one, or none. Raises UnknownAdapter at the user's line."""
+        name = self._adapter if adapter is None else adapter
+        try:
+            check_adapter(name, manifest)
+        except UnknownAdapter as error:
+            error.source = caller()
+            raise error from None
+        return name
 
     # -- what it is --------------------------------------------------------------------------------------------
 
@@ -203,14 +264,17 @@ class LanguageModel(Familiar, Traced):
         recorder = Recorder(manifest, self._home.face(remote), edits=self._edits)
         return Execution(recorder, execute or self._home.execute, replace(options, revision=manifest.revision))
 
-    def _open(self, prompt: Any, options: Options, **rest: Any) -> Tracer:
+    def _open(self, prompt: Any, options: Options, adapter: str | None = None, **rest: Any) -> Tracer:
         session = SESSION.get()
         how = {"generation": rest.get("generation"), "inputs": rest.get("inputs")}
         if session is not None:
             self._check_joins(session, options)
             tokenize = partial(self._tokenize, session.remote)
-            return Tracer(self, self._joined(session), prompt, tokenize, **how)
+            recorder = self._joined(session)
+            how["adapter"] = session.adapter if adapter is None else self._chosen(adapter, recorder.manifest)
+            return Tracer(self, recorder, prompt, tokenize, **how)
         owner = self._execution(options)
+        how["adapter"] = self._chosen(adapter, owner.recorder.manifest)
         if "execute" in rest:
             owner.execute = rest["execute"]
         tokenize = partial(self._tokenize, options.remote)

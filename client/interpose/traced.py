@@ -21,7 +21,7 @@ class Traced(Module):
 
     def _set_up(self, home: Any, edits: Sequence[Edit]) -> None:
         Module.__init__(self, self, "")
-        self.__dict__.update(_home=home, _edits=tuple(edits))
+        self.__dict__.update(_home=home, _edits=tuple(edits), _adapter=None)
 
     def edit(self, *, inplace: bool = False) -> Editor:
         """Open a block whose interventions stay: they come first in every later block of the edited model.
@@ -31,12 +31,12 @@ class Traced(Module):
         edited = self if inplace else type(self).__new__(type(self))
         if not inplace:
             edited._set_up(self._home, self._edits)
-            edited.__dict__["_aliases"] = self._aliases
+            edited.__dict__.update(_aliases=self._aliases, _adapter=self._adapter)
         return Editor(edited, self._edit_recorder())
 
     def clear_edits(self) -> None:
-        """Forget all edits."""
-        self.__dict__["_edits"] = ()
+        """Forget all edits, and the adapter that one chose."""
+        self.__dict__.update(_edits=(), _adapter=None)
 
     def _edit_recorder(self) -> Recorder:
         """What records an edit, which has no prompt."""

@@ -141,6 +141,7 @@ class Supervisor:
             await broker.models.announce(model.name, name, ModelState.LOADING)
             command = [sys.executable, "-m", "interpose_server.worker", "--model", model.name]
             command += ["--source", model.source, "--name", name]
+            command += [part for name, at in model.adapters.items() for part in ("--adapter", f"{name}={at}")]
             command += ["--device", self._wanted.device] if self._wanted.device else []
             command += ["--dtype", self._wanted.dtype] if self._wanted.dtype else []
             label = f"the worker of {model.name}"

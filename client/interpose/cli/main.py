@@ -75,6 +75,10 @@ def serve(
     port: Annotated[int, typer.Option(help="0 takes a free one.", min=0, max=65535)] = 8000,
     device: Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1, ...; default: the best there is.")] = None,
     dtype: Annotated[str | None, typer.Option(help="float32, bfloat16, ...; default: as saved.")] = None,
+    adapter: Annotated[
+        list[str] | None,
+        typer.Option(help="LoRA weights that jobs may choose: NAME=FOLDER, or MODEL:NAME=FOLDER; may be repeated."),
+    ] = None,
     data_dir: DataDir = None,
     redis_url: RedisUrl = None,
     print_env: Annotated[bool, typer.Option("--print-env", help="Host and key on stdout once ready.")] = False,
@@ -82,7 +86,7 @@ def serve(
     """Serve models from this machine."""
     from . import server
 
-    server.serve(models, host, port, device, dtype, data_dir, redis_url, print_env)
+    server.serve(models, host, port, device, dtype, data_dir, redis_url, print_env, adapter or [])
 
 
 @app.command()

@@ -14,7 +14,7 @@ from interpose_server.datadir import DataDir, default_dir
 from interpose_server.processes import Child
 from interpose_server.settings import Settings
 from interpose_server.valkey import EmbeddedValkey
-from interpose_server.wanted import Served, Wanted
+from interpose_server.wanted import Served, Wanted, with_adapters
 
 from ..errors import ConfigError
 
@@ -28,10 +28,11 @@ def serve(
     data_dir: Path | None,
     redis_url: str | None,
     print_env: bool,
+    adapters: Sequence[str] = (),
 ) -> None:
     from interpose_server import embedded
 
-    served = [Served.parse(text) for text in models]
+    served = with_adapters([Served.parse(text) for text in models], adapters)
     if len({model.name for model in served}) < len(served):
         raise ConfigError("two models have the same name; give one another with NAME=FOLDER")
     asyncio.run(embedded.serve(Wanted(served, host, port, device, dtype, data_dir, redis_url, print_env)))

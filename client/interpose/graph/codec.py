@@ -19,15 +19,16 @@ MAX_PROMPT = 1 << 22
 
 _NODE_FIELDS = {"id", "op", "args", "kwargs", "point", "invoke", "run", "when", "source"}
 _POINT_FIELDS = {"module", "name", "path", "call", "step"}
+_RUN_FIELDS = {"kind", "invokes", "options", "adapter"}
 _GRAPH_FIELDS = {"version", "files", "runs", "nodes", "attachments"}
 
 
 def encode_graph(graph: Graph) -> dict[str, Any]:
-    """The plain form. Source files are numbered; their lines' text stays out."""
+    """The plain form, in the oldest version that can say it. Source files are numbered; their text stays out."""
     files: dict[str, int] = {}
     nodes = [_encode_node(node, files) for node in graph.nodes]
     return {
-        "version": FORMAT,
+        "version": 1 if all(run.adapter is None for run in graph.runs) else FORMAT,
         "files": list(files),
         "runs": [_encode_run(run) for run in graph.runs],
         "nodes": nodes,
@@ -79,6 +80,8 @@ def _encode_run(run: Run) -> dict[str, Any]:
     plain_run: dict[str, Any] = {"kind": run.kind, "invokes": invokes}
     if run.options:
         plain_run["options"] = {name: encode(value) for name, value in run.options.items()}
+    if run.adapter is not None:
+        plain_run["adapter"] = run.adapter
     return plain_run
 
 
@@ -91,8 +94,9 @@ def decode_graph(plain: Any, limits: Limits | None = None) -> Graph:
     """
     limits = limits or Limits()
     plain = _mapping(plain, "a graph", _GRAPH_FIELDS)
-    if plain.get("version") != FORMAT:
-        raise InvalidGraph(f"graph version {plain.get('version')!r}; this side reads {FORMAT}")
+    version = plain.get("version")
+    if type(version) is not int or not 1 <= version <= FORMAT:
+        raise InvalidGraph(f"graph version {version!r}; this side reads 1 to {FORMAT}")
     files = _texts(plain.get("files", []), "files", limits.nodes)
     nodes = _list(plain.get("nodes", []), "nodes")
     limits.check("nodes", len(nodes))
@@ -102,7 +106,7 @@ def decode_graph(plain: Any, limits: Limits | None = None) -> Graph:
     if not isinstance(attachments, dict):
         raise InvalidGraph("attachments aren't a mapping")
     limits.check("attachments", len(attachments))
-    decoded = tuple(_decode_run(run, limits) for run in runs)
+    decoded = tuple(_decode_run(run, limits, version) for run in runs)
     limits.check("invokes", sum(len(run.invokes) for run in decoded))
     limits.check("rows", sum(run.rows for run in decoded))
     limits.check("tokens", sum(run.rows * run.longest for run in decoded))
@@ -157,8 +161,8 @@ def _decode_point(plain: Any) -> Point:
     )
 
 
-def _decode_run(plain: Any, limits: Limits) -> Run:
-    plain = _mapping(plain, "a run", {"kind", "invokes", "options"})
+def _decode_run(plain: Any, limits: Limits, version: int) -> Run:
+    plain = _mapping(plain, "a run", _RUN_FIELDS if version > 1 else _RUN_FIELDS - {"adapter"})
     kind = plain.get("kind", "trace")
     if kind not in ("trace", "generate"):
         raise InvalidGraph("a run is a trace or a generate")
@@ -167,10 +171,12 @@ def _decode_run(plain: Any, limits: Limits) -> Run:
     options = plain.get("options", {})
     if not isinstance(options, dict):
         raise InvalidGraph("a run's options aren't named")
+    adapter = plain.get("adapter")
     run = Run(
         kind=kind,
         invokes=tuple(_decode_invoke(invoke, limits) for invoke in invokes),
         options={_text(name, "an option's name"): decode(value) for name, value in options.items()},
+        adapter=None if adapter is None else _text(adapter, "an adapter's name"),
     )
     limits.check("rows", run.rows)
     limits.check("tokens", run.rows * run.longest)

@@ -21,6 +21,7 @@ class Footprint:
         attention: it looks inside attention, so it runs on the eager path.
         gradients: it asks for gradients, so its forwards keep what a backward needs.
         exclusive: it must run alone.
+        adapters: what its runs choose, "" for the model alone; each once, in order.
         result_bytes, memory_bytes, flops: bounds from shapes alone.
     """
 
@@ -36,10 +37,12 @@ class Footprint:
     result_bytes: int = 0
     memory_bytes: int = 0
     flops: int = 0
+    adapters: tuple[str, ...] = ("",)
 
     def to_plain(self) -> dict[str, Any]:
         return asdict(self)
 
     @classmethod
     def from_plain(cls, plain: Mapping[str, Any]) -> Footprint:
-        return cls(**{field.name: plain[field.name] for field in fields(cls) if field.name in plain})
+        known = {field.name: plain[field.name] for field in fields(cls) if field.name in plain}
+        return cls(**known | {"adapters": tuple(known.get("adapters", ("",)))})

@@ -15,6 +15,7 @@ from functools import cached_property, lru_cache
 from typing import Any, TypeAlias
 
 from ..errors import InvalidGraph, UnknownModule
+from .adapters import AdapterInfo, decode_adapters, encode_adapters
 from .inputs import BATCH as BATCH
 from .inputs import IMAGE as IMAGE
 from .inputs import SEQ as SEQ
@@ -141,6 +142,7 @@ class Manifest:
     named: standard names of points, verified on numbers: owner (a block's path, "" for the model) -> name -> point.
     refused: owner -> standard name -> why there is no such point; what holds for every block stands under "".
     roles: "embed", "final_norm", "unembed" -> path of the module, where there is one.
+    adapters: name -> weights that a run may choose to run with beside the model's own.
     windows: block -> how many positions its attention looks back on in a generation's later steps, where its cache
         lets go of older ones.
     """
@@ -172,6 +174,7 @@ class Manifest:
     image_tokens: int = 0
     image_patches: int = 0
     even_rows: str = ""
+    adapters: Mapping[str, AdapterInfo] = field(default_factory=dict)
 
     @cached_property
     def stream(self) -> frozenset[str]:
@@ -318,6 +321,7 @@ def encode_manifest(manifest: Manifest) -> dict[str, Any]:
         "named": encode_named(manifest.named),
         "towers": {path: list(blocks) for path, blocks in manifest.towers.items()},
         "inputs": encode_inputs(manifest.inputs),
+        "adapters": encode_adapters(manifest.adapters),
     }
 
 
@@ -350,6 +354,7 @@ def decode_manifest(plain: Mapping[str, Any]) -> Manifest:
             named=decode_named(plain["named"]),
             towers={path: tuple(blocks) for path, blocks in plain["towers"].items()},
             inputs=decode_inputs(plain["inputs"]),
+            adapters=decode_adapters(plain.get("adapters", {})),  # older servers have none
         )
         if "" not in found.children or not found.stream <= set(modules):  # children: parents all exist
             raise ValueError("blocks that are no modules")

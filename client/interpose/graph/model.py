@@ -12,8 +12,8 @@ from typing import Any, Literal, TypeAlias
 from ..errors import Source
 from .values import Arg, TensorSpec, refs
 
-FORMAT = 1
-"""Version of the graph's plain form."""
+FORMAT = 2
+"""Newest version of the graph's plain form: since 2 a run may choose an adapter."""
 
 Key: TypeAlias = int | str
 RunKind: TypeAlias = Literal["trace", "generate"]
@@ -104,11 +104,15 @@ class Invoke:
 
 @dataclass(frozen=True, slots=True)
 class Run:
-    """One execution of the model. Its invokes' rows form one batch, left-padded together."""
+    """One execution of the model. Its invokes' rows form one batch, left-padded together.
+
+    `adapter`: name of the weights that it runs with beside the model's own; None for these alone.
+    """
 
     kind: RunKind = "trace"
     invokes: tuple[Invoke, ...] = ()
     options: Mapping[str, Any] = field(default_factory=dict)
+    adapter: str | None = None
 
     @property
     def rows(self) -> int:

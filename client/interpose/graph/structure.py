@@ -25,7 +25,7 @@ def structure(graph: Graph) -> Hashable:
 
 def _run(run: Run) -> Hashable:
     lengths = tuple([tuple(map(len, invoke.rows)) for invoke in run.invokes])
-    return run.kind, lengths, _named(run.options)
+    return run.kind, lengths, _named(run.options), run.adapter
 
 
 def _node(node: Node, places: Mapping[str, int]) -> Hashable:

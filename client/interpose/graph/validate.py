@@ -12,6 +12,7 @@ from . import (
     exchange,  # noqa: F401
     ops,
 )
+from .adapters import check_adapter
 from .checker import HANDLERS, Checker, Known
 from .footprint import Footprint
 from .generation import check_options, new_tokens
@@ -87,6 +88,7 @@ def validate(graph: Graph, manifest: Manifest, limits: Limits, *, batching: str 
             result_bytes=result,
             memory_bytes=memory,
             flops=flops,
+            adapters=tuple(dict.fromkeys(run.adapter or "" for run in graph.runs)),
         ),
     )
 
@@ -97,6 +99,7 @@ def check_run(run: Run, manifest: Manifest, attachments: Mapping[str, TensorSpec
         check_options(run.options)
     elif run.options:
         raise BadArgument("a trace has no options")
+    check_adapter(run.adapter, manifest)
     if not run.rows:
         raise BadArgument("nothing to run: no prompt was given")
     for invoke in run.invokes:

@@ -19,7 +19,8 @@ def listing(graph: Graph, names: Mapping[int, str], parameters: Mapping[str, str
     """
     for number, run in enumerate(graph.runs):
         options = "".join(f" {name}={value!r}" for name, value in run.options.items())
-        yield f"run {number}: {run.kind}{options}"
+        adapter = "" if run.adapter is None else f" with adapter {run.adapter!r}"
+        yield f"run {number}: {run.kind}{adapter}{options}"
         for index, invoke in enumerate(run.invokes):
             text = " | ".join(map(repr, invoke.text)) or "token ids"
             sizes = ", ".join(str(len(row)) for row in invoke.rows[:8]) + (", ..." if len(invoke.rows) > 8 else "")

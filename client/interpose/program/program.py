@@ -14,6 +14,7 @@ import numpy as np
 
 from ..config import CONFIG
 from ..errors import BadArgument
+from ..graph.adapters import check_adapter
 from ..graph.limits import Limits
 from ..graph.manifest import Manifest
 from ..graph.model import Graph, Invoke
@@ -102,6 +103,7 @@ class Program(Parts):
         *,
         prompts: Sequence[Any] | None = None,
         layers: Mapping[int, int] | None = None,
+        adapter: str | None = None,
         remote: bool = False,
         timeout: float | None = None,
         **parameters: Any,
@@ -111,10 +113,12 @@ class Program(Parts):
         Args:
             prompt: instead of the one it was recorded with; `prompts` instead of all, where it has several.
             layers: block -> the block to read and write instead: `{8: 5}`.
+            adapter: instead of those its runs were recorded with.
             remote, timeout: as of a trace.
             parameters: other values for its parameters.
 
         Raises:
+            UnknownAdapter: the model doesn't have one that a run chose.
             UnknownModule: the model lacks places that it reads or writes; all of them are named.
             GraphError: it doesn't fit for another reason, such as a shape.
             BadArgument: a parameter or layer it doesn't have.
@@ -128,6 +132,10 @@ class Program(Parts):
         home = model._home
         manifest: Manifest = home.manifest(remote)
         graph, given = self._prompted(model, manifest, prompt, prompts, remote)
+        if adapter is not None:
+            graph = replace(graph, runs=tuple(replace(run, adapter=adapter) for run in graph.runs))
+        for run in graph.runs:
+            check_adapter(run.adapter, manifest)
         graph = moved(graph, self.origin.blocks, manifest.blocks, layers or {})
         tensors = {**self.tensors, **self._set(parameters), **given}
         dropped = set().union(*(invoke.tensors.values() for invoke in self.prompts)) - _used(graph)

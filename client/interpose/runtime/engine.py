@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
 from typing import Protocol
 
@@ -17,6 +18,7 @@ from ..errors import BadArgument, InternalError, InterposeError, OutOfMemory
 from ..graph.limits import UNLIMITED, Limits
 from ..graph.model import Graph, Run
 from ..graph.validate import Report
+from .adapters import chosen
 from .generation import Generation
 from .gradients import run_backwards
 from .hosting import Hosting, Resting
@@ -104,7 +106,7 @@ class Engine:
         self.loaded = loaded
         self.tokens = tokens
         self.manifest = loaded.manifest
-        self._world = World(loaded.modules, torch.device(loaded.device), loaded.manifest)
+        self._world = World(loaded.modules, torch.device(loaded.device), loaded.manifest, loaded.adapters)
         self._buffers = Buffers(loaded.model)
         self._tail: Tail | None = measure(loaded)
         self._restart = Restart(loaded)
@@ -138,7 +140,7 @@ class Engine:
         try:
             begun = hosting.begin(jobs)
             if begun:
-                with self._buffers:
+                with self._buffers, self.adapter(begun[0][0], 0):
                     Generation(self.loaded, self._tail, hosting).run(begun)
         except Exception as error:  # noqa: BLE001 - whatever a model raises for all, each has its own run next
             log.warning("a shared generation failed (%s); its jobs run apart", type(error).__name__)
@@ -248,6 +250,7 @@ class Engine:
                             bool(job.plan.backwards),
                             own.given,
                             self._width(own),
+                            own.adapter,
                         )
                         shared.setdefault(key, []).append((job, run))
             for group in shared.values():
@@ -261,7 +264,7 @@ class Engine:
         group = [(job, run) for job, run in group if job.error is None]
         if not group:
             return
-        with self._buffers, _gradients(*(job for job, _ in group)):
+        with self._buffers, _gradients(*(job for job, _ in group)), self.adapter(*group[0]):
             try:
                 self._feed(group, pace)
             except Refused as refused:
@@ -269,6 +272,10 @@ class Engine:
                 if others or not job.plan.graph.runs[run].given:
                     raise
                 job.fail(BadArgument(f"the model doesn't run on these inputs: {_first_line(refused.error)}"))
+
+    def adapter(self, job: Interpreter, run: int) -> AbstractContextManager[None]:
+        """A context in which the model is as a run has chosen it; what is run within that chooses for itself."""
+        return chosen(self.loaded.adapters, job.plan.graph.runs[run].adapter)
 
     def _feed(self, group: Sequence[Member], pace: _Pace) -> None:
         runs = [job.plan.graph.runs[run] for job, run in group]
@@ -280,7 +287,9 @@ class Engine:
             )
             return
         staging = Staging(self.loaded, self._tail, self._restart, self._prefix)
-        for stage in staged(group, self._restart, self._prefix):
+        with chosen({}, None):  # what the model itself can do is tried there, once for all
+            stages = staged(group, self._restart, self._prefix)
+        for stage in stages:
             for portion in stage.portions(pace.tokens):
                 if pace.breaks is not None:
                     self.rest(pace.breaks)

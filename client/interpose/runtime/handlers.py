@@ -11,6 +11,7 @@ from ..errors import BadArgument
 from ..graph.model import Node
 from ..graph.specs import nbytes
 from ..graph.validate import HANDLERS as CHECKED
+from .adapters import adapted
 from .calls import called, check_call
 from .hooks import no_hooks
 from .kernels import described
@@ -42,7 +43,14 @@ def attachment(job: Interpreter, node: Node, args: tuple[Any, ...]) -> torch.Ten
 
 def param(job: Interpreter, node: Node, args: tuple[Any, ...]) -> torch.Tensor:
     path, name = args
-    return job.world.modules[path].get_parameter(name).detach()
+    module = job.world.modules[path]
+    own = module.get_parameter(name).detach()
+    with job.adapter(node):
+        changed = adapted(module, name)
+    if changed is None:
+        return own
+    job.afford(own.nbytes, 0)
+    return changed.detach()
 
 
 def call(job: Interpreter, node: Node, args: tuple[Any, ...]) -> torch.Tensor | NoValue:
@@ -53,7 +61,7 @@ def call(job: Interpreter, node: Node, args: tuple[Any, ...]) -> torch.Tensor | 
         job.afford(5 * nbytes(spec), flops)
     if job.products is not None and job.products.take(job, node, path, value):
         return LATER
-    with no_hooks():
+    with no_hooks(), job.adapter(node):
         output = job.world.modules[path](value)
     if not isinstance(output, torch.Tensor):
         raise BadArgument(f"{path} returns no single tensor, so it can't be called on a value")

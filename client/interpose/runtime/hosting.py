@@ -24,6 +24,8 @@ class Hosting:
         self._company = company
         self._jobs: dict[Interpreter, EngineJob] = {}
         self._left: list[EngineJob] = []
+        self._adapter: tuple[str | None] | None = None
+        """What all of them chose, once the first has begun."""
 
     @property
     def left(self) -> list[EngineJob]:
@@ -44,6 +46,7 @@ class Hosting:
                 elif self._by_itself(started):
                     self._left.append(job)
                 else:
+                    self._adapter = (started.plan.graph.runs[0].adapter,)
                     self._jobs[started] = job
                     begun.append((started, 0, pieces(started.plan.graph.runs[0], job.attachments)))
                 ahead.popleft()
@@ -55,7 +58,9 @@ class Hosting:
         """Whether a job can't stand beside others."""
         # Rows that come and go are padded on the left.
         padded = bool(self._engine.manifest.even_rows)
-        return padded or job.exclusive or bool(job.plan.graph.runs[0].given)
+        run = job.plan.graph.runs[0]
+        other = self._adapter not in (None, (run.adapter,))
+        return padded or job.exclusive or other or bool(run.given)
 
     def pause(self, *, joinable: bool) -> None:
         self._engine.rest(self._company, joinable=joinable and not self._left)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import heapq
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
@@ -18,6 +19,7 @@ from ..graph.specs import FLOATING
 from ..graph.values import TensorSpec, substitute
 from . import kernels
 from .absences import Absences
+from .adapters import chosen
 from .failures import Guard, located
 from .gradients import Gradients
 from .handlers import HANDLERS
@@ -171,6 +173,10 @@ class Interpreter:
     def arguments(self, args: Sequence[Any]) -> tuple[Any, ...]:
         """Arguments with references replaced by values."""
         return tuple([substitute(arg, self._values.__getitem__) for arg in args])
+
+    def adapter(self, node: Node) -> AbstractContextManager[None]:
+        """A context in which the model is as the node's run has chosen it, whichever run it is computed in."""
+        return chosen(self.world.adapters, self.plan.graph.runs[node.run].adapter)
 
     def waits(self, node: Node) -> bool:
         return self._waits[node.id] > 0

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import hashlib
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,8 @@ from torch import nn
 from transformers import AutoTokenizer
 
 from ..graph.manifest import Manifest
-from . import attention, describe, independence, named
+from . import attention, describe, independence, lora, named
+from .adapters import Adapter
 from .feeding import examples, measure_feeding, places
 from .inputs import Feeding, vocabulary
 from .pieces import joined
@@ -31,6 +33,7 @@ class Loaded:
         feeding: how it wants its inputs.
         rewritten: (path, event) where it later writes over what it handed out.
         first_only: modules whose forward calls other functions in a generation's later steps.
+        adapters: what a run may choose, by name.
     """
 
     model: nn.Module
@@ -42,6 +45,7 @@ class Loaded:
     feeding: Feeding
     rewritten: frozenset[tuple[str, str]] = frozenset()
     first_only: frozenset[str] = frozenset()
+    adapters: Mapping[str, Adapter] = field(default_factory=dict)
 
 
 def load(
@@ -52,6 +56,7 @@ def load(
     dtype: str | None = None,
     revision: str | None = None,
     local_files_only: bool = False,
+    adapters: Mapping[str, str | Path] | None = None,
 ) -> Loaded:
     """A hub id or a folder, loaded. Code that comes with a model is never run.
 
@@ -61,6 +66,7 @@ def load(
         dtype: "float32", "bfloat16", ...; default and "auto": as saved.
         revision: the hub's.
         local_files_only: use what is cached, ask no network.
+        adapters: name -> folder or hub id of LoRA weights that runs may choose.
 
     Raises:
         ConfigError: no such folder, device or dtype, or a model that needs code of its own.
@@ -79,7 +85,32 @@ def load(
         tokens = AutoTokenizer.from_pretrained(at.place, **at.hub)
     except (OSError, ValueError, KeyError, TypeError, AttributeError, ImportError):
         tokens = None  # a model without a tokenizer takes ids
-    return wrap(model, name or (at.folder.name if at.folder else at.place), tokens)
+    found = wrap(model, name or (at.folder.name if at.folder else at.place), tokens)
+    return with_adapters(found, adapters or {}, local_files_only=local_files_only)
+
+
+def with_adapters(loaded: Loaded, sources: Mapping[str, str | Path], *, local_files_only: bool = False) -> Loaded:
+    """The same model with more adapters that runs may choose; one of a name that is there already takes its place.
+
+    Raises ConfigError, ModelUnavailable.
+    """
+    for name, source in sources.items():
+        adapter = lora.load(loaded.model, name, source, local_files_only=local_files_only)
+        loaded = replace(loaded, adapters={**loaded.adapters, name: adapter})
+        loaded = replace(loaded, manifest=_told(loaded))
+        info = replace(adapter.info, refused=named.refused_with(loaded, name))
+        loaded = replace(loaded, adapters={**loaded.adapters, name: replace(adapter, info=info)})
+        loaded = replace(loaded, manifest=_told(loaded))
+    return loaded
+
+
+def _told(loaded: Loaded) -> Manifest:
+    """The manifest with the adapters that are there. They decide results, so they are part of its revision."""
+    infos = {name: loaded.adapters[name].info for name in sorted(loaded.adapters)}
+    own = loaded.manifest.revision.partition("+")[0]
+    marks = "".join(f"{name}={info.revision}\n" for name, info in infos.items())
+    revision = f"{own}+{hashlib.sha256(marks.encode()).hexdigest()[:12]}" if infos else own
+    return replace(loaded.manifest, adapters=infos, revision=revision)
 
 
 def wrap(model: nn.Module, name: str, tokenizer: Any = None) -> Loaded:

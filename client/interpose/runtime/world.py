@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import nn
 
 from ..graph.manifest import Manifest
+from .adapters import Adapter
 
 
 @dataclass(frozen=True, slots=True)
@@ -18,3 +19,4 @@ class World:
     modules: Mapping[str, nn.Module]
     device: torch.device
     manifest: Manifest
+    adapters: Mapping[str, Adapter] = field(default_factory=dict)

@@ -80,10 +80,10 @@ class ModuleRecorder(Recorder):
         """Whether the current run's points are known."""
         return self._fixed is not None or self.ran[-1].measured is not None
 
-    def start_run(self, kind: RunKind = "trace") -> None:
+    def start_run(self, kind: RunKind = "trace", adapter: str | None = None) -> None:
         self.ran.append(Ran())
         self.manifest = self._tree
-        super().start_run(kind)
+        super().start_run(kind, adapter)
 
     def add_invoke(self, invoke: Invoke) -> int:
         assert isinstance(invoke, GivenInvoke)

@@ -77,8 +77,8 @@ class Recorder:
 
     # -- runs and invokes --------------------------------------------------------------------------------------
 
-    def start_run(self, kind: RunKind = "trace") -> None:
-        self.runs.append(Run(kind))
+    def start_run(self, kind: RunKind = "trace", adapter: str | None = None) -> None:
+        self.runs.append(Run(kind, adapter=adapter))
         self.invoke, self.step, self.stopped = None, 0, False
         self.ahead.clear()
 

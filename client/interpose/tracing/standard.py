@@ -82,6 +82,7 @@ def lens(manifest: Manifest) -> Iterator[str]:
 
 def read(recorder: Recorder, place: Place) -> Any:
     """The value at a named point, for the current invoke."""
+    _check_offered(recorder, place)
     if place.named.plain:
         value = _through(recorder, place.named.point, place.named.views)
         value._root.views = value._chain
@@ -93,6 +94,7 @@ def read(recorder: Recorder, place: Place) -> Any:
 
 def replace(recorder: Recorder, place: Place, value: Any) -> None:
     """Put another value at a named point."""
+    _check_offered(recorder, place)
     if place.named.plain:
         at = _seen(recorder, _through(recorder, place.named.point, place.named.views), place.views)
         recorder.points.replace(place.named.point, value, at._chain)
@@ -108,6 +110,16 @@ def replace(recorder: Recorder, place: Place, value: Any) -> None:
     fresh = _base(recorder, place)
     fresh.write((), None, given)
     base.pinned = old
+
+
+def _check_offered(recorder: Recorder, place: Place) -> None:
+    """Raises UnknownPoint for a point that doesn't hold with the adapter of the current run."""
+    adapter = recorder.runs[-1].adapter
+    if adapter is not None:
+        refused = recorder.manifest.adapters[adapter].refused.get(place.owner, {})
+        if place.name in refused:
+            owner = place.owner or recorder.manifest.model
+            raise UnknownPoint(f"{owner} has no {place.name} with adapter {adapter}: {refused[place.name]}")
 
 
 def _through(recorder: Recorder, point: Point, views: Sequence[View]) -> Any:

@@ -56,6 +56,7 @@ class Tracer:
         generation: the options of a generation, None for a single forward.
         owner: runs the graph when this block is left; None inside a session, which runs it.
         inputs: tensors beside the prompt, by name.
+        adapter: the weights it runs with beside the model's own.
     """
 
     def __init__(
@@ -68,6 +69,7 @@ class Tracer:
         generation: Mapping[str, Any] | None = None,
         owner: Execution | None = None,
         inputs: Mapping[str, Any] | None = None,
+        adapter: str | None = None,
     ) -> None:
         self.model = model
         self.recorder = recorder
@@ -76,13 +78,14 @@ class Tracer:
         self._tokenize = tokenize
         self._generation = generation
         self._owner = owner
+        self._adapter = adapter
         self._last: list[Callable[[], None]] = []
         """What is recorded when the invoke, or the block, is left."""
 
     def __enter__(self) -> Tracer:
         if ACTIVE.get() is not None:
             raise DeferredError("a block is open already; use t.invoke(...) for several prompts in one forward")
-        self.recorder.start_run()
+        self.recorder.start_run(adapter=self._adapter)
         if self._generation is not None:
             self.recorder.generate(self._generation)
         if self._given:
@@ -340,8 +343,10 @@ class Session:
     Runs that need nothing of one another share forwards.
     """
 
-    def __init__(self, owner: Execution, model: Model) -> None:
+    def __init__(self, owner: Execution, model: Model, adapter: str | None = None) -> None:
         self.model = model
+        self.adapter = adapter
+        """Of its blocks that choose none."""
         self.recorder = owner.recorder
         self.edits = owner.recorder.edits
         self.remote = owner.options.remote

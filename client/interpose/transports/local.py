@@ -39,11 +39,20 @@ class LocalModel:
         return cls(load(source, **options))
 
     @classmethod
-    def wrap(cls, module: Any, name: str, tokenizer: Any = None) -> LocalModel:
-        """A module that is loaded already."""
-        from ..runtime.loading import wrap
+    def wrap(
+        cls, module: Any, name: str, tokenizer: Any = None, adapters: Mapping[str, str | Path] | None = None
+    ) -> LocalModel:
+        """A module that is loaded already. `adapters`: name -> source."""
+        from ..runtime.loading import with_adapters, wrap
 
-        return cls(wrap(module, name, tokenizer))
+        return cls(with_adapters(wrap(module, name, tokenizer), adapters or {}))
+
+    def with_adapter(self, name: str, source: str | Path) -> LocalModel:
+        """The same model with one more adapter. Waits for the run under way."""
+        from ..runtime.loading import with_adapters
+
+        with self._turn:
+            return LocalModel(with_adapters(self.loaded, {name: source}))
 
     @property
     def manifest(self) -> Manifest:

@@ -281,11 +281,10 @@ def _shares(job: Waiting) -> bool:
 
 
 def like_each_other(one: Footprint, other: Footprint) -> bool:
-    """The same kind, attention path and need of gradients; and as many runs, or the short job would wait for the
-    long one's end."""
-    return (one.kind, one.attention, one.gradients, one.runs) == (
-        other.kind,
-        other.attention,
-        other.gradients,
-        other.runs,
-    )
+    """The same kind, attention path, need of gradients and adapters; and as many runs, or the short job would wait
+    for the long one's end."""
+    return _kind(one) == _kind(other)
+
+
+def _kind(job: Footprint) -> tuple[object, ...]:
+    return job.kind, job.attention, job.gradients, job.runs, job.adapters

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from ...errors import InterposeError
 from ...graph.manifest import Manifest, ModuleInfo
 from ...graph.named import BLOCK, MODEL, Named, encode_named
+from ..adapters import chosen
 from ..feeding import examples, places
 from ..inputs import text_config
 from ..pieces import Piece, joined
@@ -80,6 +81,20 @@ def settle(loaded: Loaded) -> Loaded:
             del named[owner][name]
             refused[owner][name] = reason
     return _kept(loaded, named, refused, _roles(loaded.model, named))
+
+
+@torch.no_grad()
+def refused_with(loaded: Loaded, adapter: str) -> dict[str, dict[str, str]]:
+    """Which of a model's named points don't hold in runs with an adapter: owner -> name -> why."""
+    manifest = loaded.manifest
+    refused: dict[str, dict[str, str]] = {}
+    if not manifest.named:
+        return refused
+    with chosen(loaded.adapters, adapter):
+        for tower in [_tower(loaded, paths) for paths in manifest.towers.values() or (manifest.blocks,)]:
+            for (owner, name), reason in _failures(loaded, tower, adapter).items():
+                refused.setdefault(owner, {})[name] = reason
+    return refused
 
 
 def _tower(loaded: Loaded, paths: tuple[str, ...]) -> Tower:
@@ -174,7 +189,7 @@ def _streams(modules: Mapping[str, ModuleInfo], named: Mapping[str, Mapping[str,
     return found
 
 
-def _failures(loaded: Loaded, tower: Tower) -> Mapping[Name, str]:
+def _failures(loaded: Loaded, tower: Tower, adapter: str | None = None) -> Mapping[Name, str]:
     from ..engine import Engine  # it runs what is loaded, and this is part of loading
 
     manifest = loaded.manifest
@@ -199,7 +214,7 @@ def _failures(loaded: Loaded, tower: Tower) -> Mapping[Name, str]:
     kinds = [[owner for owner in kind if owner in owners] for kind in _kinds(manifest)]
     dtype = getattr(torch, manifest.dtype, torch.float32)
     experts = figure(tower.config, "num_local_experts", "num_experts", "n_routed_experts") or 2
-    trial = Trial(Engine(loaded), tower.sample, points, there, dtype, list(filter(None, kinds)), experts)
+    trial = Trial(Engine(loaded), tower.sample, points, there, dtype, list(filter(None, kinds)), experts, adapter)
     try:
         trial.run()
     except InterposeError as error:

@@ -26,8 +26,9 @@ class Sheet:
         cause: node -> the named point it was made for.
     """
 
-    def __init__(self, sample: Piece) -> None:
+    def __init__(self, sample: Piece, adapter: str | None = None) -> None:
         self.sample = sample
+        self._adapter = adapter
         self.invokes = 0
         self.cause: dict[int, Name] = {}
         self._nodes: list[Node] = []
@@ -70,7 +71,7 @@ class Sheet:
         tensors = {names[name]: tensor for name, tensor in self.sample.tensors.items()}
         invoke = Invoke(tuple(map(tuple, self.sample.rows)), names)
         specs = {key: TensorSpec(tuple(tensor.shape), dtype_name(tensor)) for key, tensor in tensors.items()}
-        graph = Graph((Run("trace", (invoke,) * self.invokes),), nodes, specs)
+        graph = Graph((Run("trace", (invoke,) * self.invokes, adapter=self._adapter),), nodes, specs)
         sink = _Kept()
         error: InterposeError | None
         (error,) = engine.run([EngineJob(graph, tensors, sink, exclusive=True)])

@@ -40,6 +40,7 @@ class Trial:
         dtype: of the model's weights, which decides how exactly.
         kinds: blocks in groups of one structure, whose writes are alike.
         experts: how many a router chooses from.
+        adapter: what its runs choose.
         failed: why points left.
     """
 
@@ -50,6 +51,7 @@ class Trial:
     dtype: torch.dtype
     kinds: Sequence[Sequence[str]]
     experts: int = 2
+    adapter: str | None = None
     failed: dict[Name, str] = field(default_factory=dict)
 
     def run(self) -> None:
@@ -88,7 +90,7 @@ class Trial:
 
     def _captured(self, wanted: set[Name]) -> Mapping[Name, Tensor]:
         while True:
-            sheet = Sheet(self.sample)
+            sheet = Sheet(self.sample, self.adapter)
             invoke = sheet.invoke()
             for name in (name for name in self.points if name in wanted):
                 sheet.keep(invoke, name, sheet.read(invoke, name, self.points[name]))
@@ -133,7 +135,7 @@ class Trial:
 
     def _written(self, names: Sequence[Name]) -> tuple[Sheet, dict[int, Name]]:
         """A sheet whose first row is untouched, and each other writes one point: row -> point."""
-        sheet = Sheet(self.sample)
+        sheet = Sheet(self.sample, self.adapter)
         sheet.invoke()
         plan = {sheet.invoke(): name for name in names}
         needed: set[Name] = {self._end}

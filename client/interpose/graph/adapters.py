@@ -1,0 +1,76 @@
+"""What a manifest says of adapters: weights that a run may choose to run with beside the model's own."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from ..errors import UnknownAdapter
+
+if TYPE_CHECKING:
+    from .manifest import Manifest
+
+
+@dataclass(frozen=True, slots=True)
+class AdapterInfo:
+    """One adapter.
+
+    Attributes:
+        rank: the largest of its layers.
+        targets: last names of the modules whose output it changes.
+        modules: how many these are.
+        revision: hash of its settings and weights.
+        refused: owner -> standard name -> why that point isn't offered in runs with this adapter.
+    """
+
+    rank: int
+    targets: tuple[str, ...]
+    modules: int
+    revision: str
+    refused: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
+
+
+def check_adapter(name: str | None, manifest: Manifest) -> None:
+    """Raises UnknownAdapter, with those there are."""
+    if name is None or name in manifest.adapters:
+        return
+    if not manifest.adapters:
+        raise UnknownAdapter(f"{manifest.model} has no adapter {name!r}: it has none at all")
+    close = difflib.get_close_matches(name, manifest.adapters, 1, 0.6)
+    hint = f"; did you mean {close[0]!r}?" if close else ""
+    raise UnknownAdapter(
+        f"{manifest.model} has no adapter {name!r}; it has {', '.join(sorted(manifest.adapters))}{hint}",
+        details={"adapters": sorted(manifest.adapters)},
+    )
+
+
+def encode_adapters(adapters: Mapping[str, AdapterInfo]) -> dict[str, Any]:
+    return {
+        name: {
+            "rank": info.rank,
+            "targets": list(info.targets),
+            "modules": info.modules,
+            "revision": info.revision,
+            "refused": {owner: dict(reasons) for owner, reasons in info.refused.items()},
+        }
+        for name, info in adapters.items()
+    }
+
+
+def decode_adapters(plain: Any) -> dict[str, AdapterInfo]:
+    """Raises KeyError, TypeError, ValueError or AttributeError if malformed."""
+    return {
+        str(name): AdapterInfo(
+            rank=int(entry["rank"]),
+            targets=tuple(map(str, entry["targets"])),
+            modules=int(entry["modules"]),
+            revision=str(entry["revision"]),
+            refused={
+                str(owner): {str(point): str(reason) for point, reason in reasons.items()}
+                for owner, reasons in entry["refused"].items()
+            },
+        )
+        for name, entry in plain.items()
+    }

@@ -1,0 +1,162 @@
+"""LoRA adapters as the `peft` library saves them: read, checked, and made into layers beside a model's modules."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from ..errors import ConfigError, ModelUnavailable
+from ..graph.adapters import AdapterInfo
+from .adapters import NAME, Adapter, attach, undisturbed
+
+_MARK = "lora_"
+"""What every weight of such a layer has in its name."""
+
+CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+
+_NAMED = re.compile(r"[A-Za-z0-9][\w.\-]{0,127}")
+
+_PLAIN = frozenset(
+    {
+        *("task_type", "peft_type", "peft_version", "auto_mapping", "base_model_name_or_path", "revision"),
+        *("inference_mode", "r", "target_modules", "exclude_modules", "lora_alpha", "lora_dropout"),
+        *("fan_in_fan_out", "use_rslora", "layers_to_transform", "layers_pattern", "rank_pattern", "alpha_pattern"),
+        *("use_dora", "lora_bias", "init_lora_weights", "loftq_config", "eva_config", "runtime_config"),
+    }
+)
+"""Settings that say which layers there are and what they compute. Others change the model itself, or are of kinds
+of adapter that look at more than a layer's input."""
+
+_STARTS = (True, False, "gaussian", "orthogonal", "eva")
+"""How training began, where that left the model's own weights alone."""
+
+
+def load(
+    model: nn.Module, name: str, source: str | Path, *, revision: str | None = None, local_files_only: bool = False
+) -> Adapter:
+    """An adapter from a folder that `save_pretrained` wrote, or a hub id, for a model in eval mode.
+
+    Raises:
+        ConfigError: no such folder, not a LoRA adapter that can stand beside a model, or not one of this model.
+        ModelUnavailable: the hub doesn't give it.
+    """
+    if not _NAMED.fullmatch(name):
+        raise ConfigError(f"an adapter is named by letters, digits, '.', '-' and '_', not {name!r}")
+    try:
+        import peft
+    except ModuleNotFoundError as error:
+        raise ConfigError(
+            'adapters need the library peft; install it with: pip install "interpose[local]"'
+        ) from error
+    folder = _folder(name, source, revision, local_files_only)
+    config = _config(name, folder)
+    try:
+        weights = _weights(name, folder, model)
+        with undisturbed(model) as layers:
+            wrapped: Any = peft.PeftModel(model, config, NAME)
+            told: Any = peft.set_peft_model_state_dict(wrapped, weights, adapter_name=NAME)
+    except (ValueError, KeyError, RuntimeError, TypeError) as error:
+        raise ConfigError(f"adapter {name!r} doesn't fit the model: {_first_line(error)}") from error
+    missing = [key for key in told.missing_keys if _MARK in key]
+    if missing or told.unexpected_keys:
+        first = [*told.unexpected_keys, *missing][0]
+        raise ConfigError(f"adapter {name!r} isn't of this model, or lacks weights: {first}")
+    paths = {module: path for path, module in model.named_modules()}
+    for module, layer in layers.items():
+        if not hasattr(layer, "lora_A") or not hasattr(layer, "scaling"):
+            raise ConfigError(
+                f"adapter {name!r} puts {type(layer).__name__} at {paths[module]}, which isn't LoRA's"
+            )
+        layer.eval().requires_grad_(False)
+    attach(layers)
+    ends = {paths[module].rpartition(".")[2] for module in layers}
+    rank = max((layer.r[NAME] for layer in layers.values()), default=0)
+    return Adapter(AdapterInfo(rank, tuple(sorted(ends)), len(layers), _revision(folder)), layers)
+
+
+def _folder(name: str, source: str | Path, revision: str | None, local_files_only: bool) -> Path:
+    path = Path(source).expanduser()
+    text = str(source)
+    if not path.is_dir():
+        if isinstance(source, Path) or text.startswith((".", "/", "~")) or text.count("/") != 1:
+            raise ConfigError(f"adapter {name!r}: there is no folder {text!r}; give one, or a hub id 'org/name'")
+        path = _from_hub(name, text, revision, local_files_only)
+    for file in (CONFIG, WEIGHTS):
+        if not (path / file).is_file():
+            pickled = (path / "adapter_model.bin").is_file() and file == WEIGHTS
+            why = "; its weights are a pickle, which is never read: save them with safetensors" if pickled else ""
+            raise ConfigError(f"adapter {name!r}: {text} holds no {file}{why}")
+    return path
+
+
+def _from_hub(name: str, source: str, revision: str | None, local_files_only: bool) -> Path:
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+
+    try:
+        return Path(
+            snapshot_download(
+                source, revision=revision, allow_patterns=[CONFIG, WEIGHTS], local_files_only=local_files_only
+            )
+        )
+    except (OSError, HfHubHTTPError, LocalEntryNotFoundError) as error:
+        raise ModelUnavailable(f"adapter {name!r} can't be loaded from {source}: {_first_line(error)}") from error
+
+
+def _config(name: str, folder: Path) -> Any:
+    from peft import LoraConfig, PeftConfig
+
+    try:
+        plain = json.loads((folder / CONFIG).read_text("utf-8"))
+        config = PeftConfig.from_pretrained(str(folder))
+    except (ValueError, TypeError, KeyError, OSError) as error:
+        raise ConfigError(f"adapter {name!r}: {CONFIG} can't be read: {_first_line(error)}") from error
+    if type(config) is not LoraConfig:
+        raise ConfigError(f"adapter {name!r} is {plain.get('peft_type')}; only LoRA can be chosen by a run")
+    usual, given = asdict(LoraConfig()), asdict(config)
+    odd = [key for key, value in given.items() if key not in _PLAIN and value != usual.get(key)]
+    if config.init_lora_weights not in _STARTS:
+        odd.append("init_lora_weights")
+    if odd:
+        raise ConfigError(
+            f"adapter {name!r} has {odd[0]}={getattr(config, odd[0])!r}, with which it changes more than what "
+            "single layers make; only plain LoRA (rsLoRA and DoRA too) can be chosen by a run"
+        )
+    return config
+
+
+def _weights(name: str, folder: Path, model: nn.Module) -> dict[str, Tensor]:
+    """The weights of its layers. What is saved with them of the model itself must be the model's."""
+    weights = load_file(folder / WEIGHTS)
+    own = dict(model.named_parameters())
+    for key in [key for key in weights if _MARK not in key]:
+        value = weights.pop(key)
+        there = own.get(key.removeprefix("base_model.model.").replace(".base_layer.", "."))
+        if (
+            there is None
+            or there.shape != value.shape
+            or not torch.equal(there.to(value.device, value.dtype), value)
+        ):
+            raise ConfigError(f"adapter {name!r} brings weights in the place of the model's own: {key}")
+    return weights
+
+
+def _revision(folder: Path) -> str:
+    """Hash of an adapter's settings and weights."""
+    digest = hashlib.sha256((folder / CONFIG).read_bytes())
+    with (folder / WEIGHTS).open("rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()[:32]
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().partition("\n")[0].rstrip(".")[:300]
