@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from clients import next_token_logits
 from interpose import LanguageModel
+from lora import lora
 from models import tiny
 from serving import Served, serve
 
@@ -32,7 +33,9 @@ def sources() -> dict[str, Path]:
 @pytest.fixture(scope="session")
 def lab(sources: Mapping[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
     served = [f"{name}={folder}" for name, folder in sources.items()]
-    with serve(*served, data_dir=tmp_path_factory.mktemp("lab"), env=ENV) as server:
+    adapters = {"first": lora("llama"), "second": lora("llama", 1)}
+    options = [word for name, at in adapters.items() for word in ("--adapter", f"tiny-llama:{name}={at}")]
+    with serve(*served, data_dir=tmp_path_factory.mktemp("lab"), env=ENV, options=tuple(options)) as server:
         yield server
 
 

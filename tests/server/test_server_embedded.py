@@ -16,6 +16,7 @@ import psutil
 import pytest
 from interpose.errors import ConfigError, InvalidPayload
 from interpose_server.wanted import Served as ServedModel
+from interpose_server.wanted import with_adapters
 from models import tiny
 from serving import Served, serve
 
@@ -32,6 +33,24 @@ def interpose(*words: str | Path, timeout_s: float = 60) -> subprocess.Completed
 def lab(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
     with serve(f"tiny={tiny('gpt2')}", data_dir=tmp_path_factory.mktemp("lab") / "data") as served:
         yield served
+
+
+def test_adapters_are_given_to_models(tmp_path: Path) -> None:
+    one, two = ServedModel("one", "org/one"), ServedModel("two", "org/two")
+    (found,) = with_adapters([one], [f"a={tmp_path}", "b=org/b"])
+    assert found.adapters == {"a": str(tmp_path), "b": "org/b"}
+    assert [m.adapters for m in with_adapters([one, two], [f"two:a={tmp_path}"])] == [{}, {"a": str(tmp_path)}]
+    for texts, said in (
+        ([f"a={tmp_path}"], "say of which model"),
+        (["one:a"], "write NAME=FOLDER"),
+        (["one:=x/y"], "write NAME=FOLDER"),
+        (["three:a=x/y"], "no model 'three' is served here, but one, two"),
+        (["one:a=x/y", "one:a=x/z"], "already"),
+        (["one:a=./nowhere"], "no folder './nowhere'"),
+        (["one:a=nowhere"], "no folder 'nowhere'"),
+    ):
+        with pytest.raises(ConfigError, match=said):
+            with_adapters([one, two], texts)
 
 
 def family(served: Served) -> list[psutil.Process]:

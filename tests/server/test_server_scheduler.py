@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import subprocess
 import sys
@@ -14,7 +15,7 @@ from hypothesis import strategies as st
 from interpose.graph.footprint import Footprint
 from interpose_server.broker.waiting import Waiting
 from interpose_server.worker.cost import Cost, line
-from interpose_server.worker.scheduler import Budget, Load, batches, choose
+from interpose_server.worker.scheduler import Budget, Load, Place, Turn, UnderWay, batches, between, choose
 
 BUDGET = Budget(jobs=4, rows=8, tokens=64, memory_bytes=1000)
 
@@ -26,6 +27,20 @@ def job(ref: str, *, alone: bool = False, **footprint: Any) -> Waiting:
 def test_compatible_jobs_join_the_first() -> None:
     jobs = [job("a", longest=4), job("b", attention=True), job("c", longest=5), job("d", kind="generate")]
     assert choose(jobs, BUDGET) == ["a", "c"]
+
+
+def test_jobs_of_other_adapters_run_apart() -> None:
+    chosen = [("",), ("a",), ("b",), ("a",), ("",), ("", "a")]
+    jobs = [job(str(index), adapters=adapters) for index, adapters in enumerate(chosen)]
+    assert batches(jobs, BUDGET) == [["0", "4"], ["1", "3"], ["2"], ["5"]]
+    running = [Footprint(kind="generate", adapters=("a",))]
+    coming = [job(str(index), kind="generate", adapters=adapters) for index, adapters in enumerate(chosen)]
+    assert between(coming[1:], UnderWay(running, joinable=True), BUDGET) == Turn(["1", "3"], Place.JOINS)
+    assert between(coming, UnderWay(running, joinable=True), BUDGET).place is not Place.JOINS
+    plain = Footprint(adapters=("", "a")).to_plain()
+    assert Footprint.from_plain(json.loads(json.dumps(plain))) == Footprint(adapters=("", "a"))
+    del plain["adapters"]
+    assert Footprint.from_plain(plain).adapters == ("",), "queued before there were any"
 
 
 def test_padding_counts() -> None:

@@ -57,6 +57,12 @@ def a_standard_name_misspelt(model: Any) -> None:
         model.transformer.h[0].resid_middle.save()  # here
 
 
+@told(errors.UnknownAdapter, "it has none at all")
+def an_adapter_of_a_model_without_any(model: Any) -> None:
+    with model.trace(ROW, adapter="french"):  # here
+        model.output.save()
+
+
 @told(errors.UnknownPoint, "take one first: output[0]")
 def a_tuple_taken_for_its_tensor(model: Any) -> None:
     with model.trace(ROW):
@@ -717,8 +723,9 @@ class Remote(LanguageModel):
 HERE_ONLY = {
     *("a_local_job_to_wait_for", "a_blocks_own_time_in_a_session", "a_remote_block_in_a_local_session"),
     *("a_program_moved_from_where_it_is_not", "a_program_given_what_it_does_not_take"),
+    "an_adapter_of_a_model_without_any",
 }
-"""Programs that say themselves where they run."""
+"""Programs that say themselves where they run, or at their first line what the model lacks."""
 
 
 @pytest.fixture(scope="module")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
+import warnings
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -116,7 +117,9 @@ def _config(name: str, folder: Path) -> Any:
 
     try:
         plain = json.loads((folder / CONFIG).read_text("utf-8"))
-        config = PeftConfig.from_pretrained(str(folder))
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # what it warns of is refused
+            config = PeftConfig.from_pretrained(str(folder))
     except (ValueError, TypeError, KeyError, OSError) as error:
         raise ConfigError(f"adapter {name!r}: {CONFIG} can't be read: {_first_line(error)}") from error
     if type(config) is not LoraConfig:

@@ -49,7 +49,12 @@ def engine_for(spec: ModelSpec, settings: Settings, device: str | None = None) -
         raise ConfigError(f"{spec.name}: quantization {spec.quantization!r} can't be chosen yet")
     _share(spec)
     loaded = load(
-        spec.place, name=spec.name, device=device or _device(spec), dtype=spec.dtype, revision=spec.revision
+        spec.place,
+        name=spec.name,
+        device=device or _device(spec),
+        dtype=spec.dtype,
+        revision=spec.revision,
+        adapters=spec.adapters,
     )
     measured = measure(loaded, settings.measure_s)
     allowed = budget(measured, settings, shared=loaded.manifest.row_independent)

@@ -29,12 +29,16 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--source", required=True, help="a folder or a hub id")
     parser.add_argument("--device")
     parser.add_argument("--dtype", default="auto")
+    parser.add_argument("--adapter", action="append", default=[], help="NAME=SOURCE; may be repeated")
     parser.add_argument("--name", default=f"{os.uname().nodename}-{os.getpid()}", help="of this worker")
     wanted = parser.parse_args(argv)
     logs.setup(f"worker {wanted.model}")
     settings = Settings()
     prepare_process(settings)
-    spec = ModelSpec(name=wanted.model, source=wanted.source, dtype=wanted.dtype, load_s=PATIENCE_S)
+    adapters = dict(text.split("=", 1) for text in wanted.adapter)
+    spec = ModelSpec(
+        name=wanted.model, source=wanted.source, dtype=wanted.dtype, adapters=adapters, load_s=PATIENCE_S
+    )
     try:
         uvloop.run(_main(spec, wanted.name, settings, wanted.device))
     except InterposeError as error:
