@@ -9,7 +9,7 @@ from interpose.errors import BY_CODE, InterposeError
 from interpose.graph.named import BLOCK, MODEL
 
 DOCS = Path(__file__).parents[2] / "docs"
-NUMBERS = {"one": 1, "two": 2, "three": 3, "five": 5, "eight": 8, "ten": 10, "eleven": 11}
+NUMBERS = {"one": 1, "two": 2, "three": 3, "four": 4, "five": 5, "eight": 8, "ten": 10, "eleven": 11}
 
 
 def rows(page: str) -> list[list[str]]:
