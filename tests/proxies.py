@@ -1,4 +1,4 @@
-"""Between a client and a server: a proxy that resets connections when a test wants it to."""
+"""Between a client and a server: a proxy that resets connections, or lets none through, when a test wants it to."""
 
 from __future__ import annotations
 
@@ -9,49 +9,85 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 
 
-@contextmanager
-def proxied(host: str, cut: list[int], path: bytes) -> Iterator[str]:
-    """A server's address through a proxy that resets the n-th connection asked for `path` after cut[n] bytes.
-
-    Once the block is left nothing listens there, and what was open stays so.
+class Proxy:
+    """Attributes:
+    address: "127.0.0.1:port".
+    cut: the n-th connection asked for `path` is reset after cut[n] bytes.
     """
-    name, port = host.removeprefix("http://").split(":")
-    listener = socket.create_server(("127.0.0.1", 0))
-    threading.Thread(target=_accept, args=(listener, (name, int(port)), cut, path), daemon=True).start()
-    yield f"127.0.0.1:{listener.getsockname()[1]}"
-    # A thread that waits in `accept` keeps the socket alive, unless it is told.
-    with suppress(OSError):
-        listener.shutdown(socket.SHUT_RDWR)
-    listener.close()
 
+    def __init__(self, host: str, cut: list[int], path: bytes) -> None:
+        name, port = host.removeprefix("http://").split(":")
+        self.cut = cut
+        self._path = path
+        self._target = name, int(port)
+        self._up = True
+        self._open: set[socket.socket] = set()
+        self._listener = socket.create_server(("127.0.0.1", 0))
+        self.address = f"127.0.0.1:{self._listener.getsockname()[1]}"
+        threading.Thread(target=self._accept, daemon=True).start()
 
-def _accept(listener: socket.socket, target: tuple[str, int], cut: list[int], path: bytes) -> None:
-    with suppress(OSError):
-        while True:
-            client, _ = listener.accept()
-            threading.Thread(target=_serve, args=(client, target, cut, path), daemon=True).start()
+    def shut(self) -> None:
+        """Reset every connection, and each new one."""
+        self._up = False
+        for end in list(self._open):
+            _reset(end)
 
+    def reopen(self) -> None:
+        self._up = True
 
-def _serve(client: socket.socket, target: tuple[str, int], cut: list[int], path: bytes) -> None:
-    head = client.recv(65536)
-    server = socket.create_connection(target)
-    server.sendall(head)
-    most = cut.pop(0) if path in head and cut else None
-    threading.Thread(target=_pump, args=(client, server, None), daemon=True).start()
-    _pump(server, client, most)
-
-
-def _pump(source: socket.socket, target: socket.socket, most: int | None) -> None:
-    sent = 0
-    with suppress(OSError):
-        while data := source.recv(65536):
-            target.sendall(data)
-            sent += len(data)
-            if most is not None and sent > most:
-                # Closing with nothing lingering resets the connection: no goodbye of any kind.
-                target.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
-                break
-    for end in (source, target):
+    def close(self) -> None:
+        # A thread that waits in `accept` keeps the socket alive, unless it is told.
         with suppress(OSError):
-            end.shutdown(socket.SHUT_RDWR)
-        end.close()
+            self._listener.shutdown(socket.SHUT_RDWR)
+        self._listener.close()
+
+    def _accept(self) -> None:
+        with suppress(OSError):
+            while True:
+                client, _ = self._listener.accept()
+                threading.Thread(target=self._serve, args=(client,), daemon=True).start()
+
+    def _serve(self, client: socket.socket) -> None:
+        with suppress(OSError):
+            head = client.recv(65536)
+            if not self._up:
+                _reset(client)
+                return
+            server = socket.create_connection(self._target)
+            self._open |= {client, server}
+            server.sendall(head)
+            most = self.cut.pop(0) if self._path in head and self.cut else None
+            threading.Thread(target=self._pump, args=(client, server, None), daemon=True).start()
+            self._pump(server, client, most)
+
+    def _pump(self, source: socket.socket, target: socket.socket, most: int | None) -> None:
+        sent = 0
+        with suppress(OSError):
+            while data := source.recv(65536):
+                target.sendall(data)
+                sent += len(data)
+                if most is not None and sent > most:
+                    _reset(target)
+                    break
+        for end in (source, target):
+            with suppress(OSError):
+                end.shutdown(socket.SHUT_RDWR)
+            end.close()
+        self._open -= {source, target}
+
+
+def _reset(end: socket.socket) -> None:
+    """Closing with nothing lingering resets the connection: no goodbye of any kind."""
+    with suppress(OSError):
+        end.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+        end.shutdown(socket.SHUT_RDWR)
+    end.close()
+
+
+@contextmanager
+def proxied(host: str, cut: list[int] | None = None, path: bytes = b"") -> Iterator[Proxy]:
+    proxy = Proxy(host, [] if cut is None else cut, path)
+    try:
+        yield proxy
+    finally:
+        proxy.close()

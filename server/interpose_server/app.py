@@ -19,6 +19,7 @@ from .metrics import Metrics
 from .notifier import Notifier
 from .parts import Parts
 from .positions import Positions
+from .reaching import Reaching
 from .routes import admin, health, jobs, me, models, pages, stream, tensors
 from .settings import Settings
 from .streams import Open
@@ -38,6 +39,8 @@ def create_app(settings: Settings, broker: Broker, blobs: Blobs) -> FastAPI:
         catalogue=Catalogue(broker.models, broker.specs),
         notifier=Notifier(broker),
         positions=Positions(broker.queue, settings.position_s),
+        reaching=Reaching(blobs),
+        stopping=asyncio.Event(),
         rate=RateLimit(settings.rate_per_s, settings.rate_burst),
         metrics=metrics,
         open_streams=Open(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from dataclasses import dataclass
 
 from starlette.requests import HTTPConnection
@@ -13,6 +14,7 @@ from .limits import RateLimit
 from .metrics import Metrics
 from .notifier import Notifier
 from .positions import Positions
+from .reaching import Reaching
 from .settings import Settings
 from .streams import Open
 
@@ -25,6 +27,9 @@ class Parts:
     catalogue: Catalogue
     notifier: Notifier
     positions: Positions
+    reaching: Reaching
+    stopping: asyncio.Event
+    """Set once the process is about to end: it serves on for a while, but nobody should come any more."""
     rate: RateLimit
     metrics: Metrics
     open_streams: Open

@@ -113,8 +113,8 @@ def test_a_connection_that_breaks_within_a_large_result(
 ) -> None:
     monkeypatch.setattr("interpose.transports.socket.direct", lambda server: path == b"/saves/")
     cut = [20 << 20, 5 << 20, 300]
-    with proxied(lab.host, cut, path) as address:
-        model = LanguageModel("tiny-gpt2", host=address, api_key=lab.key)
+    with proxied(lab.host, cut, path) as proxy:
+        model = LanguageModel("tiny-gpt2", host=proxy.address, api_key=lab.key)
         factors = np.arange(1 << 18, dtype=np.float32)[:, None]
         with model.trace(PROMPT, remote=True):
             row = model.transformer.h[1].output[0][0, -1]

@@ -166,8 +166,8 @@ def test_a_bucket_that_is_not_there(stored: Settings, caplog: pytest.LogCaptureF
 def cut_off(s3: S3, url: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
     """Bytes after which the next connections that ask for an object break."""
     cut: list[int] = []
-    with proxied(s3.endpoint, cut, b"/result/") as address:
-        monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://{address}")
+    with proxied(s3.endpoint, cut, b"/result/") as proxy:
+        monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://{proxy.address}")
         yield cut
 
 

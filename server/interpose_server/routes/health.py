@@ -19,15 +19,22 @@ async def healthz() -> dict[str, str]:
     return {"status": "ok"}
 
 
-@router.get("/readyz", summary="The broker answers and a model is ready; else 503", response_model=None)
+@router.get("/readyz", summary="Jobs can be taken: broker, blob store and a model; else 503", response_model=None)
 async def readyz(request: Request) -> Response:
+    """A model that is loaded on demand will do."""
+    parts = Parts.of(request)
+    if parts.stopping.is_set():
+        return JSONResponse({"status": "stopping"}, 503)
     try:
-        hosted = await Parts.of(request).broker.models.list()
+        hosted = await parts.broker.models.list()
+        on_demand = await parts.broker.specs.list()
     except (RedisError, OSError):
         return JSONResponse({"status": "no broker"}, 503)
+    if not await parts.reaching():
+        return JSONResponse({"status": "no blob store"}, 503)
     ready = sum(model.state is ModelState.READY for model in hosted)
-    body = {"status": "ok" if ready else "no model ready", "ready": ready, "models": len(hosted)}
-    return JSONResponse(body, 200 if ready else 503)
+    body = {"status": "ok" if ready or on_demand else "no model ready", "ready": ready, "models": len(hosted)}
+    return JSONResponse(body, 200 if ready or on_demand else 503)
 
 
 @router.get("/metrics", summary="Prometheus figures; an admin's key unless the server opens them")

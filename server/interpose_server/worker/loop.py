@@ -39,6 +39,9 @@ log = logging.getLogger(__name__)
 STUCK_S = 60.0
 """An operation under way can't be stopped. One that overruns the wall time by so long costs the process."""
 
+AWAY_S = 2.0
+"""How long a job is put off that can't be read, as the blob store is away."""
+
 IDLE_S = 1.0
 """How long to wait for the bell before looking at the queue all the same."""
 
@@ -93,7 +96,7 @@ class Worker:
         self._desk = Desk(self._budget)
         self._patience = Patience(self._budget)
         shelf = Shelf(blobs, settings.shelf_bytes, place)
-        self._preparer = Preparer(model, runner.manifest, blobs, shelf, settings, prepare)
+        self._preparer = Preparer(model, runner.manifest, blobs, shelf, settings, prepare, self._unread)
         self._running: tuple[float, Collection[JobSink]] | None = None
         """Since when, and which jobs, while the engine runs."""
         self._publisher = Publisher(name, broker.queue, blobs, settings, self._forget)
@@ -112,6 +115,7 @@ class Worker:
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="engine")
         self._beside = ThreadPoolExecutor(1, thread_name_prefix="prepare")
         self._tasks: list[asyncio.Task[None]] = []
+        self._returning: set[asyncio.Task[None]] = set()
         self._driving: asyncio.Future[None] | None = None
         self._ringing: asyncio.Task[None] | None = None
         self._loop = asyncio.get_running_loop()
@@ -132,7 +136,7 @@ class Worker:
             await self._give_back()
             raise
         finally:
-            await end([*self._tasks, *([self._ringing] if self._ringing else [])])
+            await end([*self._tasks, *self._returning, *([self._ringing] if self._ringing else [])])
             self._thread.shutdown(wait=False)
             self._beside.shutdown(wait=False)
 
@@ -224,6 +228,19 @@ class Worker:
             log.warning("%d jobs wait until their lease ends (%s)", len(sinks), type(error).__name__)
         for sink in sinks:
             self._forget(sink)
+
+    def _unread(self, sink: JobSink) -> None:
+        """A job can't be read as the blob store is away: somebody tries again in a while. From any thread."""
+        self._loop.call_soon_threadsafe(lambda: self._returning.add(asyncio.create_task(self._return(sink))))
+
+    async def _return(self, sink: JobSink) -> None:
+        await asyncio.sleep(AWAY_S)
+        try:
+            await self._broker.queue.release(self._name, [(sink.claim.ref, sink.claim.attempt)])
+        except (RedisError, OSError) as error:
+            log.warning("a job waits until its lease ends (%s)", type(error).__name__)
+        self._forget(sink)
+        self._returning = {task for task in self._returning if not task.done()}
 
     # -- the engine's thread -----------------------------------------------------------------------------------
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import msgpack
 import torch
-from interpose.errors import InternalError, InterposeError, InvalidPayload, UnknownModel
+from interpose.errors import InternalError, InterposeError, InvalidPayload, StorageUnavailable, UnknownModel
 from interpose.graph.codec import decode_graph
 from interpose.graph.manifest import Manifest
 from interpose.graph.model import Graph
@@ -31,6 +31,7 @@ class Preparer:
     Attributes:
         model: the name it is served under.
         prepare: does what the engine would do first: checks the graph and compiles it.
+        give_back: takes jobs that can't be read now, as the blob store is away.
     """
 
     model: str
@@ -39,13 +40,16 @@ class Preparer:
     shelf: Shelf
     settings: Settings
     prepare: Callable[[EngineJob], EngineJob]
+    give_back: Callable[[JobSink], None]
 
     def ready(self, sinks: list[JobSink]) -> list[tuple[JobSink, EngineJob]]:
-        """Jobs the engine can begin; those that can't be are ended."""
+        """Jobs the engine can begin; those that can't be are ended, or given back."""
         found = []
         for sink in sinks:
             try:
                 found.append((sink, self._prepared(sink)))
+            except StorageUnavailable:
+                self.give_back(sink)
             except InterposeError as error:
                 sink.end(error, 0)
             except OSError as error:

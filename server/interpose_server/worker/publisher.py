@@ -12,11 +12,11 @@ from interpose.errors import InternalError, InterposeError, LimitExceeded
 from interpose.wire.tensors import encode_spec
 from redis.exceptions import RedisError
 
-from .. import blob_keys
 from ..blobs import Blobs
 from ..broker.queue import Outcome, Queue, Record, Report
 from ..settings import Settings
-from .sink import Backlog, Grown, Item, JobSink, Logged, Saved
+from .sink import Backlog, Grown, Item, JobSink, Logged, Saved, Stored
+from .storing import Storing
 
 log = logging.getLogger(__name__)
 
@@ -29,9 +29,6 @@ ROUND_BYTES = 4 << 20
 MOMENT_S = 0.002
 """How long a small save waits for what comes right behind it: in a small job its end, which then needs no report of
 its own."""
-
-MOST_INLINED = 64
-"""So many times the bound on one inline save may the inline saves of a job take together."""
 
 MAX_BODY = 1 << 20
 """Bytes of a save's description, its plain values included."""
@@ -58,12 +55,19 @@ class Publisher:
         self._ended = ended
         self._loop = asyncio.get_running_loop()
         self._items: asyncio.Queue[tuple[JobSink, Item]] = asyncio.Queue()
+        self._storing = Storing(blobs, settings, self._items.put_nowait)
 
     def put(self, sink: JobSink, item: Item) -> None:
-        self._loop.call_soon_threadsafe(self._items.put_nowait, (sink, item))
+        self._loop.call_soon_threadsafe(self._storing.take, sink, item)
 
     async def run(self) -> None:
         """Publish until cancelled."""
+        try:
+            await self._publish()
+        finally:
+            await self._storing.close()
+
+    async def _publish(self) -> None:
         while True:
             taken = [await self._items.get()]
             if isinstance(taken[0][1], Saved) and taken[0][1].nbytes <= self._settings.inline_bytes:
@@ -97,7 +101,9 @@ class Publisher:
             try:
                 match item:
                     case Saved():
-                        records.append(await self._record(sink, item))
+                        records.append(await self._record(item))
+                    case Stored():
+                        records += [Record("save", _body(item.saved), blob=item.blob)] if item.blob else []
                     case Logged():
                         records.append(Record("log", msgpack.packb({"node": item.node, "text": item.text})))
                     case Grown():
@@ -107,37 +113,16 @@ class Publisher:
                         outcome = Outcome(item.error or sink.stopped, item.seconds)
             except InterposeError as error:
                 sink.stop(error)
-            except OSError as error:
-                log.error("a result can't be stored: %s", error)
-                sink.stop(InternalError("the server couldn't store a result"))
             except Exception:
                 # A fault of ours, or no memory for a copy: the job's end is still told, and other jobs go on.
                 log.exception("a result can't be brought out")
                 sink.stop(InternalError("the server failed while taking a result from the model"))
         return Report(claim.ref, self._worker, claim.attempt, sink.sent, records, outcome)
 
-    async def _record(self, sink: JobSink, item: Saved) -> Record:
-        body = msgpack.packb(
-            {
-                "node": item.node,
-                "tree": item.tree,
-                "tensors": [encode_spec(tensor.spec) for tensor in item.tensors],
-                "nbytes": item.nbytes,
-            }
-        )
-        if len(body) > MAX_BODY:
-            raise LimitExceeded(f"a save's plain values take {len(body):,} bytes, {MAX_BODY:,} are allowed")
-        # The broker keeps results in memory: beyond a job's share they go where there is a cap.
-        if sink.inlined + item.nbytes <= MOST_INLINED * self._settings.inline_bytes >= MOST_INLINED * item.nbytes:
-            sink.inlined += item.nbytes
-            parts = item.parts() if item.ready else await asyncio.to_thread(item.parts)
-            return Record("save", body, b"".join(parts))
-        name = f"{sink.claim.id}/{sink.claim.attempt}/{item.node}"
-        # Longer than the job: its time to live starts only when it ends.
-        ttl_s = self._settings.result_ttl_s + sink.limits.wall_s + 60
-        key = blob_keys.result(sink.claim.user, name)
-        await asyncio.to_thread(lambda: self._blobs.put(key, item.parts(), ttl_s))
-        return Record("save", body, blob=name)
+    async def _record(self, item: Saved) -> Record:
+        body = _body(item)
+        parts = item.parts() if item.ready else await asyncio.to_thread(item.parts)
+        return Record("save", body, b"".join(parts))
 
     async def _send(self, reports: list[Report]) -> list[bool]:
         """Report until the broker takes it: what was computed isn't thrown away because it restarts."""
@@ -149,5 +134,20 @@ class Publisher:
                 await asyncio.sleep(RETRY_S)
 
 
+def _body(item: Saved) -> bytes:
+    """A save's description. Raises LimitExceeded."""
+    body: bytes = msgpack.packb(
+        {
+            "node": item.node,
+            "tree": item.tree,
+            "tensors": [encode_spec(tensor.spec) for tensor in item.tensors],
+            "nbytes": item.nbytes,
+        }
+    )
+    if len(body) > MAX_BODY:
+        raise LimitExceeded(f"a save's plain values take {len(body):,} bytes, {MAX_BODY:,} are allowed")
+    return body
+
+
 def _size(item: Item) -> int:
-    return item.nbytes if isinstance(item, Saved) else 0
+    return item.nbytes if isinstance(item, (Saved, Stored)) else 0

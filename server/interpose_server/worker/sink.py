@@ -40,6 +40,18 @@ class Saved:
 
 
 @dataclass(frozen=True, slots=True)
+class Stored:
+    """A save whose bytes are in the blob store. Args: blob: its name; "" if that failed, and the job with it."""
+
+    saved: Saved
+    blob: str
+
+    @property
+    def nbytes(self) -> int:
+        return self.saved.nbytes
+
+
+@dataclass(frozen=True, slots=True)
 class Logged:
     node: int
     text: str
@@ -54,7 +66,7 @@ class Grown:
     ids: tuple[int | None, ...]
 
 
-Item: TypeAlias = Saved | Logged | Grown | Outcome
+Item: TypeAlias = Saved | Stored | Logged | Grown | Outcome
 
 
 class Backlog:
@@ -97,7 +109,7 @@ class JobSink:
         self.sent = 0
         """Events published so far; the publisher's."""
         self.inlined = 0
-        """Bytes of saves that went through the broker; the publisher's."""
+        """Bytes of saves that go through the broker; the publisher's."""
         self._backlog = backlog
         self._publish = publish
         self._bytes = 0

@@ -1,0 +1,111 @@
+"""Large saves on their way to the blob store, before they are told of. A job's events stay in order."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections import deque
+from collections.abc import Callable
+
+from interpose.errors import InternalError, InterposeError, JobCancelled, StorageUnavailable
+
+from .. import blob_keys
+from ..blobs import Blobs
+from ..settings import Settings
+from ..tasks import end
+from .sink import Item, JobSink, Saved, Stored
+
+log = logging.getLogger(__name__)
+
+MOST_INLINED = 64
+"""So many times the bound on one inline save may the inline saves of a job take together."""
+
+RETRY_S = 0.5
+
+
+class Storing:
+    """Passes items on: small ones at once, large saves when they are stored, and what follows those behind them.
+
+    Of one event loop.
+
+    Args:
+        forward: takes what can be told of.
+    """
+
+    def __init__(self, blobs: Blobs, settings: Settings, forward: Callable[[tuple[JobSink, Item]], None]) -> None:
+        self._blobs = blobs
+        self._inline_bytes = settings.inline_bytes
+        self._result_ttl_s = settings.result_ttl_s
+        self._forward = forward
+        self._lanes = asyncio.Semaphore(blobs.lanes)
+        self._lines: dict[JobSink, deque[Item | asyncio.Task[Stored]]] = {}
+        """Of jobs that have saves under way: those, and what came after."""
+
+    def take(self, sink: JobSink, item: Item) -> None:
+        if isinstance(item, Saved) and not self._inlined(sink, item):
+            task = asyncio.create_task(self._store(sink, item))
+            self._lines.setdefault(sink, deque()).append(task)
+            task.add_done_callback(lambda _: self._advance(sink))
+        elif line := self._lines.get(sink):
+            line.append(item)
+        else:
+            self._forward((sink, item))
+
+    async def close(self) -> None:
+        """Give up what is under way."""
+        tasks = [item for line in self._lines.values() for item in line if isinstance(item, asyncio.Task)]
+        self._lines.clear()
+        await end(tasks)
+
+    def _inlined(self, sink: JobSink, item: Saved) -> bool:
+        """Whether it goes through the broker: that keeps it in memory, so beyond a job's share none does."""
+        if not sink.inlined + item.nbytes <= MOST_INLINED * self._inline_bytes >= MOST_INLINED * item.nbytes:
+            return False
+        sink.inlined += item.nbytes
+        return True
+
+    def _advance(self, sink: JobSink) -> None:
+        line = self._lines.get(sink, deque())
+        while line:
+            first = line[0]
+            if isinstance(first, asyncio.Task):
+                if not first.done():
+                    return
+                first = first.result()
+            line.popleft()
+            self._forward((sink, first))
+        self._lines.pop(sink, None)
+
+    async def _store(self, sink: JobSink, item: Saved) -> Stored:
+        """Store a save, or end its job. A store that is away is tried again for as long as the job may take."""
+        name = f"{sink.claim.id}/{sink.claim.attempt}/{item.node}"
+        ends = time.monotonic() + sink.limits.wall_s
+        async with self._lanes:
+            while not isinstance(sink.stopped, JobCancelled):
+                try:
+                    await self._blobs.run(lambda: self._put(sink, name, item))
+                    return Stored(item, name)
+                except StorageUnavailable as error:
+                    if time.monotonic() > ends:
+                        sink.stop(error)
+                        break
+                    await asyncio.sleep(RETRY_S)
+                except InterposeError as error:
+                    sink.stop(error)
+                    break
+                except OSError as error:
+                    log.error("a result can't be stored: %s", error)
+                    sink.stop(InternalError("the server couldn't store a result"))
+                    break
+                except Exception:
+                    # A fault of ours, or no memory for a copy: the job's end is still told, and other jobs go on.
+                    log.exception("a result can't be brought out")
+                    sink.stop(InternalError("the server failed while taking a result from the model"))
+                    break
+        return Stored(item, "")
+
+    def _put(self, sink: JobSink, name: str, item: Saved) -> None:
+        # Longer than the job: its time to live starts only when it ends.
+        ttl_s = self._result_ttl_s + sink.limits.wall_s + 60
+        self._blobs.put(blob_keys.result(sink.claim.user, name), item.parts(), ttl_s)
