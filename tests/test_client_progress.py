@@ -7,7 +7,7 @@ from interpose.config import CONFIG
 from interpose.progress import Progress, bar
 from interpose.wire.result import Saved
 from interpose.wire.status import JobStatus
-from interpose.wire.stream import Changed, Logged, Moved, Received
+from interpose.wire.stream import Changed, Logged, ModelState, Moved, Received
 
 EVENTS = [
     Changed(JobStatus.QUEUED, 0),
@@ -54,6 +54,22 @@ def test_a_terminal_gets_one_line_that_goes_away(monkeypatch, capsys):
     ]
     assert "\n" not in terminal.getvalue()
     assert capsys.readouterr().out == ""
+
+
+def test_a_model_that_has_to_be_loaded_is_named_as_what_is_waited_for(monkeypatch):
+    monkeypatch.setattr(sys, "stderr", terminal := Terminal())
+    queued = Changed(JobStatus.QUEUED, 0)
+    show(queued, ModelState("cold"), Moved(2), ModelState("loading"), ModelState("ready"), Moved(1))
+    drawn = [text.removeprefix("interpose: ") for text in terminal.getvalue().split("\r\x1b[2K")[1:]]
+    assert drawn == [
+        "queued",
+        "queued; its model is cold and being loaded, 0 s",
+        "queued, 1 ahead; its model is cold and being loaded, 0 s",
+        "queued, 1 ahead; its model is being loaded, 0 s",
+        "queued, 1 ahead",
+        "queued, next",
+        "",
+    ]
 
 
 def test_logs_are_the_users_own_output(monkeypatch, capsys):

@@ -16,9 +16,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from urllib.parse import quote
 
-from .config import Endpoint, cache_folder, endpoint
-from .errors import InterposeError, InvalidPayload
+from .config import CONFIG, Endpoint, cache_folder, endpoint
+from .errors import InterposeError, InvalidPayload, ModelLoading
 from .graph.manifest import Manifest, decode_manifest
+from .progress import Progress
+from .tracing.notes import note
 from .wire.fields import HEX, unpack
 from .wire.protocol import MSGPACK
 
@@ -33,10 +35,12 @@ _known: dict[tuple[Endpoint, str], tuple[float, str, Manifest]] = {}
 
 
 def fetch_manifest(model: str, host: str | None = None, api_key: str | None = None) -> Manifest:
-    """What the server says of a model.
+    """What the server says of a model. Waits, and shows that, while the server loads it for the first time.
 
     Raises:
         UnknownModel: it isn't served there.
+        ModelLoading: it isn't loaded after `CONFIG.LOAD_TIMEOUT`.
+        ModelFailed: the server can't load it.
         InterposeError: the server refuses or can't be reached.
     """
     server = endpoint(host, api_key)
@@ -46,7 +50,7 @@ def fetch_manifest(model: str, host: str | None = None, api_key: str | None = No
     asked = {"Accept": MSGPACK}
     if known is not None:
         asked["If-None-Match"] = f'"{known[1]}"'
-    answer = _get(server, f"/v1/models/{quote(model, safe='/')}", asked)
+    answer = _get_loaded(server, model, asked)
     if answer.status_code == 304 and known is not None:
         tag, manifest = known[1], known[2]
     else:
@@ -84,6 +88,33 @@ def fetch_models(host: str | None = None, api_key: str | None = None) -> list[Ma
     if not isinstance(models, list):
         raise InvalidPayload("the server lists its models in an unknown form")
     return models
+
+
+def _get_loaded(server: Endpoint, model: str, extra: Mapping[str, str]) -> httpx.Response:
+    """The answer about a model, asked again until the server has loaded it."""
+    path, began = f"/v1/models/{quote(model, safe='/')}", time.monotonic()
+    with Progress() as progress:
+        while True:
+            try:
+                return _get(server, path, extra)
+            except ModelLoading as error:
+                if CONFIG.PROGRESS and not progress.seen:
+                    note(f"{model} isn't loaded yet; waiting up to {CONFIG.LOAD_TIMEOUT:g} s for that")
+                if time.monotonic() - began > CONFIG.LOAD_TIMEOUT:
+                    raise ModelLoading(
+                        f"{error.message}: waited {CONFIG.LOAD_TIMEOUT:g} s, as CONFIG.LOAD_TIMEOUT says",
+                        details=error.details,
+                    ) from None
+                _pause(progress, model, error)
+
+
+def _pause(progress: Progress, model: str, error: ModelLoading) -> None:
+    """Sleep as long as the server asks for, with the progress line alive."""
+    stated = error.details.get("retry_after_s")
+    until = time.monotonic() + min(max(stated if isinstance(stated, (int, float)) else 1.0, 0.1), 10.0)
+    while (left := until - time.monotonic()) > 0:
+        progress.loading(model, str(error.details.get("state", "loading")))
+        time.sleep(min(left, 0.2))
 
 
 def _get(server: Endpoint, path: str, extra: Mapping[str, str]) -> httpx.Response:

@@ -126,6 +126,7 @@ class Config:
         API_KEY: the key the lab handed out.
         TIMEOUT: seconds an accepted job's connection may stay lost before waiting for it fails.
         CONNECT_TIMEOUT: seconds for the first contact.
+        LOAD_TIMEOUT: seconds to wait for a model that the server has to load first.
         PROGRESS: whether waiting shows a status line.
         BACKEND: "torch" or "numpy" results; "auto" is torch where it is installed.
     """
@@ -137,6 +138,7 @@ class Config:
     API_KEY = api_key = _Setting(_text, None, "INTERPOSE_API_KEY", "NDIF_API_KEY")
     TIMEOUT = timeout = _Setting(_seconds, 120.0, "INTERPOSE_TIMEOUT")
     CONNECT_TIMEOUT = connect_timeout = _Setting(_seconds, 5.0, "INTERPOSE_CONNECT_TIMEOUT")
+    LOAD_TIMEOUT = load_timeout = _Setting(_seconds, 900.0, "INTERPOSE_LOAD_TIMEOUT")
     PROGRESS = progress = _Setting(_switch, True, "INTERPOSE_PROGRESS")
     BACKEND = backend = _Setting(_backend, "auto", "INTERPOSE_BACKEND")
 

@@ -25,7 +25,7 @@ from .transports.loop import background
 from .wire.fields import check_job
 from .wire.result import Saved
 from .wire.status import JobStatus
-from .wire.stream import Changed, Happening, Logged, Moved, NewTokens, reason
+from .wire.stream import Changed, Happening, Logged, ModelState, Moved, NewTokens, reason
 from .wire.submission import Submission
 from .wire.tensors import Backend, Encoded
 
@@ -111,6 +111,8 @@ class Job:
         self.id = job
         self.model = model
         self.position: int | None = None
+        self.model_state: str | None = None
+        """Of a job that waits for its model to be loaded: how that is, as "cold" or "loading"."""
         self.attempt = 0
         self._status = status
         self._transport = transport
@@ -309,6 +311,8 @@ class Job:
             self._saves[event.node] = event
         elif isinstance(event, Moved):
             self.position = event.position
+        elif isinstance(event, ModelState):
+            self.model_state = None if event.state == "ready" else event.state
         elif isinstance(event, Changed):
             if event.attempt > self.attempt:
                 self.attempt = event.attempt
@@ -316,7 +320,7 @@ class Job:
                 self._past = [past for past in self._past if not isinstance(past, (Saved, NewTokens))]
             self._status = event.status
             if event.status is not JobStatus.QUEUED:
-                self.position = None
+                self.position = self.model_state = None
             self._error = reason(event.status, event.error)
 
     def values(self) -> dict[int, Any]:

@@ -11,10 +11,18 @@ from typing import Any, Protocol
 from .config import CONFIG
 from .wire.result import Saved
 from .wire.status import JobStatus
-from .wire.stream import Changed, Happening, Logged, Moved, Received
+from .wire.stream import Changed, Happening, Logged, ModelState, Moved, Received
 
 _PATIENCE_S = 0.25
 """Jobs that are over sooner show nothing."""
+
+LOADING = {
+    "cold": "is cold and being loaded",
+    "loading": "is being loaded",
+    "draining": "is being moved",
+    "failed": "couldn't be loaded; that is tried again",
+}
+"""By its state, what the model does that a job waits for. One in any other state is there, or won't be."""
 
 _EVERY_S = 0.1
 _BAR = 24
@@ -64,6 +72,8 @@ class Progress:
     def __init__(self) -> None:
         self._display = _find() if CONFIG.PROGRESS else None
         self._text = "submitting"
+        self._model: tuple[str, str, float] | None = None
+        """What is waited for, what it does, and since when."""
         self._saved = 0
         self._drawn = ""
         self._due = time.monotonic() + _PATIENCE_S
@@ -79,16 +89,43 @@ class Progress:
         """Take note of an event; None means that a moment passed without one."""
         if isinstance(event, Logged):
             self._log(event)
+        elif isinstance(event, ModelState):
+            self._wait_for(f"{self._text}; its model", event.state)
         elif event is not None:
             self._text = self._describe(event)
-        if self._display is not None and time.monotonic() >= self._due and self._text != self._drawn:
-            self._draw(self._text)
+        self._update()
+
+    def loading(self, model: str, state: str) -> None:
+        """Before there is a job: what is known of a model has to wait for it."""
+        self._wait_for(model, state)
+        self._update()
+
+    @property
+    def seen(self) -> bool:
+        """Whether there is somebody to see it."""
+        return self._display is not None
+
+    def _wait_for(self, what: str, state: str) -> None:
+        since = self._model[2] if self._model is not None else time.monotonic()
+        told = LOADING.get(state)
+        self._model = None if told is None else (what, told, since)
+
+    def _update(self) -> None:
+        text = self._text
+        if self._model is not None:
+            what, does, since = self._model
+            text = f"{what} {does}, {time.monotonic() - since:.0f} s"
+        if self._display is not None and time.monotonic() >= self._due and text != self._drawn:
+            self._draw(text)
             self._due = time.monotonic() + _EVERY_S
 
     def _describe(self, event: Happening) -> str:
         match event:
             case Moved():
-                return "queued, next" if event.position <= 1 else f"queued, {event.position - 1} ahead"
+                place = "queued, next" if event.position <= 1 else f"queued, {event.position - 1} ahead"
+                if self._model is not None:
+                    self._model = f"{place}; its model", *self._model[1:]
+                return place
             case Received():
                 return f"receiving {bar(event.received, event.nbytes)}"
             case Saved():
@@ -98,6 +135,7 @@ class Progress:
                 self._saved = 0
                 return "queued again: its worker was lost"
             case Changed():
+                self._model = None if event.status is not JobStatus.QUEUED else self._model
                 return str(event.status)
         return self._text
 

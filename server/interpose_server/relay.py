@@ -9,12 +9,13 @@ from collections.abc import Awaitable, Callable
 from contextlib import suppress
 from functools import partial
 
-from interpose.errors import InternalError, InterposeError, InvalidPayload, UnknownJob
+from interpose.errors import InternalError, InterposeError, InvalidPayload, UnknownJob, UnknownModel
 from interpose.graph.values import TensorSpec
 from interpose.wire.messages import (
     CHUNK,
     Event,
     Hello,
+    Loading,
     Log,
     Position,
     Refused,
@@ -24,6 +25,7 @@ from interpose.wire.messages import (
     Tokens,
     encode,
 )
+from interpose.wire.protocol import TAKES_HEADER
 from interpose.wire.status import JobStatus
 from interpose.wire.tensors import decode_spec
 from redis.exceptions import RedisError
@@ -32,6 +34,7 @@ from starlette.websockets import WebSocket, WebSocketDisconnect
 from .blobs import Reader, read
 from .broker import events, keys
 from .broker.events import Stored
+from .broker.states import ModelState
 from .notifier import Bell
 from .parts import Parts
 from .results import open_save
@@ -53,10 +56,13 @@ class Line:
     def __init__(self, websocket: WebSocket) -> None:
         self._websocket = websocket
         self._turn = asyncio.Lock()
+        takes = websocket.headers.get(TAKES_HEADER, "")
+        self.takes = frozenset(kind.strip() for kind in takes.split(","))
+        """Kinds of messages the client says it takes beside those every client knows."""
         self.saving = asyncio.Semaphore(SAVES)
         """Held while a save is sent: a client that doesn't read mustn't hold a file and a buffer for each job."""
 
-    async def send(self, message: Hello | Event | Position | Refused) -> None:
+    async def send(self, message: Hello | Event | Position | Loading | Refused) -> None:
         await self.send_frame(encode(message))
 
     async def send_frame(self, frame: bytes | bytearray) -> None:
@@ -90,6 +96,7 @@ class Relay:
         self._apart = wanted.apart
         self._hand_in = hand_in
         self._place: int | None = None
+        self._state = ModelState.READY
 
     async def run(self) -> None:
         try:
@@ -146,11 +153,24 @@ class Relay:
             if place is not None and place != self._place and not bell.rung:
                 self._place = place
                 await self._line.send(Position(self._job, place))
+            await self._tell_state(bell, model)
         try:
             async with asyncio.timeout(self._parts.settings.position_s if waiting else AWAKE_S):
                 await bell.wait()
         except TimeoutError:
             return
+
+    async def _tell_state(self, bell: Bell, model: str) -> None:
+        """That it waits for its model, where that is so and the client takes it."""
+        if Loading.type not in self._line.takes:
+            return
+        try:
+            state = (await self._parts.catalogue.get(model)).state
+        except UnknownModel:
+            return
+        if state is not self._state and not bell.rung:
+            self._state = state
+            await self._line.send(Loading(self._job, str(state)))
 
     async def _send(self, event: Stored) -> JobStatus | None:
         """Send one event, with its bytes. Returns the status it tells of, if it is one."""

@@ -10,10 +10,12 @@ from typing import Any
 
 import msgpack
 import pytest
+from interpose.errors import ModelUnavailable
 from interpose.wire.messages import (
     Ack,
     Chunk,
     Hello,
+    Loading,
     Position,
     Refused,
     Save,
@@ -27,8 +29,10 @@ from interpose.wire.status import JobStatus
 from interpose_server import blob_keys
 from interpose_server.broker import keys
 from interpose_server.broker.queue import Outcome, Record, Report
+from interpose_server.broker.states import ModelState
+from interpose_server.models.spec import ModelSpec
 from interpose_server.settings import Settings
-from rig import Gateway, Valkey, listening, make_settings, run_gateway, submission
+from rig import Gateway, Valkey, listening, make_settings, run_gateway, submission, tiny_manifest
 from websockets.asyncio.client import ClientConnection, connect
 from websockets.exceptions import ConnectionClosed, InvalidStatus
 
@@ -227,3 +231,33 @@ async def test_the_brokers_restart_is_ridden_out(tmp_path: Path, shared_valkey: 
                 await socket.send(encode(Subscribe(job.id, after=1)))
                 messages = await to_the_end(socket)
             assert messages[-1].status is JobStatus.COMPLETED
+
+
+async def test_who_waits_for_a_model_is_told_of_it_if_they_take_that(settings: Settings) -> None:
+    settings = settings.model_copy(update={"position_s": 0.05})
+    async with run_gateway(settings) as gateway:
+        await gateway.broker.specs.put(ModelSpec(name="tiny"))
+        await gateway.broker.models.announce("tiny", "w1", ModelState.STOPPED)
+        gateway.app.state.parts.catalogue._hosted.clear()
+        job = submission()
+        assert (await gateway.post(job)).status_code == 202, "it is cold, and what it is is known"
+        info = await gateway.client.get(f"/v1/jobs/{job.id}")
+        assert info.json()["model_state"] == "cold"
+        async with opened(gateway) as old, opened(gateway, **{"Interpose-Takes": "loading"}) as new:
+            for socket in (old, new):
+                await socket.send(encode(Subscribe(job.id)))
+            assert [type(await receive(old)) for _ in range(2)] == [Status, Position]
+            told = [await receive(new) for _ in range(3)]
+            assert told[1:] == [Position(job.id, 1), Loading(job.id, "cold")]
+            await gateway.broker.models.announce("tiny", "w1", ModelState.LOADING)
+            assert await receive(new) == Loading(job.id, "loading")
+            await gateway.broker.models.publish("tiny", "w1", tiny_manifest(), "")
+            assert await receive(new) == Loading(job.id, "ready")
+            await gateway.broker.models.announce("tiny", "w1", ModelState.STOPPED)
+            why = ModelUnavailable("", details={"reason": "too_large"})
+            assert await receive(new) == Loading(job.id, "cold")
+            await gateway.broker.models.refuse("tiny", why)
+            for socket in (old, new):
+                ended = await receive(socket)
+                assert isinstance(ended, Status) and ended.error is not None
+                assert ended.error["code"] == "model_failed" and ended.error["details"]["reason"] == "too_large"

@@ -58,6 +58,7 @@ class Lab:
     faults: for each next fetch of a save, what becomes of it: after how many bytes it drops (None: never), or the
         answer to bytes and first byte.
     hold: while it is set, jobs stay queued.
+    cold: to the next questions about models: a refusal.
     busy: how many of the next POSTs are taken, but answered by a broken proxy.
     """
 
@@ -82,6 +83,7 @@ class Lab:
     cancelled: set[str] = field(default_factory=set)
     models: dict[str, tuple[str, bytes]] = field(default_factory=dict)
     tokenizers: dict[str, bytes] = field(default_factory=dict)
+    cold: list[InterposeError] = field(default_factory=list)
 
     @property
     def url(self) -> str:
@@ -169,6 +171,8 @@ class Lab:
 
     async def model(self, request: Request) -> Response:
         self.note(request)
+        if self.cold:
+            raise self.cold.pop(0)
         tag, body = self.models[request.path_params["id"]]
         sent = {HEADER: "1", "ETag": f'"{tag}"'}
         if request.headers.get("if-none-match") == f'"{tag}"':

@@ -1,12 +1,16 @@
 import hashlib
+import io
 import json
+import sys
 
 import msgpack
 import pytest
 from interpose import catalog
 from interpose.client import fetch_manifest, fetch_tokenizer
-from interpose.errors import InvalidGraph, InvalidPayload
+from interpose.config import CONFIG
+from interpose.errors import InvalidGraph, InvalidPayload, ModelFailed, ModelLoading
 from interpose.graph.manifest import Leaf, Manifest, ModuleInfo, encode_manifest, fingerprint
+from interpose.tracing import notes
 from scripted_lab import Lab
 
 MODEL = "org/a model"
@@ -39,6 +43,52 @@ def test_an_unchanged_manifest_crosses_once(lab: Lab, monkeypatch):
     monkeypatch.setattr(catalog, "FRESH_S", 60.0)
     assert fetch_manifest(MODEL) == manifest
     assert len(lab.calls) == asked
+
+
+def cold(state: str = "cold") -> ModelLoading:
+    return ModelLoading("it is being loaded; try again", details={"state": state, "retry_after_s": 0.1})
+
+
+def test_a_model_that_is_loaded_first_is_waited_for(lab: Lab, capsys):
+    manifest = serve(lab)
+    lab.cold = [cold(), cold("loading"), cold("loading")]
+    assert fetch_manifest(MODEL) == manifest
+    assert len(lab.calls) == 4 and capsys.readouterr().err == ""
+
+
+def test_waiting_is_shown_or_said_once(lab: Lab, monkeypatch, capsys):
+    serve(lab)
+    monkeypatch.setattr(notes, "_told", set())
+    CONFIG.PROGRESS = True
+    lab.cold = [cold(), cold()]
+    fetch_manifest(MODEL)
+    assert capsys.readouterr().err == f"interpose: {MODEL} isn't loaded yet; waiting up to 900 s for that\n"
+    for name in ("_PATIENCE_S", "_EVERY_S"):
+        monkeypatch.setattr(f"interpose.progress.{name}", 0.0)
+    monkeypatch.setattr(sys, "stderr", terminal := io.StringIO())
+    monkeypatch.setattr(terminal, "isatty", lambda: True, raising=False)
+    lab.cold = [cold(), cold("loading")]
+    fetch_manifest(MODEL)
+    drawn = [text for text in terminal.getvalue().split("\r\x1b[2K") if text]
+    assert drawn == [
+        f"interpose: {MODEL} is cold and being loaded, 0 s",
+        f"interpose: {MODEL} is being loaded, 0 s",
+    ]
+
+
+def test_waiting_has_an_end(lab: Lab):
+    lab.cold = [cold()] * 50
+    CONFIG.LOAD_TIMEOUT = 0.3
+    with pytest.raises(ModelLoading, match=r"waited 0\.3 s, as CONFIG\.LOAD_TIMEOUT"):
+        fetch_manifest(MODEL)
+    assert len(lab.calls) < 6
+
+
+def test_a_model_that_cannot_be_loaded_is_told_at_once(lab: Lab):
+    lab.cold = [cold(), ModelFailed("the hub keeps it", details={"state": "failed", "reason": "gated"})]
+    with pytest.raises(ModelFailed, match="the hub keeps it") as told:
+        fetch_manifest(MODEL)
+    assert told.value.details["reason"] == "gated" and len(lab.calls) == 2
 
 
 def test_a_changed_manifest_is_seen(lab: Lab):

@@ -10,6 +10,7 @@ from interpose.wire.messages import (
     Ack,
     Chunk,
     Hello,
+    Loading,
     Log,
     Position,
     Refused,
@@ -38,6 +39,7 @@ SERVER = [
     replace(SAVE, apart=True),
     Log(JOB, 3, 1, 4, "hello"),
     Position(JOB, 12),
+    Loading(JOB, "cold"),
     Refused.of(UnknownJob("gone"), JOB),
     Refused.of(UnknownJob("gone")),
 ]

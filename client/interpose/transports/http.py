@@ -13,7 +13,8 @@ import httpx
 from ..config import Endpoint
 from ..errors import ConfigError, ConnectionFailed, InterposeError, InvalidPayload, VersionMismatch, from_wire
 from ..wire.fields import unpack
-from ..wire.protocol import HEADER, MSGPACK, PROBLEM, PROTOCOL
+from ..wire.messages import Loading
+from ..wire.protocol import HEADER, MSGPACK, PROBLEM, PROTOCOL, TAKES_HEADER
 
 _PIECE = 1 << 20
 _ENCODED = ("content-encoding", "content-length", "transfer-encoding")
@@ -26,7 +27,7 @@ _TIMEOUTS = httpx.Timeout(connect=5.0, read=120.0, write=120.0, pool=120.0)
 
 def headers(endpoint: Endpoint) -> dict[str, str]:
     """What every request carries."""
-    own = {HEADER: str(PROTOCOL)}
+    own = {HEADER: str(PROTOCOL), TAKES_HEADER: Loading.type}
     if endpoint.key:
         own["Authorization"] = f"Bearer {endpoint.key}"
     return own

@@ -236,6 +236,22 @@ class Position:
 
 
 @dataclass(frozen=True, slots=True)
+class Loading:
+    """Why a job waits: its model's state. No event, like `Position`; only for clients that say they take it."""
+
+    type: ClassVar[str] = "loading"
+    job: str
+    state: str
+
+    def to_plain(self) -> dict[str, Any]:
+        return {"job": self.job, "state": self.state}
+
+    @classmethod
+    def read(cls, fields: Fields) -> Loading:
+        return cls(fields.job(), fields.text("state", 32))
+
+
+@dataclass(frozen=True, slots=True)
 class Refused:
     """The server can't do what a message asked: about one job, or, without one, about the connection."""
 
@@ -276,18 +292,19 @@ class Chunk:
 
 ClientMessage: TypeAlias = Subscribe | Unsubscribe | Ack | Submit
 Event: TypeAlias = Status | Save | Log | Tokens
-ServerMessage: TypeAlias = Hello | Event | Position | Refused | Chunk
+ServerMessage: TypeAlias = Hello | Event | Position | Loading | Refused | Chunk
 
 _CLIENT: Mapping[str, type[Subscribe | Unsubscribe | Ack]] = {
     cls.type: cls for cls in (Subscribe, Unsubscribe, Ack)
 }
-_SERVER: Mapping[str, type[Hello | Event | Position | Refused]] = {
+_SERVER: Mapping[str, type[Hello | Event | Position | Loading | Refused]] = {
     Hello.type: Hello,
     Status.type: Status,
     Save.type: Save,
     Log.type: Log,
     Tokens.type: Tokens,
     Position.type: Position,
+    Loading.type: Loading,
     Refused.type: Refused,
 }
 
@@ -300,7 +317,7 @@ def _read_event(fields: Fields) -> tuple[str, int, int]:
     return fields.job(), fields.whole("seq", 1, _MAX_SEQ), fields.whole("attempt", 0, _MAX_SEQ)
 
 
-def encode(message: ClientMessage | Hello | Event | Position | Refused) -> bytes:
+def encode(message: ClientMessage | Hello | Event | Position | Loading | Refused) -> bytes:
     """The message's frame."""
     if isinstance(message, Submit):
         return b"".join((_SUBMIT.pack(SUBMIT, bytes.fromhex(message.job), message.apart), message.body))

@@ -10,6 +10,9 @@ DTYPE_HEADER = "Interpose-Dtype"
 SHAPE_HEADER = "Interpose-Shape"
 """On a PUT of raw tensor bytes: the dtype's name, and sizes separated by commas ("" for no dimension)."""
 
+TAKES_HEADER = "Interpose-Takes"
+"""On a stream's request: kinds of messages the client takes beside those every client knows, between commas."""
+
 MSGPACK = "application/msgpack"
 JSON = "application/json"
 PROBLEM = "application/problem+json"

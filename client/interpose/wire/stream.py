@@ -13,7 +13,20 @@ from typing import Any, TypeAlias
 import numpy as np
 
 from ..errors import InterposeError, InvalidPayload, JobCancelled, LimitExceeded, from_wire
-from .messages import Chunk, Event, Hello, Log, Position, Refused, Save, ServerMessage, Status, Subscribe, Tokens
+from .messages import (
+    Chunk,
+    Event,
+    Hello,
+    Loading,
+    Log,
+    Position,
+    Refused,
+    Save,
+    ServerMessage,
+    Status,
+    Subscribe,
+    Tokens,
+)
 from .result import Saved
 from .status import JobStatus
 from .tensors import check_bytes, total
@@ -38,6 +51,13 @@ class Moved:
     """Place in the queue, 1 being next."""
 
     position: int
+
+
+@dataclass(frozen=True, slots=True)
+class ModelState:
+    """How the model of a job that waits is: "cold", "loading", ...; "ready" once that isn't why it waits."""
+
+    state: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,7 +88,7 @@ class Received:
     nbytes: int
 
 
-Happening: TypeAlias = Changed | Moved | Logged | NewTokens | Received | Saved
+Happening: TypeAlias = Changed | Moved | ModelState | Logged | NewTokens | Received | Saved
 
 
 class JobStream:
@@ -127,6 +147,8 @@ class JobStream:
         if isinstance(message, Position):
             self.position = message.position
             return [Moved(message.position)]
+        if isinstance(message, Loading):
+            return [ModelState(message.state)]
         if isinstance(message, Refused):
             self.error = message.exception()
             self._void_apart()

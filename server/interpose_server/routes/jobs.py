@@ -35,11 +35,15 @@ async def list_jobs(request: Request, user: User) -> dict[str, list[dict[str, An
     return {"jobs": [info.to_plain() for info in found]}
 
 
-@router.get("/{job}", summary="One job's state and place in the queue")
+@router.get("/{job}", summary="One job's state; while it waits its place in the queue and its model's state")
 async def get(request: Request, job: str, user: User) -> dict[str, Any]:
-    queue = Parts.of(request).broker.queue
+    parts = Parts.of(request)
+    queue = parts.broker.queue
     info = await queue.info(user.user, check_job(job))
-    return {**info.to_plain(), "position": await queue.place(info)}
+    plain = {**info.to_plain(), "position": await queue.place(info)}
+    if info.status is JobStatus.QUEUED:
+        plain["model_state"] = str((await parts.broker.models.get(info.model)).state)
+    return plain
 
 
 @router.delete("/{job}", summary="Cancel a job; nothing happens to one that has ended")
