@@ -126,6 +126,11 @@ def grouped(layers: Mapping[int, Nest]) -> Nest:
     return found
 
 
+def _by_index(groups: Nest) -> dict[int, Nest]:
+    """The other way."""
+    return {index: nest for nest, indices in groups for index in indices}
+
+
 def _kind(cache: Any) -> Nest:
     """How an empty cache like this one is made."""
     if isinstance(cache, EncoderDecoderCache) or not type(cache).__module__.startswith("transformers."):
@@ -155,7 +160,7 @@ def _new_cache(kind: Nest, device: torch.device) -> Any:
 
 def _update(cache: Any, groups: Nest, device: torch.device) -> set[int]:
     """Bring layers to what another site says of them; returns which."""
-    told = {index: nest for nest, indices in groups for index in indices}
+    told = _by_index(groups)
     for index in sorted(told):
         while index >= len(cache.layers):
             cache.layers.append(_filler(cache, told[index], device))
@@ -225,40 +230,29 @@ class HomeCaches:
                 letters.append(Mail(site, (ADDRESS, known.number), word))
         return letters
 
-    def sent(self, caches: Sequence[Any], sites: Sequence[int]) -> None:
-        """The forward has come by these sites: they know what they were told."""
-        for cache in caches:
-            known = self._find(cache)
-            assert known is not None
-            known.sites.update(sites)
-            for site in sites:
-                known.news.pop(site, None)
-
     def landed(self, caches: Sequence[Any], mail: Sequence[Mail], device: torch.device) -> None:
-        """Take up what the shards say of their layers."""
-        by_number = {self._number(cache): cache for cache in caches}
-        for letter in mail:
-            cache = by_number[letter.address[1]]
-            known = self._find(cache)
-            assert known is not None
-            _update(cache, letter.value["layers"], device)
-            told = {index: nest for nest, indices in letter.value["layers"] for index in indices}
-            known.layers |= told
-            for site in known.sites - {letter.value["site"], *letter.value["after"]}:
-                known.news.setdefault(site, {}).update(told)
+        """Take up what the shards say of their layers; those that a forward visited have all said something."""
         for cache in caches:
             known = self._find(cache)
             assert known is not None
+            words = [
+                letter.value for letter in mail if letter.to == HOME and letter.address == (ADDRESS, known.number)
+            ]
+            visited = {word["site"] for word in words}
+            known.sites |= visited
+            for site in visited:
+                known.news.pop(site, None)
+            for word in words:
+                _update(cache, word["layers"], device)
+                told = _by_index(word["layers"])
+                known.layers |= told
+                for site in known.sites - {word["site"]} - (visited & {*word["after"]}):
+                    known.news.setdefault(site, {}).update(told)
             known.seen = [dict(vars(layer)) for layer in cache.layers]
 
     def _find(self, cache: Any) -> _Known | None:
         ref, known = self._known.get(id(cache), (None, None))
         return known if ref is not None and ref() is cache else None
-
-    def _number(self, cache: Any) -> int:
-        known = self._find(cache)
-        assert known is not None
-        return known.number
 
     def _add(self, cache: Any) -> _Known:
         if any(
@@ -309,20 +303,18 @@ class ShardCaches:
         # Home's words come before those of sites on the way, whichever arrives first.
         for letter in sorted(mail, key=lambda letter: "site" in letter.value):
             number, word = letter.address[1], letter.value
-            if number not in self._caches:
-                if "kind" not in word:
-                    raise InternalError(f"cache {number} is gone")
-                self._caches[number] = _new_cache(word["kind"], self._device)
-                self._foreign[number] = set()
-                for nest, index in sorted(
-                    ((nest, index) for nest, indices in word["layers"] for index in indices),
-                    key=lambda pair: pair[1],
-                ):
-                    assert index == len(self._caches[number].layers)
-                    self._caches[number].layers.append(_new_layer(nest, self._device))
-                self._told[number] = self._states(number)
-            else:
+            if "kind" in word:
+                self._begin(number, word)
+            elif number in self._caches:
                 self._foreign[number] |= _update(self._caches[number], word["layers"], self._device)
+            else:
+                raise InternalError(f"cache {number} is gone")
+
+    def _begin(self, number: int, word: Nest) -> None:
+        cache = self._caches[number] = _new_cache(word["kind"], self._device)
+        cache.layers += [_new_layer(nest, self._device) for _, nest in sorted(_by_index(word["layers"]).items())]
+        self._foreign[number] = set()
+        self._told[number] = self._states(number)
 
     def get(self, ref: CacheRef) -> Any:
         return self._caches[ref.number]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import weakref
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
 from functools import partial
@@ -41,8 +42,10 @@ class Thread:
             del future
 
     def close(self) -> None:
+        """Do what was given before, and end. Waits for that, but on the thread itself."""
         self._tasks.put(None)
-        self._thread.join()
+        if threading.current_thread() is not self._thread:
+            self._thread.join()
 
     def _work(self) -> None:
         while (task := self._tasks.get()) is not None:
@@ -55,6 +58,11 @@ def _settle(future: Future[Any], task: Callable[[], Any]) -> None:
         future.set_result(task())
     except BaseException as error:  # noqa: BLE001 - raised where it is waited for
         future.set_exception(error)
+
+
+def _close(threads: Sequence[Thread]) -> None:
+    for thread in threads:
+        thread.close()
 
 
 class Here:
@@ -70,6 +78,7 @@ class Here:
         self._stops = {site: Stop(site, station) for site, station in stations.items()}
         self._threads = {site: Thread(f"interpose-shard-{site}") for site in stations}
         self._ways: dict[int, list[int]] = {}
+        self._end = weakref.finalize(self, _close, [*self._threads.values()])
 
     def forward(self, number: int, hidden: Tensor, visits: Sequence[Visit], mail: Sequence[Mail]) -> Landing:
         """Go by the shards of `visits`, in order."""
@@ -133,5 +142,5 @@ class Here:
             self._threads[site].post(partial(stop.drop, numbers, caches))
 
     def close(self) -> None:
-        for thread in self._threads.values():
-            thread.close()
+        """End the threads; done as well when nobody has this any more, and before the interpreter ends."""
+        self._end()

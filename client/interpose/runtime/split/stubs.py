@@ -127,7 +127,6 @@ class Home:
         border = Swapped(leaf if grad else Tensor.detach)
         sent = (border(hidden), readdressed(mail, border))
         landing = self.route.forward(number, sent[0], visits, sent[1])
-        self._caches.sent(packed.caches, sites)
         words = [letter for letter in landing.mail if letter.address[0] == caches.ADDRESS]
         self._caches.landed(packed.caches, words, hidden.device)
         landing = replace(
