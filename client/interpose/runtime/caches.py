@@ -12,13 +12,24 @@ from typing import Any, TypeGuard
 import torch
 from torch import Tensor
 from torch.nn import functional
-from transformers import DynamicCache
+from transformers import Cache, DynamicCache
 from transformers.cache_utils import DynamicLayer
+
+KEEP, JOIN = "keep", "join"
+
+
+class Followed(Cache):
+    """A cache whose data is elsewhere: whatever is done to it here is done there too, before it is used again."""
+
+    def tell(self, name: str, *args: Any) -> None:
+        """Something was done to it: a method of caches, or a function of this file, by its name."""
+        raise NotImplementedError
 
 
 def flexible(cache: Any) -> TypeGuard[DynamicCache]:
     """Whether rows can join and leave a cache."""
-    layers = cache.layers if type(cache) is DynamicCache else ()
+    dynamic = type(cache) is DynamicCache or (isinstance(cache, Followed) and isinstance(cache, DynamicCache))
+    layers = cache.layers if dynamic else ()
     return bool(layers) and all(type(layer) is DynamicLayer and layer.is_initialized for layer in layers)
 
 
@@ -27,6 +38,8 @@ def keep(cache: DynamicCache, rows: Sequence[int], gone: int) -> None:
     for layer in layers_of(cache):
         layer.keys = _kept(layer.keys, rows, gone)
         layer.values = _kept(layer.values, rows, gone)
+    if isinstance(cache, Followed):
+        cache.tell(KEEP, [*rows], gone)
 
 
 def join(cache: DynamicCache, other: DynamicCache) -> None:
@@ -34,6 +47,8 @@ def join(cache: DynamicCache, other: DynamicCache) -> None:
     for layer, more in zip(layers_of(cache), layers_of(other), strict=True):
         layer.keys = _joined(layer.keys, more.keys)
         layer.values = _joined(layer.values, more.values)
+    if isinstance(cache, Followed):
+        cache.tell(JOIN, other)
 
 
 def padded(value: Tensor, length: int, dim: int) -> Tensor:

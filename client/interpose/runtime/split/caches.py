@@ -7,6 +7,7 @@ place of data, so that a read of data that is at another site fails rather than 
 
 from __future__ import annotations
 
+import functools
 import itertools
 import weakref
 from collections.abc import Callable, Collection, Mapping, Sequence
@@ -19,6 +20,7 @@ from transformers import Cache, EncoderDecoderCache
 from transformers.cache_utils import CacheLayerMixin, DummyLayer, LinearAttentionCacheLayerMixin
 
 from ...errors import InternalError
+from ..caches import JOIN, KEEP, Followed, join, keep
 from .route import HOME, CacheRef, Mail, Nest
 
 ADDRESS = "cache"
@@ -177,22 +179,55 @@ def _filler(cache: Any, nest: Nest, device: torch.device) -> Any:
 # -- home --------------------------------------------------------------------------------------------------------
 
 
+EDITS = (
+    "reorder_cache",
+    "crop",
+    "batch_repeat_interleave",
+    "batch_select_indices",
+    "reset",
+    "activate_past_recording",
+)
+"""Methods by which the library changes a cache between two forwards."""
+
+
+def _followed(cls: Any, home: HomeCaches) -> Any:
+    """The class of a cache of home's: what is done to it is noted for the shards."""
+
+    def following(name: str) -> Callable[..., Any]:
+        method = getattr(cls, name)
+
+        @functools.wraps(method)
+        def called(self: Any, *args: Any, **kwargs: Any) -> Any:
+            result = method(self, *args, **kwargs)
+            home.edited(self, name, (*args, *kwargs.values()))  # none of them takes more than one argument
+            return result
+
+        return called
+
+    def tell(self: Any, name: str, *args: Any) -> None:
+        home.edited(self, name, args)
+
+    methods = {name: following(name) for name in EDITS if hasattr(cls, name)}
+    return type(cls.__name__, (Followed, cls), {"__module__": cls.__module__, "tell": tell, **methods})
+
+
 @dataclass
 class _Known:
     """A cache of home's.
 
     Attributes:
         sites: those that have made theirs.
-        seen: what each layer kept when a shard last told of it.
-        news: site -> layers' descriptions that other sites told since it was last visited.
+        seen: what each layer keeps here since a shard last told of it, or somebody changed it in a known way.
+        news: site -> what it must be told at its next visit, in order.
+        held: caches that were joined to this one, until the shards have done that as well.
     """
 
     number: int
     kind: Nest
     sites: set[int] = field(default_factory=set)
     seen: list[dict[str, Any]] = field(default_factory=list)
-    news: dict[int, dict[int, Nest]] = field(default_factory=dict)
-    layers: dict[int, Nest] = field(default_factory=dict)
+    news: dict[int, list[Nest]] = field(default_factory=dict)
+    held: dict[int, Any] = field(default_factory=dict)
 
 
 class HomeCaches:
@@ -206,12 +241,11 @@ class HomeCaches:
         self._dropped = dropped
         self._numbers = itertools.count(1)
         self._known: dict[int, tuple[weakref.ref[Any], _Known]] = {}
+        self._classes: dict[type, Any] = {}
 
     def ref(self, cache: Any) -> CacheRef:
         """What stands for a cache in a block's arguments. Raises InternalError if it was changed here."""
-        known = self._find(cache)
-        if known is None:
-            known = self._add(cache)
+        known = self._find(cache) or self._add(cache)
         if not _same(cache, known.seen):
             raise InternalError("a cache was changed between two forwards in a way that a split model can't follow")
         return CacheRef(known.number)
@@ -220,21 +254,18 @@ class HomeCaches:
         """What the sites that are about to be visited must know of these caches."""
         letters = []
         for cache in caches:
-            known = self._find(cache)
-            assert known is not None, "its number was asked for before"
+            known = self._get(cache)
             for place, site in enumerate(sites):
-                news = known.layers if site not in known.sites else known.news.get(site, {})
-                word: dict[str, Any] = {"after": [*sites[place + 1 :]], "layers": grouped(news)}
+                word: dict[str, Any] = {"after": [*sites[place + 1 :]], "news": [*known.news.get(site, ())]}
                 if site not in known.sites:
-                    word["kind"] = known.kind
+                    word |= {"kind": known.kind, "layers": grouped(dict(enumerate(map(_layer, cache.layers))))}
                 letters.append(Mail(site, (ADDRESS, known.number), word))
         return letters
 
     def landed(self, caches: Sequence[Any], mail: Sequence[Mail], device: torch.device) -> None:
         """Take up what the shards say of their layers; those that a forward visited have all said something."""
         for cache in caches:
-            known = self._find(cache)
-            assert known is not None
+            known = self._get(cache)
             words = [
                 letter.value for letter in mail if letter.to == HOME and letter.address == (ADDRESS, known.number)
             ]
@@ -244,23 +275,50 @@ class HomeCaches:
                 known.news.pop(site, None)
             for word in words:
                 _update(cache, word["layers"], device)
-                told = _by_index(word["layers"])
-                known.layers |= told
-                for site in known.sites - {word["site"]} - (visited & {*word["after"]}):
-                    known.news.setdefault(site, {}).update(told)
+                if word["layers"]:
+                    for site in known.sites - {word["site"]} - (visited & {*word["after"]}):
+                        known.news.setdefault(site, []).append({"layers": word["layers"]})
+            if not any("edit" in entry for entries in known.news.values() for entry in entries):
+                known.held.clear()
             known.seen = [dict(vars(layer)) for layer in cache.layers]
+
+    def edited(self, cache: Any, name: str, args: Sequence[Any]) -> None:
+        """A cache was changed here: the shards that have it are to change it likewise."""
+        known = self._get(cache)
+        if name == JOIN:
+            (other,) = args
+            more = self._get(other)
+            if more.sites != known.sites:
+                raise InternalError("two caches that lie on different shards can't be joined")
+            known.held[more.number] = other
+            for site in known.sites:
+                known.news.setdefault(site, []).append(
+                    {"edit": JOIN, "args": [more.number, more.news.get(site, [])]}
+                )
+        else:
+            for site in known.sites:
+                known.news.setdefault(site, []).append({"edit": name, "args": [*args]})
+        known.seen = [dict(vars(layer)) for layer in cache.layers]
 
     def _find(self, cache: Any) -> _Known | None:
         ref, known = self._known.get(id(cache), (None, None))
         return known if ref is not None and ref() is cache else None
 
+    def _get(self, cache: Any) -> _Known:
+        known = self._find(cache)
+        if known is None:
+            raise InternalError("a cache that no block of a split model was given")
+        return known
+
     def _add(self, cache: Any) -> _Known:
-        if any(
-            isinstance(part, Tensor) and part.numel() > _SMALL for layer in cache.layers for part in _parts(layer)
-        ):
+        if any(_data(part) for layer in cache.layers for part in vars(layer).values()):
             raise InternalError("a cache that was filled elsewhere can't be used by a split model")
-        known = _Known(next(self._numbers), _kind(cache), layers={i: _layer(x) for i, x in enumerate(cache.layers)})
+        known = _Known(next(self._numbers), _kind(cache))
         known.seen = [dict(vars(layer)) for layer in cache.layers]
+        kind = type(cache)
+        if kind not in self._classes:
+            self._classes[kind] = _followed(kind, self)
+        cache.__class__ = self._classes[kind]
         self._known[id(cache)] = (weakref.ref(cache), known)
         end = weakref.finalize(cache, self._forget, id(cache), known.number)
         end.atexit = False
@@ -271,17 +329,18 @@ class HomeCaches:
         self._dropped(number)
 
 
-def _parts(layer: Any) -> list[Any]:
-    return [
-        part for value in vars(layer).values() for part in (value.values() if isinstance(value, dict) else [value])
-    ]
+def _data(part: Any) -> bool:
+    """Whether something that a layer keeps holds numbers, or stands for some."""
+    if isinstance(part, Mapping):
+        return any(map(_data, part.values()))
+    return isinstance(part, Tensor) and part.is_floating_point() and part.numel() > 0
 
 
 def _same(cache: Any, seen: Sequence[Mapping[str, Any]]) -> bool:
-    """Whether the layers keep the very objects they kept."""
-    return all(
+    """Whether the layers keep the very objects they kept, and there is none more or less."""
+    return len(cache.layers) == len(seen) and all(
         vars(layer).keys() == before.keys() and all(vars(layer)[name] is value for name, value in before.items())
-        for layer, before in zip(cache.layers, seen, strict=False)
+        for layer, before in zip(cache.layers, seen, strict=True)
     )
 
 
@@ -305,10 +364,32 @@ class ShardCaches:
             number, word = letter.address[1], letter.value
             if "kind" in word:
                 self._begin(number, word)
-            elif number in self._caches:
-                self._foreign[number] |= _update(self._caches[number], word["layers"], self._device)
+            if "site" in word:
+                self._hear(number, word["layers"])
             else:
-                raise InternalError(f"cache {number} is gone")
+                self._catch_up(number, word["news"])
+
+    def _hear(self, number: int, groups: Nest) -> None:
+        self._foreign[number] |= _update(self._caches[number], groups, self._device)
+
+    def _catch_up(self, number: int, news: Sequence[Nest]) -> None:
+        """Do what was done elsewhere since the last visit, in order."""
+        if number not in self._caches:
+            raise InternalError(f"cache {number} is gone")
+        cache = self._caches[number]
+        for entry in news:
+            if "edit" not in entry:
+                self._hear(number, entry["layers"])
+            elif entry["edit"] == KEEP:
+                keep(cache, *entry["args"])
+            elif entry["edit"] == JOIN:
+                other, before = entry["args"]
+                self._catch_up(other, before)
+                join(cache, self._caches[other])
+            elif entry["edit"] in EDITS:
+                getattr(cache, entry["edit"])(*entry["args"])
+            else:
+                raise InternalError(f"caches can't {entry['edit']}")
 
     def _begin(self, number: int, word: Nest) -> None:
         cache = self._caches[number] = _new_cache(word["kind"], self._device)
