@@ -20,13 +20,13 @@ from .notifier import Notifier
 from .parts import Parts
 from .positions import Positions
 from .reaching import Reaching
-from .routes import admin, health, jobs, me, models, pages, stream, tensors
+from .routes import admin, admin_models, health, jobs, me, models, pages, stream, tensors
 from .settings import Settings
 from .streams import Open
 from .sweeper import sweep_forever
 from .tasks import end
 
-ROUTERS = (jobs, models, tensors, me, admin, stream, health, pages)
+ROUTERS = (jobs, models, tensors, me, admin, admin_models, stream, health, pages)
 
 
 def create_app(settings: Settings, broker: Broker, blobs: Blobs) -> FastAPI:

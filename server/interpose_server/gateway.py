@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import argparse
 import socket
+import sys
 from collections.abc import Sequence
 
 import uvicorn
 import uvloop
+from interpose.errors import ConfigError
 
 from . import logs
 from .app import create_app
 from .blobs import open_blobs
 from .broker.connect import connect
 from .settings import Settings
+from .worker.status import USELESS_TO_RETRY
 
 MAX_MESSAGE = 64 << 10
 """A client only ever sends short messages on its stream."""
@@ -27,7 +30,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     wanted = parser.parse_args(argv)
     logs.setup("gateway")
     bound = socket.socket(fileno=wanted.fd) if wanted.fd is not None else listen(wanted.host, wanted.port)
-    uvloop.run(serve(Settings(), bound))
+    try:
+        settings = Settings.read()
+    except ConfigError as error:
+        print(f"the gateway: {error.message}", file=sys.stderr, flush=True)
+        raise SystemExit(USELESS_TO_RETRY) from None
+    uvloop.run(serve(settings, bound))
 
 
 def listen(host: str, port: int) -> socket.socket:

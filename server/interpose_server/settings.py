@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import json
 import os
 import re
@@ -131,7 +132,13 @@ class Settings(BaseSettings):
 
     @classmethod
     def read(cls) -> Settings:
-        """The environment's. Raises ConfigError, which names the variable at fault."""
+        """The environment's. Raises ConfigError, which names the variable at fault, also one that is no setting."""
+        names = {PREFIX + name.upper() for name in cls.model_fields}
+        if wrong := sorted(
+            name for name in os.environ if name.upper().startswith(PREFIX) and name.upper() not in names
+        ):
+            close = difflib.get_close_matches(wrong[0].upper(), names, 1)
+            raise ConfigError(f"there is no setting {wrong[0]}" + (f"; did you mean {close[0]}?" if close else ""))
         try:
             return cls()
         except ValidationError as error:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import difflib
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from datetime import UTC, datetime
@@ -48,7 +49,7 @@ def status(data_dir: Path | None) -> bool:
     typer.echo(f"{facts['host']}, process {facts['pid']}")
 
     async def show() -> None:
-        async with _broker(data_dir, None) as broker:
+        async with open_broker(data_dir, None) as broker:
             for hosted in await broker.models.list():
                 waiting = await broker.queue.depth(hosted.name)
                 typer.echo(f"{hosted.name}  {hosted.state}  {waiting} waiting")
@@ -59,8 +60,14 @@ def status(data_dir: Path | None) -> bool:
 
 def create_key(user: str, admin: bool, models: Sequence[str], data_dir: Path | None, redis_url: str | None) -> None:
     async def create() -> None:
-        async with _broker(data_dir, redis_url) as broker:
+        async with open_broker(data_dir, redis_url) as broker:
             token, key = await broker.accounts.create(user, admin=admin, models=tuple(models))
+            known = await broker.models.names()
+        for name in models:
+            if name not in known:
+                close = difflib.get_close_matches(name, known, 1)
+                hint = f"; did you mean {close[0]}?" if close else f"; there is {', '.join(known) or 'none yet'}"
+                typer.echo(f"note: no model {name!r} is known here{hint}", err=True)
         typer.echo(f"key {key.id} for {key.user}; it is shown only now:", err=True)
         typer.echo(token)
 
@@ -69,7 +76,7 @@ def create_key(user: str, admin: bool, models: Sequence[str], data_dir: Path | N
 
 def list_keys(data_dir: Path | None, redis_url: str | None) -> None:
     async def show() -> None:
-        async with _broker(data_dir, redis_url) as broker:
+        async with open_broker(data_dir, redis_url) as broker:
             keys = await broker.accounts.list()
             if not keys:
                 typer.echo("there are no keys; `interpose keys create --user NAME` makes one", err=True)
@@ -83,7 +90,7 @@ def list_keys(data_dir: Path | None, redis_url: str | None) -> None:
 
 def revoke_key(key: str, data_dir: Path | None, redis_url: str | None) -> None:
     async def revoke() -> None:
-        async with _broker(data_dir, redis_url) as broker:
+        async with open_broker(data_dir, redis_url) as broker:
             await broker.accounts.revoke(key)
         typer.echo(f"key {key} is revoked", err=True)
 
@@ -91,7 +98,7 @@ def revoke_key(key: str, data_dir: Path | None, redis_url: str | None) -> None:
 
 
 @asynccontextmanager
-async def _broker(data_dir: Path | None, redis_url: str | None) -> AsyncIterator[Broker]:
+async def open_broker(data_dir: Path | None, redis_url: str | None) -> AsyncIterator[Broker]:
     """The broker at a URL, or that of the running server, or an embedded one started for the moment."""
     data = DataDir(data_dir or default_dir())
     valkey: Child | None = None

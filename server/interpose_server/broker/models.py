@@ -206,8 +206,9 @@ class Models:
         assert isinstance(raw, bytes)
         return raw
 
-    async def known(self, name: str) -> bool:
-        return bool(await self._redis.sismember(keys.MODELS, name))
+    async def names(self) -> tuple[str, ...]:
+        """Of all models that are served here, or could be."""
+        return tuple(sorted(map(text, await self._redis.smembers(keys.MODELS))))
 
     async def note(self, notes: Mapping[str, str]) -> None:
         """Keep for the operator, by model, what was decided about its copies."""
@@ -250,12 +251,12 @@ class Models:
         return buried
 
     async def list(self) -> list[Hosted]:
-        names = sorted(map(text, await self._redis.smembers(keys.MODELS)))
-        return [await self.get(name) for name in names]
+        return [await self.get(name) for name in await self.names()]
 
     async def _unknown(self, name: str) -> UnknownModel:
-        names = sorted(map(text, await self._redis.smembers(keys.MODELS)))
-        return UnknownModel(f"no model {name!r} is served here; there is {', '.join(names) or 'none yet'}")
+        return UnknownModel(
+            f"no model {name!r} is served here; there is {', '.join(await self.names()) or 'none yet'}"
+        )
 
 
 def _key(name: str) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass
 
-from interpose.errors import ConfigError, UnknownModel
+from interpose.errors import ConfigError, ModelUnavailable, UnknownModel
 from redis.asyncio import Redis
 
 from ..models.spec import ModelSpec
@@ -33,7 +33,7 @@ class Specs:
 
     def __init__(self, redis: Redis, settings: Settings) -> None:
         self._redis = redis
-        self._wish_s = settings.wish_s
+        self._settings = settings
 
     async def entries(self) -> list[Entry]:
         """All, by name; those that were removed until their jobs are over."""
@@ -53,7 +53,8 @@ class Specs:
         entry = await self.find(name)
         if entry is None or entry.removed:
             names = ", ".join(spec.name for spec in await self.list())
-            raise UnknownModel(f"no model {name!r} is in the catalogue; there is {names or 'none yet'}")
+            hint = "what `interpose serve` serves is named on its command line"
+            raise UnknownModel(f"no model {name!r} is in the catalogue; there is {names or f'none ({hint})'}")
         return entry.spec
 
     async def revision(self) -> int:
@@ -61,7 +62,12 @@ class Specs:
         return int(await self._redis.get(keys.SPECS_CHANGED) or 0)
 
     async def put(self, spec: ModelSpec) -> bool:
-        """Add a model, or replace what is said of it; loading that failed may be tried again. Whether it is new."""
+        """Add a model, or replace what is said of it; loading that failed may be tried again. Whether it is new.
+
+        Raises:
+            ConfigError: its settings aren't settings.
+        """
+        self._settings.changed(spec.settings)
         new = await self.find(spec.name) is None
         await self._write(Entry(spec))
         await self._redis.hdel(_key(spec.name), "failure", "evict")
@@ -76,6 +82,13 @@ class Specs:
         spec = await self.get(name)
         await self._write(Entry(spec.model_copy(update={"pinned": pinned})))
 
+    @staticmethod
+    def gone(name: str) -> ModelUnavailable:
+        """What those are told who wait for a model that is removed at once."""
+        return ModelUnavailable(
+            f"{name} was taken out of service before your job ran", details={"state": "stopped"}
+        )
+
     async def load(self, name: str) -> None:
         """Have a model loaded, also if that failed before. Raises UnknownModel."""
         await self.get(name)
@@ -84,7 +97,7 @@ class Specs:
 
     async def wish(self, name: str) -> None:
         """Somebody wants to use a model of the catalogue."""
-        await self._wish(name, self._wish_s)
+        await self._wish(name, self._settings.wish_s)
 
     async def evict(self, name: str) -> None:
         """Let a model go as soon as it has no work.

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from enum import StrEnum
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import yaml
 from interpose.errors import ConfigError, InvalidPayload
@@ -30,6 +30,9 @@ class Placement(StrEnum):
 
 class Plain(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+P = TypeVar("P", bound=Plain)
 
 
 class Replicas(Plain):
@@ -105,6 +108,11 @@ class ModelSpec(Plain):
             raise ValueError("beyond one, devices come whole")
         return self
 
+    @classmethod
+    def checked(cls, plain: Any) -> ModelSpec:
+        """Raises ConfigError, which names the field."""
+        return _checked(cls, plain, "")
+
     @property
     def place(self) -> str:
         """Where its weights come from: its own name, where nothing else is said."""
@@ -141,15 +149,32 @@ class ClusterConfig(Plain):
     @classmethod
     def read(cls, path: Path) -> ClusterConfig:
         """Raises ConfigError, which names the place in the file."""
-        try:
-            plain = yaml.safe_load(path.read_text())
-        except OSError as error:
-            raise ConfigError(f"{path} can't be read: {error.strerror}") from error
-        except yaml.YAMLError as error:
-            raise ConfigError(f"{path} is no YAML: {error}") from error
-        try:
-            return cls.model_validate(plain)
-        except ValidationError as error:
-            first = error.errors()[0]
-            where = ".".join(map(str, first["loc"]))
-            raise ConfigError(f"{path}: {where}: {first['msg'].removeprefix('Value error, ')}") from error
+        return _checked(cls, _yaml(path), f"{path}: ")
+
+
+def read_specs(path: Path) -> list[ModelSpec]:
+    """Models of a YAML file: one, a list, or a cluster's file. Raises ConfigError, which names the place in it."""
+    plain = _yaml(path)
+    if isinstance(plain, dict) and "models" in plain:
+        return list(_checked(ClusterConfig, plain, f"{path}: ").models)
+    listed = plain if isinstance(plain, list) else [plain]
+    return [_checked(ModelSpec, item, f"{path}: {number}: ") for number, item in enumerate(listed, 1)]
+
+
+def _yaml(path: Path) -> Any:
+    try:
+        return yaml.safe_load(path.read_text())
+    except OSError as error:
+        raise ConfigError(f"{path} can't be read: {error.strerror}") from error
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{path} is no YAML: {error}") from error
+
+
+def _checked(kind: type[P], plain: Any, where: str) -> P:
+    try:
+        return kind.model_validate(plain)
+    except ValidationError as error:
+        first = error.errors()[0]
+        place = ".".join(map(str, first["loc"]))
+        told = first["msg"].removeprefix("Value error, ")
+        raise ConfigError(f"{where}{place}: {told}" if place else f"{where}{told}") from error

@@ -33,13 +33,13 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--name", default=f"{os.uname().nodename}-{os.getpid()}", help="of this worker")
     wanted = parser.parse_args(argv)
     logs.setup(f"worker {wanted.model}")
-    settings = Settings()
-    prepare_process(settings)
     adapters = dict(text.split("=", 1) for text in wanted.adapter)
     spec = ModelSpec(
         name=wanted.model, source=wanted.source, dtype=wanted.dtype, adapters=adapters, load_s=PATIENCE_S
     )
     try:
+        settings = Settings.read()
+        prepare_process(settings)
         uvloop.run(_main(spec, wanted.name, settings, wanted.device))
     except InterposeError as error:
         print(f"{wanted.model}: {error.message}", file=sys.stderr, flush=True)

@@ -1,0 +1,39 @@
+"""What all verbs share: how errors end them, and the options that say which server is meant."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import wraps
+from pathlib import Path
+from typing import Annotated, ParamSpec, TypeVar
+
+import typer
+
+from ..errors import ConfigError, InterposeError
+
+P = ParamSpec("P")
+T = TypeVar("T")
+
+DataDir = Annotated[Path | None, typer.Option(help="The server's data folder.", envvar="INTERPOSE_SERVER_DATA_DIR")]
+RedisUrl = Annotated[
+    str | None,
+    typer.Option(help="A Redis of your own instead of the embedded Valkey.", envvar="INTERPOSE_SERVER_REDIS_URL"),
+]
+
+
+def plainly(verb: Callable[P, T]) -> Callable[P, T]:
+    """Errors of ours end the command with one line; a missing extra names the extra."""
+
+    @wraps(verb)
+    def run(*args: P.args, **kwargs: P.kwargs) -> T:
+        try:
+            return verb(*args, **kwargs)
+        except InterposeError as error:
+            typer.echo(f"interpose: {error}", err=True)
+            raise typer.Exit(1) from None
+        except ModuleNotFoundError as error:
+            missing = ConfigError(f'this needs {error.name}; install it with: pip install "interpose[server]"')
+            typer.echo(f"interpose: {missing}", err=True)
+            raise typer.Exit(1) from None
+
+    return run
