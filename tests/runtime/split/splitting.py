@@ -10,8 +10,7 @@ import torch
 import transformers
 from interpose.runtime import nests
 from interpose.runtime.split.cutting import Cut, block_list, cut, ranges
-
-from tests.models import ARCHITECTURES, BEYOND, tiny
+from models import ARCHITECTURES, BEYOND, tiny
 
 
 def whole(arch: str, **overrides: Any) -> Any:

@@ -12,10 +12,9 @@ from interpose.errors import ConfigError, InternalError
 from interpose.runtime.split import placeholders
 from interpose.runtime.split.cutting import block_list
 from interpose.runtime.split.route import Visit
+from models import ARCHITECTURES, BEYOND
+from splitting import assert_same, fed, split, whole
 from torch import nn
-
-from tests.models import ARCHITECTURES, BEYOND
-from tests.runtime.split.splitting import assert_same, fed, split, whole
 
 
 @pytest.mark.parametrize("arch", [*ARCHITECTURES, *BEYOND])

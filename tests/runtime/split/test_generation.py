@@ -10,9 +10,8 @@ import torch
 from interpose.errors import InternalError
 from interpose.runtime import caches
 from interpose.runtime.split.cutting import Cut
+from splitting import assert_same, fed, split, whole
 from transformers import DynamicCache, StaticCache
-
-from tests.runtime.split.splitting import assert_same, fed, split, whole
 
 ARCHS = [
     *("gpt2", "llama", "mistral", "gemma2", "gemma3", "neox", "opt", "bloom", "falcon", "mpt", "mixtral", "mamba"),

@@ -12,9 +12,8 @@ from interpose.errors import InternalError
 from interpose.runtime.hooks import hooked
 from interpose.runtime.split.cutting import Cut, block_list, cut, ranges
 from interpose.runtime.split.route import HOME, Landing, Mail, Nest
+from splitting import fed, split, whole
 from torch import Tensor, nn
-
-from tests.runtime.split.splitting import fed, split, whole
 
 ARCHS = [
     "gpt2",

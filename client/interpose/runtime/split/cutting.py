@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from ...errors import ConfigError
+from ..blocklists import main_list
 from .here import Here
 from .route import Guest
 from .shard import Shard
@@ -33,17 +34,11 @@ class Cut:
 
 
 def block_list(model: nn.Module) -> list[str]:
-    """Paths of the blocks of a model's longest list of modules of one class, first of equals.
-
-    Raises ConfigError for a model without one.
-    """
-    found: list[str] = []
-    for path, module in model.named_modules():
-        if isinstance(module, nn.ModuleList) and len(module) > len(found):
-            found = [f"{path}.{index}" if path else str(index) for index in range(len(module))]
-    if len(found) < 2:
+    """Paths of the blocks of a model's main list. Raises ConfigError for a model without one."""
+    found = main_list(model)
+    if found is None or len(found) < 2:
         raise ConfigError(f"{type(model).__name__} has no list of blocks to split")
-    return found
+    return [*found.blocks]
 
 
 def ranges(paths: Sequence[str], parts: int) -> list[list[str]]:

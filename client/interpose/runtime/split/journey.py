@@ -49,13 +49,15 @@ class _Journey(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, trip: Trip, _: Tensor, *sent: Tensor) -> tuple[Tensor, ...]:
         ctx.trip = trip
+        ctx.devices = [tensor.device for tensor in sent]
         ctx.set_materialize_grads(False)
         return tuple(tensor.detach() for tensor in trip.came)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Any, ...]:
-        return None, None, *ctx.trip.back(gradients)
+        found = zip(ctx.trip.back(gradients), ctx.devices, strict=True)
+        return None, None, *(None if part is None else part.to(device) for part, device in found)
 
 
 def differentiable(trip: Trip, sent: tuple[Tensor, Sequence[Mail]], landing: Landing) -> Landing:

@@ -44,6 +44,13 @@ def leaf(tensor: Tensor) -> Tensor:
         return tensor.detach().clone().requires_grad_(tensor.requires_grad)
 
 
+def moved(tensor: Tensor, device: torch.device) -> Tensor:
+    """The same leaf on a device; itself if it is there."""
+    if tensor.device == device or tensor.is_meta:
+        return tensor
+    return tensor.detach().to(device).requires_grad_(tensor.requires_grad)
+
+
 def readdressed(mail: Sequence[Mail], change: Callable[[Any], Any]) -> list[Mail]:
     """Mail whose values are changed."""
     return [Mail(letter.to, letter.address, mapped(letter.value, change)) for letter in mail]

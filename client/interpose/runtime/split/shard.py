@@ -16,7 +16,7 @@ from .. import nests
 from ..hooks import hooked, no_hooks
 from ..independence import Buffers
 from . import caches
-from .parcels import Swapped, given, mapped, readdressed
+from .parcels import Swapped, given, mapped, moved, readdressed
 from .route import ArgumentRef, BlockCall, CacheRef, Guest, Mail, Nest, Visit
 from .station import tracked
 
@@ -78,19 +78,21 @@ class Shard:
         self, number: int, hidden: Tensor, visit: Visit, mail: Sequence[Mail]
     ) -> tuple[Tensor | None, Nest, Sequence[Mail]]:
         """Serve one forward; `mail` is what is addressed here."""
+        arrived = Swapped(lambda tensor: moved(tensor, self._device))
+        hidden, mail = arrived(hidden), readdressed(mail, arrived)
         of_caches = [letter for letter in mail if letter.address[0] == caches.ADDRESS]
         arguments = {letter.address[1]: letter.value for letter in mail if letter.address[0] == ARGUMENT}
         for_guest = [letter for letter in mail if letter.address[0] not in (caches.ADDRESS, ARGUMENT)]
         self._caches.take(of_caches)
-        swapped = Swapped(self._here)
 
         def resolve(value: Any) -> Any:
             if isinstance(value, CacheRef):
                 return self._caches.get(value)
-            return arguments[value.number] if isinstance(value, ArgumentRef) else swapped(value)
+            return arguments[value.number] if isinstance(value, ArgumentRef) else arrived(value)
 
         def run() -> Tensor:
-            result = hidden
+            # A block may write over what it is given, which a leaf that requires gradients doesn't allow.
+            result = hidden.clone() if hidden.requires_grad else hidden
             for call in visit.calls:
                 result = self._call(call, result, resolve)
             return result
@@ -137,9 +139,6 @@ class Shard:
         kind = output_kind(path, output)
         if self._outputs.setdefault(path, kind) != kind:
             raise InternalError(f"{path} returned {kind} and had returned {self._outputs[path]}")
-
-    def _here(self, tensor: Tensor) -> Tensor:
-        return tensor if tensor.device == self._device or tensor.is_meta else tensor.to(self._device)
 
     # -- backwards -----------------------------------------------------------------------------------------------
 

@@ -21,9 +21,9 @@ from ...errors import InternalError
 from ..hooks import CURRENT
 from . import caches
 from .journey import Trip, differentiable
-from .parcels import Swapped, leaf, mapped, readdressed
+from .parcels import Swapped, leaf, mapped, moved, readdressed
 from .placeholders import Placeholder, Withheld, settled
-from .route import ArgumentRef, BlockCall, Carrier, Landing, Mail, Nest, Route, Visit
+from .route import ArgumentRef, BlockCall, CacheRef, Carrier, Landing, Mail, Nest, Route, Visit
 from .shard import ARGUMENT, OUTPUTS, first_parameter
 
 _SCALARS = (bool, int, float, str, bytes, type(None))
@@ -129,9 +129,9 @@ class Home:
         landing = self.route.forward(number, sent[0], visits, sent[1])
         words = [letter for letter in landing.mail if letter.address[0] == caches.ADDRESS]
         self._caches.landed(packed.caches, words, hidden.device)
-        landing = replace(
-            landing, mail=tuple(letter for letter in landing.mail if letter.address[0] != caches.ADDRESS)
-        )
+        home = Swapped(lambda tensor: moved(tensor, hidden.device))
+        letters = [letter for letter in landing.mail if letter.address[0] != caches.ADDRESS]
+        landing = replace(landing, hidden=home(landing.hidden), mail=tuple(readdressed(letters, home)))
         if grad:
             trip = Trip(self.route, number, tuple(sites), carrier)
             landing = differentiable(trip, (hidden, mail), landing)
@@ -167,6 +167,7 @@ class _Packed:
     def __init__(self, known: caches.HomeCaches) -> None:
         self._known = known
         self.caches: list[Any] = []
+        self._refs: dict[int, CacheRef] = {}
         self.mail: list[Mail] = []
         self._numbers: dict[tuple[int, int], int] = {}
         self._bare = Swapped(Tensor.detach)
@@ -180,17 +181,18 @@ class _Packed:
         return BlockCall(call.place.path, args, kwargs)
 
     def _value(self, value: Any, site: int, where: str) -> Any:
+        if type(value) in _SCALARS:
+            return value
         if isinstance(value, Withheld):
             raise InternalError(f"{where}, which {value.path} returned beside its hidden states and stays there")
         if isinstance(value, Tensor):
             tracked = value.requires_grad and torch.is_grad_enabled()
             return self._argument(value, site) if tracked else self._bare(value)
         if caches.is_cache(value):
-            if not any(value is cache for cache in self.caches):
+            if id(value) not in self._refs:
+                self._refs[id(value)] = self._known.ref(value)
                 self.caches.append(value)
-            return self._known.ref(value)
-        if type(value) in _SCALARS:
-            return value
+            return self._refs[id(value)]
         raise InternalError(f"{where}, a {type(value).__name__}, which can't be sent to a shard")
 
     def _argument(self, value: Tensor, site: int) -> ArgumentRef:
