@@ -324,6 +324,11 @@ def _set_dtype(
     return _as_dtype(found) or torch.float32
 
 
+def saved_dtype(source: Source, config: PretrainedConfig) -> torch.dtype:
+    """That of weights as they were saved: what "auto" comes to. Raises ConfigError where none are there."""
+    return source.fetch(lambda: _set_dtype(copy.deepcopy(config), "auto", None, Weights.find(source, config)))
+
+
 def _as_dtype(value: Any) -> torch.dtype | None:
     found = getattr(torch, value) if isinstance(value, str) else value
     return found if isinstance(found, torch.dtype) else None

@@ -1,0 +1,180 @@
+"""A model's figures, from its config alone: no weights are read, none made.
+
+The model stands on torch's meta device. Its parameters are counted there; one short forward and one longer, without
+data, tell what its blocks make and keep: grouped heads, compressed caches, windows and states as the library really
+has them.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from interpose.errors import ConfigError
+from interpose.runtime.blocklists import BlockList, main_list
+from interpose.runtime.parts import outline, saved_dtype
+from interpose.runtime.sources import Source, torch_dtype
+from torch import Tensor, nn
+from transformers import PretrainedConfig, PreTrainedModel
+
+from .dryrun import Dry, Kept, dry_run
+from .schemes import Scheme
+from .sizes import Part, Sizes
+
+log = logging.getLogger(__name__)
+
+
+def sizes(
+    source: str | Path,
+    *,
+    name: str | None = None,
+    dtype: str | None = None,
+    revision: str | None = None,
+    quantization: str | None = None,
+) -> Sizes:
+    """Of a hub id, a folder (a config.json is enough) or a config's file.
+
+    Args:
+        name: what it is called; default: the hub id or the folder's name.
+        dtype: of the weights; default and "auto": as saved.
+        quantization: a scheme of the transformers library; default: as saved.
+
+    Raises:
+        ConfigError: no such folder or dtype, or a model the library doesn't know.
+        ModelUnavailable: the hub doesn't give it.
+    """
+    at, called = _source(source, revision)
+    config = at.config()
+    wanted = torch_dtype(dtype)
+    if wanted == "auto":
+        wanted = _saved_dtype(at, config)
+    return of_config(config, name or called, wanted, quantization)
+
+
+def of_config(config: PretrainedConfig, name: str, dtype: torch.dtype, quantization: str | None = None) -> Sizes:
+    """The figures of a config's model."""
+    model = outline(config, dtype)
+    its = main_list(model)
+    scheme = Scheme.of(config, quantization)
+    outside, blocks = _weights(model, its, scheme)
+    dry = _dry(model, its, config, dtype)
+    found = dry or estimated(model, its)
+    return Sizes(
+        model=name,
+        architecture=type(model).__name__,
+        dtype=str(dtype).removeprefix("torch."),
+        quantization=scheme.name if scheme else "",
+        parameters=sum(param.numel() for _, param in _own(model)),
+        path=its.path if its else "",
+        blocks=tuple(_parts(blocks, found)),
+        outside=Part(outside, work_token=found.outside),
+        positions=_positions(config),
+        measured=dry is not None,
+    )
+
+
+def _source(source: str | Path, revision: str | None) -> tuple[Source, str]:
+    path = Path(source).expanduser()
+    if path.is_file():
+        hub = {"local_files_only": True, "trust_remote_code": False}
+        return Source(str(path), path.parent.resolve(), hub), path.parent.resolve().name
+    at = Source.of(source, revision)
+    return at, at.folder.name if at.folder else at.place
+
+
+def _saved_dtype(at: Source, config: PretrainedConfig) -> torch.dtype:
+    """As the library finds it: what the config says, or the first of a folder's weights."""
+    told = getattr(torch, config.dtype) if isinstance(config.dtype, str) else config.dtype
+    if isinstance(told, torch.dtype):
+        return told
+    try:
+        return saved_dtype(at, config) if at.folder is not None else torch.float32
+    except ConfigError:
+        return torch.float32  # nothing there yet but a config
+
+
+def _positions(config: PretrainedConfig) -> int | None:
+    most = getattr(config.get_text_config(), "max_position_embeddings", None)
+    return most if isinstance(most, int) and most > 0 else None
+
+
+def _own(model: PreTrainedModel) -> Iterator[tuple[str, Tensor]]:
+    """Parameters, what is tied once."""
+    tied = model.all_tied_weights_keys
+    return ((name, param) for name, param in model.named_parameters() if name not in tied)
+
+
+def _weights(model: PreTrainedModel, its: BlockList | None, scheme: Scheme | None) -> tuple[int, list[int]]:
+    """Bytes outside the blocks, and of each."""
+    paths = its.blocks if its else ()
+    index = {path: number for number, path in enumerate(paths)}
+    outside, blocks = 0, [0] * len(paths)
+    depth = len(its.path.split(".")) + 1 if its and its.path else 1
+    for name, tensor in (*_own(model), *model.named_buffers()):
+        at = index.get(".".join(name.split(".")[:depth]))
+        if at is None:
+            outside += tensor.nbytes
+        else:
+            blocks[at] += scheme.nbytes(model, name, tensor) if scheme else tensor.nbytes
+    return outside, blocks
+
+
+def _dry(model: PreTrainedModel, its: BlockList | None, config: PretrainedConfig, dtype: torch.dtype) -> Dry | None:
+    """What a forward without data tells; None for a model that can't do without."""
+    for trial in dict.fromkeys((dtype, torch.bfloat16)):
+        # Some kernels of experts are there for bfloat16 alone, on meta.
+        twin = model if trial == dtype else outline(config, trial)
+        nn.Module.eval(twin)
+        try:
+            found = dry_run(twin, _modules(twin, its))
+        except Exception as error:  # noqa: BLE001 - whatever a model's own code raises where nothing is to be seen
+            log.info("%s doesn't run without data in %s (%s)", type(model).__name__, trial, type(error).__name__)
+            continue
+        return found.scaled(dtype.itemsize, trial.itemsize)
+    return None
+
+
+def _modules(model: nn.Module, its: BlockList | None) -> list[nn.Module]:
+    return [model.get_submodule(path) for path in its.blocks] if its else []
+
+
+def estimated(model: PreTrainedModel, its: BlockList | None) -> Dry:
+    """The same, guessed from widths: of a block the widest product, in and out; whole keys and values."""
+    text: Any = model.config.get_text_config()
+    size = next(model.parameters()).dtype.itemsize
+    hidden = getattr(text, "hidden_size", 0) * size
+    heads = getattr(text, "num_attention_heads", 0) or 0
+    grouped = getattr(text, "num_key_value_heads", None) or heads
+    head = getattr(text, "head_dim", None) or (getattr(text, "hidden_size", 0) // heads if heads else 0)
+    blocks = _modules(model, its)
+    keeps = model.can_generate()
+    return Dry(
+        work=tuple(2 * _widest(block) * size for block in blocks),
+        output=tuple(hidden for _ in blocks),
+        outside=2 * (getattr(text, "vocab_size", 0) or 0) * size if keeps else 0,
+        cache=tuple(Kept(2 * grouped * head * size) for _ in blocks) if keeps else (),
+    )
+
+
+def _widest(block: nn.Module) -> int:
+    """Numbers that its widest product makes of a token; of experts, which lie behind one another, the sum of all
+    dimensions but the first."""
+    return max((sum(param.shape[-2:]) for param in block.parameters() if param.ndim > 1), default=0)
+
+
+def _parts(weights: Sequence[int], dry: Dry) -> Iterator[Part]:
+    kept = _spread(dry.cache, len(weights))
+    for index, its in enumerate(weights):
+        cache = kept[index]
+        yield Part(its, dry.work[index], cache.token, cache.row, cache.window, dry.output[index])
+
+
+def _spread(cache: Sequence[Kept], blocks: int) -> Sequence[Kept]:
+    """A cache's layers for so many blocks: one each, or where the model has it otherwise, alike for all."""
+    if len(cache) == blocks or not blocks:
+        return cache
+    token, row = (sum(getattr(layer, name) for layer in cache) for name in ("token", "row"))
+    return [Kept(-(-token // blocks), -(-row // blocks))] * blocks
