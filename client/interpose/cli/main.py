@@ -63,6 +63,25 @@ def serve(
 
 @app.command()
 @plainly
+def plan(
+    model: Annotated[str, typer.Argument(help="A hub id, a folder, or a config.json: no weights are needed.")],
+    devices: Annotated[str, typer.Option(help="8x80GB; 2x24GB,1x48GB; 4x80GB+4x80GB on two machines.")],
+    dtype: Annotated[str | None, typer.Option(help="float32, bfloat16, ...; default: as saved.")] = None,
+    quantization: Annotated[str | None, typer.Option(help="A scheme; default: as saved.")] = None,
+    rows: Annotated[int | None, typer.Option(help="Rows of a batch.", min=1)] = None,
+    context: Annotated[int | None, typer.Option(help="Tokens of each row.", min=1)] = None,
+    shards: Annotated[int | None, typer.Option(help="Ranges of blocks; default: by size.", min=1)] = None,
+    placement: Annotated[str, typer.Option(help="auto, device, devices, blocks.")] = "auto",
+    revision: Annotated[str | None, typer.Option(help="The hub's.")] = None,
+) -> None:
+    """Show how a model would lie on devices, and what each would hold. Loads nothing."""
+    from . import server
+
+    server.plan(model, devices, dtype, quantization, rows, context, shards, placement, revision)
+
+
+@app.command()
+@plainly
 def status(data_dir: DataDir = None) -> None:
     """Show the server that runs on a data folder, and its models."""
     from . import server

@@ -1,4 +1,4 @@
-"""The verbs that need the server's package: `serve`, `status`, `keys`."""
+"""The verbs that need the server's package: `serve`, `plan`, `status`, `keys`."""
 
 from __future__ import annotations
 
@@ -37,6 +37,23 @@ def serve(
     if len({model.name for model in served}) < len(served):
         raise ConfigError("two models have the same name; give one another with NAME=FOLDER")
     asyncio.run(embedded.serve(Wanted(served, host, port, device, dtype, data_dir, redis_url, print_env)))
+
+
+def plan(
+    model: str,
+    devices: str,
+    dtype: str | None,
+    quantization: str | None,
+    rows: int | None,
+    context: int | None,
+    shards: int | None,
+    placement: str,
+    revision: str | None,
+) -> None:
+    from interpose_server.models.report import report
+
+    options = {"dtype": dtype or "auto", "quantization": quantization, "revision": revision}
+    report(model, devices, rows=rows, context=context, shards=shards, placement=placement, **options)
 
 
 def status(data_dir: Path | None) -> bool:

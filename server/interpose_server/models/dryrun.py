@@ -55,9 +55,9 @@ class Dry:
 
 
 @torch.no_grad()
-def dry_run(model: nn.Module, blocks: Sequence[nn.Module]) -> Dry:
+def dry_run(model: nn.Module, blocks: Sequence[nn.Module], device: str = "meta") -> Dry:
     """Raises whatever a model's own code raises where it looks at values, which aren't there."""
-    with torch.device("meta"):
+    with torch.device(device):
         short, _ = _caches(model(**_given(model, SHORT)))
         watch = _Watch(model, blocks)
         with watch:

@@ -142,7 +142,7 @@ def _modules(model: nn.Module, its: BlockList | None) -> list[nn.Module]:
 
 
 def estimated(model: PreTrainedModel, its: BlockList | None) -> Dry:
-    """The same, guessed from widths: of a block the widest product, in and out; whole keys and values."""
+    """The same, guessed from widths: of a block four of the widest product, in and out; whole keys and values."""
     text: Any = model.config.get_text_config()
     size = next(model.parameters()).dtype.itemsize
     hidden = getattr(text, "hidden_size", 0) * size
@@ -152,7 +152,7 @@ def estimated(model: PreTrainedModel, its: BlockList | None) -> Dry:
     blocks = _modules(model, its)
     keeps = model.can_generate()
     return Dry(
-        work=tuple(2 * _widest(block) * size for block in blocks),
+        work=tuple(4 * _widest(block) * size for block in blocks),
         output=tuple(hidden for _ in blocks),
         outside=2 * (getattr(text, "vocab_size", 0) or 0) * size if keeps else 0,
         cache=tuple(Kept(2 * grouped * head * size) for _ in blocks) if keeps else (),

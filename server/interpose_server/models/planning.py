@@ -1,0 +1,43 @@
+"""The plan of a model of the catalogue."""
+
+from __future__ import annotations
+
+from functools import lru_cache
+from pathlib import Path
+
+from .devices import Devices
+from .placement import Load, Plan, plan
+from .sizes import Sizes
+from .spec import ModelSpec
+
+
+def plan_for(spec: ModelSpec, devices: Devices, load: Load | None = None) -> Plan:
+    """Where a model lies. Reads its config, from the hub if need be, and takes seconds where the model is large.
+
+    Raises:
+        ConfigError: a model that isn't there or not understood, or that fits nowhere.
+        ModelUnavailable: the hub doesn't give it.
+    """
+    return plan(figures(spec), devices, spec, load)
+
+
+def figures(spec: ModelSpec) -> Sizes:
+    """A model's sizes. Raises as `plan_for`."""
+    name = None if spec.source else spec.name
+    return _figures(spec.place, name, spec.dtype, spec.revision, spec.quantization, _stamp(spec.place))
+
+
+@lru_cache(maxsize=256)
+def _figures(
+    place: str, name: str | None, dtype: str, revision: str | None, quantization: str | None, stamp: float
+) -> Sizes:
+    from .sizing import sizes  # torch and transformers, which take seconds and memory
+
+    return sizes(place, name=name, dtype=dtype, revision=revision, quantization=quantization)
+
+
+def _stamp(place: str) -> float:
+    """When a folder's config was written; 0 for what is no folder."""
+    path = Path(place).expanduser()
+    config = path / "config.json" if path.is_dir() else path
+    return config.stat().st_mtime if config.is_file() else 0.0
