@@ -8,7 +8,7 @@ import msgpack
 import pytest
 import torch
 from interpose.errors import BadArgument, InvalidPayload
-from interpose.runtime.split.route import BlockCall, CacheRef, Mail, Visit
+from interpose.runtime.split.route import ArgumentRef, BlockCall, CacheRef, Mail, Visit
 from interpose_server.shards.parcels import Opening, pack
 
 BASE = torch.randn(3, 4, 5, generator=torch.Generator().manual_seed(0))
@@ -69,7 +69,21 @@ def test_wishes_for_gradients_arrive_and_graphs_do_not() -> None:
 
 
 def test_plain_values_keep_their_types() -> None:
-    nest = [None, True, 1, -(2**63), 1.5, float("inf"), "text", b"bytes", (), [()], {"k": [1, (2,)]}, CacheRef(4)]
+    nest = [
+        None,
+        True,
+        1,
+        -(2**63),
+        1.5,
+        float("inf"),
+        "text",
+        b"bytes",
+        (),
+        [()],
+        {"k": [1, (2,)]},
+        CacheRef(4),
+        ArgumentRef(5),
+    ]
     found = sent(nest)
     assert found == nest
     assert [type(one) for one in found] == [type(one) for one in nest]

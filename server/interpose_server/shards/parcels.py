@@ -15,12 +15,12 @@ import msgpack
 import torch
 from interpose.errors import BadArgument, InvalidPayload
 from interpose.graph.values import DTYPES
-from interpose.runtime.split.route import BlockCall, CacheRef, Mail, Visit
+from interpose.runtime.split.route import ArgumentRef, BlockCall, CacheRef, Mail, Visit
 from interpose.wire.tensors import MAX_DIMS, MAX_SIZE
 from interpose.wire.torch_tensors import TORCH, torch_bytes, torch_dtype
 from torch import Tensor
 
-TENSOR, TUPLE, CACHE, MAIL, CALL, VISIT = range(1, 7)
+TENSOR, TUPLE, CACHE, MAIL, CALL, VISIT, ARGUMENT = range(1, 8)
 """Kinds of msgpack's extension values."""
 
 SPARSEST = 4
@@ -59,6 +59,8 @@ def pack(nest: Any) -> Packed:
             return msgpack.ExtType(TUPLE, packed(list(value)))
         if isinstance(value, CacheRef):
             return msgpack.ExtType(CACHE, msgpack.packb(value.number))
+        if isinstance(value, ArgumentRef):
+            return msgpack.ExtType(ARGUMENT, msgpack.packb(value.number))
         if isinstance(value, Mail):
             return msgpack.ExtType(MAIL, packed([value.to, value.address, value.value]))
         if isinstance(value, BlockCall):
@@ -249,6 +251,10 @@ def _cache(number: Any) -> CacheRef:
     return CacheRef(number)
 
 
+def _argument(number: Any) -> ArgumentRef:
+    return ArgumentRef(number)
+
+
 def _mail(plain: Any) -> Mail:
     return Mail(*_listed(plain, 3))
 
@@ -261,4 +267,11 @@ def _visit(plain: Any) -> Visit:
     return Visit(*_listed(plain, 5))
 
 
-_MAKERS: dict[int, Callable[[Any], Any]] = {TUPLE: tuple, CACHE: _cache, MAIL: _mail, CALL: _call, VISIT: _visit}
+_MAKERS: dict[int, Callable[[Any], Any]] = {
+    TUPLE: tuple,
+    CACHE: _cache,
+    ARGUMENT: _argument,
+    MAIL: _mail,
+    CALL: _call,
+    VISIT: _visit,
+}

@@ -13,7 +13,7 @@ from torch import nn
 from ...errors import ConfigError
 from ..blocklists import main_list
 from .here import Here
-from .route import Guest
+from .route import Guest, Route
 from .shard import Shard
 from .stubs import Home, places, settle_exit, stub
 
@@ -53,24 +53,31 @@ def cut(
     guest: Callable[[int, nn.Module], Guest | None] = lambda site, part: None,
 ) -> Cut:
     """Args: shards: of each, the paths of its blocks; guest: what of the jobs' graphs runs on a site's part."""
-    blocks = {path: model.get_submodule(path) for paths in shards for path in paths}
-    parts = tuple(_without(model, [path for path in blocks if path not in own]) for own in map(set, shards))
+    parts = parts_of(model, shards)
     device = next((param.device for param in model.parameters()), torch.device("cpu"))
     stations = {
         site: Shard(site, {path: part.get_submodule(path) for path in paths}, device, guest(site, part))
         for site, (paths, part) in enumerate(zip(shards, parts, strict=True), 1)
     }
-    sites = {path: site for site, paths in enumerate(shards, 1) for path in paths}
-    route = Here(sites, stations)
-    stubs = Home(route)
-    where = places(route, blocks)
-    home = _copied(model, {path: stub(block, stubs, where[path]) for path, block in blocks.items()})
-    settle_exit(home)
+    route = Here({path: site for site, paths in enumerate(shards, 1) for path in paths}, stations)
+    home, stubs = home_of(model, route)
     return Cut(home, parts, route, stubs)
 
 
-def _without(model: nn.Module, others: Sequence[str]) -> nn.Module:
-    return _copied(model, {path: nn.Identity() for path in others})
+def parts_of(model: nn.Module, shards: Sequence[Sequence[str]]) -> tuple[nn.Module, ...]:
+    """Of each shard, the model with its own blocks alone."""
+    blocks = {path for paths in shards for path in paths}
+    return tuple(_copied(model, {path: nn.Identity() for path in blocks - {*own}}) for own in shards)
+
+
+def home_of(model: nn.Module, route: Route) -> tuple[nn.Module, Home]:
+    """The model with stubs where the blocks were that a route leads to; `model` stays as it is."""
+    stubs = Home(route)
+    blocks = {path: model.get_submodule(path) for path in route.sites}
+    where = places(route, blocks)
+    home = _copied(model, {path: stub(block, stubs, where[path]) for path, block in blocks.items()})
+    settle_exit(home)
+    return home, stubs
 
 
 def _copied(model: nn.Module, instead: dict[str, nn.Module]) -> nn.Module:
