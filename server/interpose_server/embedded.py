@@ -56,20 +56,25 @@ class Supervisor:
         for number in (signal.SIGTERM, signal.SIGINT):
             asyncio.get_running_loop().add_signal_handler(number, self._stop.set)
         settings, broker = self._settings("redis://unknown"), None
-        bound = _bind(self._wanted)
+        bound = _bind(self._wanted) if self._wanted.gateway else None
         try:
             settings = self._settings(self._wanted.redis_url or await self._valkey())
             broker = connect(settings)
             await broker.reach()
             token = await self._access(broker.accounts)
-            await self._start(settings, broker, bound)
+            host = _url(bound) if bound else "no gateway"
+            self._data.note(redis_url=settings.redis_url, host=host, pid=str(os.getpid()))
+            await self._host(settings, broker)
+            if bound:
+                await self._gateway(settings, bound)
             if await self._ready(broker, bound):
                 self._tell(bound, token)
                 await self._stop.wait()
             say("stopping")
         finally:
             await self._finish(settings.grace_s)
-            bound.close()
+            if bound:
+                bound.close()
             self._data.forget()
             if broker is not None:
                 await broker.close()
@@ -123,18 +128,15 @@ class Supervisor:
         self._data.write_private("local-key", token)
         return token
 
-    async def _start(self, settings: Settings, broker: Broker, bound: socket.socket) -> None:
-        """Start workers and gateway, and leave a note for the command line."""
-        self._data.note(redis_url=settings.redis_url, host=_url(bound), pid=str(os.getpid()))
+    async def _host(self, settings: Settings, broker: Broker) -> None:
+        """Have the models loaded. Returns before they are."""
         names = {model.name for model in self._wanted.models}
         if self._wanted.redis_url is None:
             # What an earlier command served here. With a shared Redis, others may be serving it.
             for hosted in await broker.models.list():
                 if hosted.name not in names:
                     await broker.models.forget(hosted.name)
-        # Threads of torch that spin while they wait for one another stall on a busy machine: beside two busy
-        # processes loading took ten times as long, and a forward four times.
-        env = {"OMP_WAIT_POLICY": "passive"} | settings.environment()
+        env = _environment(settings)
         say(f"starting {len(names)} worker{'s' * (len(names) > 1)}")
         for index, model in enumerate(self._wanted.models):
             name = f"{socket.gethostname()}#{index}:{model.name}"
@@ -149,33 +151,42 @@ class Supervisor:
         self._stages.append(self._workers)
         for worker in self._workers:
             await worker.start()
+
+    async def _gateway(self, settings: Settings, bound: socket.socket) -> None:
         say(f"starting the gateway at {_url(bound)}")
         command = [sys.executable, "-m", "interpose_server.gateway", "--fd", str(bound.fileno())]
-        gateway = Child("the gateway", command, say, env=env, pass_fds=[bound.fileno()])
+        gateway = Child("the gateway", command, say, env=_environment(settings), pass_fds=[bound.fileno()])
         self._stages.append([gateway])
         await gateway.start()
 
-    async def _ready(self, broker: Broker, bound: socket.socket) -> bool:
+    async def _ready(self, broker: Broker, bound: socket.socket | None) -> bool:
         """Wait until each model runs jobs and the gateway answers. False if told to stop meanwhile."""
-        waiting = {model.name for model in self._wanted.models}
-        answered = False
+        loaded = answered = False
         while not self._stop.is_set():
-            for worker in self._workers:
-                if worker.gave_up.is_set():
-                    raise ConfigError(f"{worker.label} can't start; the line above says why")
-            for name in list(waiting):
-                if (await broker.models.get(name)).state is ModelState.READY:
-                    waiting.discard(name)
-            answered = answered or await _answers(bound)
-            if answered and not waiting:
+            loaded = loaded or await self._loaded(broker)
+            answered = answered or bound is None or await _answers(bound)
+            if answered and loaded:
                 return True
             with suppress(TimeoutError):
                 async with asyncio.timeout(0.03):
                     await self._stop.wait()
         return False
 
-    def _tell(self, bound: socket.socket, token: str | None) -> None:
+    async def _loaded(self, broker: Broker) -> bool:
+        """Whether each model runs jobs. Raises ConfigError if one never will."""
+        for worker in self._workers:
+            if worker.gave_up.is_set():
+                raise ConfigError(f"{worker.label} can't start; the line above says why")
+        for model in self._wanted.models:
+            if (await broker.models.get(model.name)).state is not ModelState.READY:
+                return False
+        return True
+
+    def _tell(self, bound: socket.socket | None, token: str | None) -> None:
         """Say how to reach the server."""
+        if bound is None:
+            say(f"ready: {', '.join(model.name for model in self._wanted.models)}; Ctrl-C stops it")
+            return
         say(f"ready at {_url(bound)}: {', '.join(model.name for model in self._wanted.models)}")
         if self._wanted.print_env:
             print(f"INTERPOSE_HOST={_url(bound)}", flush=True)
@@ -198,6 +209,13 @@ class Supervisor:
 def say(text: str) -> None:
     """One line for the operator."""
     print(text, file=sys.stderr, flush=True)
+
+
+def _environment(settings: Settings) -> dict[str, str]:
+    """Of the processes started here."""
+    # Threads of torch that spin while they wait for one another stall on a busy machine: beside two busy
+    # processes loading took ten times as long, and a forward four times.
+    return {"OMP_WAIT_POLICY": "passive"} | settings.environment()
 
 
 def _bind(wanted: Wanted) -> socket.socket:

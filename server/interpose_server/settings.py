@@ -6,7 +6,7 @@ import difflib
 import json
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -148,12 +148,10 @@ class Settings(BaseSettings):
         except SettingsError as error:
             raise ConfigError(f"a setting {PREFIX}... can't be read: {error}") from error
 
-    def changed(self, changes: Mapping[str, Any]) -> Settings:
-        """These settings, some of a worker's own with other values. Raises ConfigError."""
-        if wrong := sorted(changes.keys() - OF_WORKERS):
-            raise ConfigError(
-                f"{wrong[0]!r} can't be set for one model; these can: {', '.join(sorted(OF_WORKERS))}"
-            )
+    def changed(self, changes: Mapping[str, Any], *, only: Collection[str] = OF_WORKERS) -> Settings:
+        """These settings, some of them with other values; by default those of one model. Raises ConfigError."""
+        if wrong := sorted(changes.keys() - set(only)):
+            raise ConfigError(f"{wrong[0]!r} can't be set here; these can: {', '.join(sorted(only))}")
         if not changes:
             return self
         limits = changes.get("limits")

@@ -72,7 +72,7 @@ def _adapter(text: str, source: str) -> str:
 
 @dataclass(frozen=True, slots=True)
 class Wanted:
-    """The command line of `interpose serve`."""
+    """The command line of `interpose serve`. `gateway`: whether one is started, too."""
 
     models: Sequence[Served]
     host: str = "127.0.0.1"
@@ -82,6 +82,7 @@ class Wanted:
     data_dir: Path | None = None
     redis_url: str | None = None
     print_env: bool = False
+    gateway: bool = True
 
     @property
     def private(self) -> bool:

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from interpose.errors import ConfigError
 from interpose_server.broker.connect import Broker
-from interpose_server.broker.models import ModelState
+from interpose_server.broker.states import ModelState
 from interpose_server.models.spec import ModelSpec
 from interpose_server.settings import Settings
 from interpose_server.worker.hosting import Host
@@ -25,7 +25,7 @@ async def test_it_is_ready_once_told_of_and_stops_when_told(settings: Settings, 
     assert host.ill() is None
     await host.load()
     hosted = await broker.models.get("tiny")
-    assert (hosted.state, hosted.worker, bool(hosted.fingerprint)) == (ModelState.READY, "w1", True)
+    assert (dict(hosted.copies), bool(hosted.fingerprint)) == ({"w1": ModelState.READY}, True)
     running = asyncio.create_task(host.run(stop))
     await asyncio.sleep(0.05)
     assert host.ill() is None
@@ -40,6 +40,14 @@ async def test_a_models_own_settings_hold_for_it_alone(settings: Settings) -> No
     assert (host.settings.batch_jobs, host.settings.limits.wall_s) == (3, 7)
     assert host.settings.limits.nodes == settings.limits.nodes
     assert host.settings.redis_url == settings.redis_url
+    await host.close()
+
+
+async def test_a_model_whose_settings_cannot_be_fails_to_load(settings: Settings, broker: Broker) -> None:
+    host = Host(spec(settings={"batch_jobs": 0}), "w1", settings)
+    with pytest.raises(ConfigError, match="batch_jobs"):
+        await host.load()
+    assert (await broker.models.get("tiny")).state is ModelState.FAILED
     await host.close()
 
 

@@ -32,7 +32,8 @@ def plainly(verb: Callable[P, T]) -> Callable[P, T]:
             typer.echo(f"interpose: {error}", err=True)
             raise typer.Exit(1) from None
         except ModuleNotFoundError as error:
-            missing = ConfigError(f'this needs {error.name}; install it with: pip install "interpose[server]"')
+            extra = "cluster" if (error.name or "").partition(".")[0] == "ray" else "server"
+            missing = ConfigError(f'this needs {error.name}; install it with: pip install "interpose[{extra}]"')
             typer.echo(f"interpose: {missing}", err=True)
             raise typer.Exit(1) from None
 

@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from .common import DataDir, RedisUrl, plainly
+from .deploy import deploy
 from .models import models
 
 app = typer.Typer(
@@ -20,6 +21,7 @@ app = typer.Typer(
 keys = typer.Typer(help="API keys of a server.", no_args_is_help=True)
 app.add_typer(keys, name="keys")
 app.add_typer(models, name="models")
+app.add_typer(deploy, name="deploy")
 
 
 def _version(wanted: bool) -> None:

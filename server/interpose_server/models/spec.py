@@ -113,6 +113,13 @@ class ModelSpec(Plain):
         """Raises ConfigError, which names the field."""
         return _checked(cls, plain, "")
 
+    def beside(self, file: Path) -> ModelSpec:
+        """Folders (`./x`, `../x`, `~/x`) taken from where a file that names them lies."""
+        if not self.source.startswith((".", "~")):
+            return self
+        folder = (file.parent / Path(self.source).expanduser()).resolve()
+        return self.model_copy(update={"source": str(folder)})
+
     @property
     def place(self) -> str:
         """Where its weights come from: its own name, where nothing else is said."""
@@ -149,7 +156,8 @@ class ClusterConfig(Plain):
     @classmethod
     def read(cls, path: Path) -> ClusterConfig:
         """Raises ConfigError, which names the place in the file."""
-        return _checked(cls, _yaml(path), f"{path}: ")
+        config = _checked(cls, _yaml(path), f"{path}: ")
+        return config.model_copy(update={"models": tuple(spec.beside(path) for spec in config.models)})
 
 
 def read_specs(path: Path) -> list[ModelSpec]:

@@ -15,7 +15,7 @@ from functools import partial
 
 import torch
 import transformers
-from interpose.errors import InterposeError, ModelUnavailable
+from interpose.errors import ConfigError, ModelUnavailable
 from interpose.graph.manifest import Manifest
 
 from .. import blob_keys
@@ -48,17 +48,18 @@ class Host:
 
     Args:
         name: under which its jobs are leased; no other live worker's.
-        settings: of the server; the spec's own are applied on top.
+        settings: of the server; the spec's own are applied on top, and one that can't be fails the loading.
         device: overrides where the spec puts it.
-
-    Raises:
-        ConfigError: a setting of the spec can't be.
     """
 
     def __init__(self, spec: ModelSpec, name: str, settings: Settings, device: str | None = None) -> None:
         self.spec = spec
         self.name = name
-        self.settings = settings.changed(spec.settings)
+        self._fault: ConfigError | None = None
+        try:
+            self.settings = settings.changed(spec.settings)
+        except ConfigError as error:
+            self.settings, self._fault = settings, error
         self.broker = connect(self.settings)
         self._device = device
         self._blobs = open_blobs(self.settings)
@@ -77,16 +78,11 @@ class Host:
         say(f"{self.spec.name}: loading from {self.spec.place}")
         beat = asyncio.create_task(self._beat())
         try:
-            async with asyncio.timeout(self.spec.load_s):
-                ready = await asyncio.to_thread(engine_for, self.spec, self.settings, self._device)
-        except TimeoutError:
-            error = ModelUnavailable(
-                f"{self.spec.name} wasn't loaded after {self.spec.load_s:g} s", details={"reason": "timeout"}
-            )
-            await self._failed(error)
-            raise error from None
+            ready = await self._engine()
         except Exception as error:
-            await self._failed(error)
+            if not isinstance(error, InterposeError):
+                log.exception("%s can't be loaded", self.spec.name)
+            await self.announce(ModelState.FAILED, error)
             raise
         finally:
             await end([beat])
@@ -103,8 +99,16 @@ class Host:
         Raises whatever leaves this process unable to go on, as a broken device does: another has to be started.
         """
         assert self._worker is not None, "it isn't loaded"
-        await self._worker.run(stop)
+        leaving = asyncio.create_task(self._leave(stop))
+        try:
+            await self._worker.run(stop)
+        finally:
+            await end([leaving])
         await self.announce(ModelState.STOPPED)
+
+    async def _leave(self, stop: asyncio.Event) -> None:
+        await stop.wait()
+        await self.announce(ModelState.DRAINING)
 
     async def announce(self, state: ModelState, why: BaseException | None = None) -> None:
         await self.broker.models.announce(self.spec.name, self.name, state, why)
@@ -115,6 +119,16 @@ class Host:
 
     async def close(self) -> None:
         await self.broker.close()
+
+    async def _engine(self) -> Ready:
+        if self._fault is not None:
+            raise self._fault
+        try:
+            async with asyncio.timeout(self.spec.load_s):
+                return await asyncio.to_thread(engine_for, self.spec, self.settings, self._device)
+        except TimeoutError:
+            why = f"{self.spec.name} wasn't loaded after {self.spec.load_s:g} s"
+            raise ModelUnavailable(why, details={"reason": "timeout"}) from None
 
     async def _publish(self, ready: Ready) -> None:
         tokenizer = ""
@@ -130,10 +144,6 @@ class Host:
         manifest: Manifest = ready.manifest
         budget = told(ready.allowed, ready.measured)
         await self.broker.models.publish(self.spec.name, self.name, manifest, tokenizer, budget)
-
-    async def _failed(self, why: BaseException) -> None:
-        log.warning("%s: %s", self.spec.name, why.message if isinstance(why, InterposeError) else "loading failed")
-        await self.announce(ModelState.FAILED, why)
 
     async def _beat(self) -> None:
         while True:

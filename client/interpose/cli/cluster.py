@@ -1,0 +1,171 @@
+"""The verbs `deploy up | status | down`. Ray is imported once it's needed, after what it reads is set."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+from collections.abc import AsyncIterator, Mapping, Sequence
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from importlib.util import find_spec
+from pathlib import Path
+
+import typer
+from interpose_server.broker.connect import Broker, connect
+from interpose_server.datadir import DataDir, default_dir
+from interpose_server.models.spec import ClusterConfig
+from interpose_server.settings import PREFIX, Settings
+from interpose_server.shards import local
+
+from ..errors import ConfigError
+
+POLL_S = 0.2
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """A configuration, and what runs on its data folder by now: nothing, or the facts that were noted there."""
+
+    config: ClusterConfig
+    data: DataDir
+    running: Mapping[str, str]
+
+    @classmethod
+    def of(cls, path: Path) -> Place:
+        """What the file leaves out comes from the environment, where passwords stand. Raises ConfigError."""
+        config = ClusterConfig.read(path)
+        named = {
+            name: value for name in ("redis_url", "data_dir") if (value := os.environ.get(PREFIX + name.upper()))
+        }
+        left_out = {name: value for name, value in named.items() if getattr(config, name) is None}
+        config = ClusterConfig.model_validate({**config.model_dump(), **left_out})
+        data = DataDir(config.data_dir or default_dir())
+        running = data.noted() if data.busy() else {}
+        if running and "ray" not in running:
+            raise ConfigError(f"a server without Ray runs on {data.path}; stop it, or choose another data_dir")
+        return cls(config, data, running)
+
+    @property
+    def redis_url(self) -> str | None:
+        return self.running.get("redis_url") or self.config.redis_url
+
+    @property
+    def ray(self) -> str | None:
+        return self.running.get("ray") or self.config.ray
+
+    @property
+    def elsewhere(self) -> bool:
+        """Whether all there is to start runs elsewhere, or here already."""
+        config = self.config
+        return bool(self.running) or bool(config.redis_url and config.ray and not config.gateway)
+
+    def settings(self, redis_url: str) -> Settings:
+        from interpose_server.shards.up import settings_of
+
+        return settings_of(self.config, redis_url, self.data.path)
+
+    @asynccontextmanager
+    async def broker(self) -> AsyncIterator[Broker]:
+        """Raises ConfigError if it doesn't run."""
+        if self.redis_url is None:
+            raise ConfigError(f"nothing is deployed on {self.data.path}")
+        broker = connect(Settings.read().model_copy(update={"redis_url": self.redis_url}))
+        try:
+            await broker.reach()
+            yield broker
+        finally:
+            await broker.close()
+
+    def join(self) -> None:
+        """Use the Ray cluster. Raises ConfigError."""
+        local.prepare(self.data.path, own=self.config.ray is None)
+        from interpose_server.shards import cluster
+
+        assert self.ray is not None
+        cluster.join(self.ray)
+
+
+def up(path: Path, print_env: bool) -> bool:
+    """Returns whether all models that are to be loaded are."""
+    place = Place.of(path)
+    _need_ray()
+    if place.elsewhere:
+        place.join()
+        return asyncio.run(_change(place))
+    local.prepare(place.data.path, own=place.config.ray is None)
+    from interpose_server.shards.up import ClusterSupervisor
+
+    lock = place.data.lock()
+    try:
+        asyncio.run(ClusterSupervisor(place.config, place.data, lock, print_env=print_env).run())
+    finally:
+        place.data.unlock()
+    return True
+
+
+async def _change(place: Place) -> bool:
+    """Have a cluster that runs serve what the configuration says by now."""
+    from interpose_server.shards.up import Loading, deploy, put
+
+    assert place.redis_url is not None
+    settings = place.settings(place.redis_url)
+    async with place.broker() as broker:
+        await put(place.config.models, broker)
+        await asyncio.to_thread(deploy, place.config.models, settings)
+        loading = Loading(place.config.models, lambda line: typer.echo(line, err=True))
+        await loading.watch(broker)
+    return not loading.failed
+
+
+def status(path: Path) -> bool:
+    """Print it. Returns whether there is something to keep models up."""
+    place = Place.of(path)
+
+    async def show() -> bool:
+        async with place.broker() as broker:
+            kept = await broker.specs.kept()
+            for hosted in await broker.models.list():
+                waiting = await broker.queue.depth(hosted.name)
+                copies = f"{len(hosted.copies)} cop{'y' if len(hosted.copies) == 1 else 'ies'}"
+                typer.echo(f"{hosted.name}  {hosted.state}  {copies}  {waiting} waiting")
+                if hosted.failure is not None:
+                    typer.echo(f"  {hosted.failure.detail}")
+            if not kept:
+                typer.echo("the cluster isn't heard of: models are neither loaded nor let go")
+            return kept
+
+    return asyncio.run(show())
+
+
+def down(path: Path, models: Sequence[str]) -> None:
+    place = Place.of(path)
+    _need_ray()
+    asyncio.run(_down(place, models or [spec.name for spec in place.config.models]))
+
+
+async def _down(place: Place, models: Sequence[str]) -> None:
+    async with place.broker() as broker:
+        for name in models:
+            await broker.specs.remove(name)
+        left = set(models)
+        while left:
+            for name in sorted(left):
+                if await broker.specs.find(name) is None:
+                    typer.echo(f"{name}: taken down", err=True)
+                    left.discard(name)
+            await asyncio.sleep(POLL_S)
+        if await broker.specs.entries():
+            return
+    if "pid" in place.running:
+        os.kill(int(place.running["pid"]), signal.SIGTERM)
+        return
+    place.join()
+    from interpose_server.shards import keeper
+
+    await asyncio.to_thread(keeper.stop)
+
+
+def _need_ray() -> None:
+    if find_spec("ray") is None:
+        raise ModuleNotFoundError("no Ray", name="ray")

@@ -1,0 +1,147 @@
+"""Models as Serve applications: one each, so that changing one leaves the others alone."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from importlib.metadata import version
+from typing import Any
+
+from ray import serve
+from ray.serve.api import RunTarget
+from ray.serve.config import AutoscalingConfig, AutoscalingPolicy
+
+from ..models.spec import ModelSpec
+from ..settings import Settings
+from .cluster import MODELS_NOTE, SETTINGS_NOTE, Notes, devices, has_room
+from .naming import app_name
+from .placing import Needs, needs
+from .replica import Replica
+
+DEPLOYMENT = "model"
+
+MOST = 10_000
+"""Copies as far as Serve is concerned. How many there may be is for the policy, so that saying otherwise in the
+catalogue restarts nothing."""
+
+BEYOND_GRACE_S = 10.0
+"""What ends a replica that doesn't stop waits so much longer than the replica itself."""
+
+SCHEDULING = {"replicas", "pinned", "idle_s", "schedule", "load_s"}
+"""What of a spec says how many copies there are, and nothing of what a copy is."""
+
+
+@dataclass(frozen=True, slots=True)
+class State:
+    """Of an application: Serve's word for it, and what it says beyond that."""
+
+    status: str
+    message: str
+    running: int
+
+
+def apply(specs: Sequence[ModelSpec], settings: Settings) -> list[str]:
+    """Deploy models that are new or are to be hosted in another way. Returns their names.
+
+    A copy that runs is replaced once its successor is ready, where the cluster has room for both. Else it stops
+    first, and jobs wait meanwhile.
+    """
+    notes, (cards, _) = Notes(), devices()
+    known: dict[str, str] = notes.read(MODELS_NOTE) or {}
+    plain = share(settings)
+    deployed = states()
+    targets, changed = [], {}
+    for spec in specs:
+        wanted = needs(spec, settings, gpus=cards)
+        mark, state = _mark(spec, plain, wanted), deployed.get(spec.name)
+        if known.get(spec.name) == mark and _sound(state):
+            continue
+        copies = min(max(spec.replicas.min, state.running if state else 0), spec.replicas.max)
+        targets.append(_target(spec, settings, wanted, plain, copies))
+        changed[spec.name] = mark
+    if targets:
+        notes.write(MODELS_NOTE, known | changed)
+        serve.run_many(targets, wait_for_applications_running=False)
+    return list(changed)
+
+
+def share(settings: Settings) -> dict[str, Any]:
+    """Leave the settings where what runs on the cluster finds them. Returns them as plain data."""
+    plain = settings.model_dump(mode="json")
+    Notes().write(SETTINGS_NOTE, plain)
+    return plain
+
+
+def remove(models: Sequence[str]) -> None:
+    """Take models down: each copy finishes the batch it runs, and gives back the jobs it only claimed."""
+    notes = Notes()
+    for model in models:
+        if model in states():
+            serve.delete(app_name(model))
+    known: dict[str, str] = notes.read(MODELS_NOTE) or {}
+    notes.write(MODELS_NOTE, {name: mark for name, mark in known.items() if name not in models})
+
+
+def states() -> dict[str, State]:
+    """Of the models deployed here, by name."""
+    apps, found = serve.status().applications, {}
+    for model in Notes().read(MODELS_NOTE) or {}:
+        if (app := apps.get(app_name(model))) is None:
+            continue
+        deployment = app.deployments.get(DEPLOYMENT)
+        running = _running(deployment.replica_states) if deployment else 0
+        message = app.message or (deployment.message if deployment else "")
+        found[model] = State(str(app.status.value), message, running)
+    return found
+
+
+def _running(copies: Mapping[Any, int]) -> int:
+    return sum(number for state, number in copies.items() if state == "RUNNING")
+
+
+def _sound(state: State | None) -> bool:
+    return state is not None and state.status not in ("DEPLOY_FAILED", "DELETING", "NOT_STARTED")
+
+
+def _target(spec: ModelSpec, settings: Settings, wanted: Needs, plain: Mapping[str, Any], copies: int) -> RunTarget:
+    policy = AutoscalingPolicy(  # type: ignore[no-untyped-call]
+        policy_function="interpose_server.shards.policy:Policy",
+        policy_kwargs={"model": spec.name, "least": spec.replicas.min},
+    )
+    scaling = AutoscalingConfig(
+        min_replicas=0,
+        initial_replicas=copies,
+        max_replicas=MOST,
+        # The policy knows about delays.
+        upscale_delay_s=0,
+        downscale_delay_s=0,
+        policy=policy,
+    )
+    group: dict[str, Any] = {}
+    if wanted.bundles:
+        group = {"placement_group_bundles": list(map(dict, wanted.bundles)), "placement_group_strategy": "PACK"}
+    deployment = serve.deployment(
+        name=DEPLOYMENT,
+        ray_actor_options=dict(wanted.options),
+        autoscaling_config=scaling,
+        health_check_period_s=5,
+        health_check_timeout_s=20,
+        graceful_shutdown_wait_loop_s=0.05,
+        graceful_shutdown_timeout_s=settings.grace_s + BEYOND_GRACE_S,
+        max_surge_percent=100 if has_room(wanted.all) else 0,
+        rolling_update_percentage=1.0 if copies < 2 else 0.5,
+        **group,
+    )(Replica)
+    app = deployment.bind(spec.model_dump(mode="json"), dict(plain))
+    return RunTarget(target=app, name=app_name(spec.name), route_prefix=None)
+
+
+def _mark(spec: ModelSpec, settings: Mapping[str, Any], wanted: Needs) -> str:
+    hosting = spec.model_dump(mode="json", exclude=SCHEDULING)
+    return _digest([hosting, settings, wanted.options, list(wanted.bundles), version("interpose")])
+
+
+def _digest(value: Any) -> str:
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()

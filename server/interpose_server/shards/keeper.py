@@ -1,0 +1,111 @@
+"""What brings Serve in line with the catalogue in the broker, whoever changes that: the admin API, `deploy up`.
+
+A small Serve application of its own, so that Serve keeps it running.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from dataclasses import dataclass, field
+
+from ray import serve
+from ray.serve.api import RunTarget
+from redis.exceptions import RedisError
+
+from .. import logs
+from ..broker.connect import Broker, connect
+from ..settings import Settings
+from ..tasks import end
+from . import apps
+from .cluster import SETTINGS_NOTE, Notes
+from .orphans import reap_orphans
+
+log = logging.getLogger(__name__)
+
+APP = "interpose"
+"""Serve's name for its application."""
+
+EVERY_S = 1.0
+
+
+class Keeper:
+    """What Serve makes of it."""
+
+    async def __init__(self) -> None:  # type: ignore[misc]
+        logs.setup("keeper")
+        self._task = asyncio.create_task(_keep())
+
+    async def check_health(self) -> None:
+        if self._task.done():
+            raise RuntimeError("the keeper ended")
+
+    async def __del__(self) -> None:
+        await end([self._task])
+
+
+def start() -> None:
+    """Have one on the cluster. What it needs to know is in the cluster's notes."""
+    if APP in serve.status().applications:
+        return
+    deployment = serve.deployment(
+        name="keeper", num_replicas=1, ray_actor_options={"num_cpus": 0}, graceful_shutdown_wait_loop_s=0.05
+    )(Keeper)
+    target = RunTarget(target=deployment.bind(), name=APP, route_prefix=None)
+    serve.run_many([target], wait_for_applications_running=False)
+
+
+def running() -> bool:
+    return APP in serve.status().applications
+
+
+def stop() -> None:
+    if running():
+        serve.delete(APP)
+
+
+async def _keep() -> None:
+    while True:
+        settings = Settings(**Notes().read(SETTINGS_NOTE))
+        broker = connect(settings)
+        round_ = Round(broker, settings)
+        try:
+            while Settings(**Notes().read(SETTINGS_NOTE)) == settings:
+                await round_.go()
+                await asyncio.sleep(EVERY_S)
+        except (RedisError, OSError) as error:
+            log.warning("the broker doesn't answer (%s); trying again", type(error).__name__)
+        except Exception:
+            log.exception("the catalogue isn't followed; trying again")
+        finally:
+            await broker.close()
+        await asyncio.sleep(EVERY_S)
+
+
+@dataclass
+class Round:
+    """One look after another at what is wanted and what there is."""
+
+    broker: Broker
+    settings: Settings
+    _seen: int | None = field(default=None, init=False)
+
+    async def go(self) -> None:
+        await self.broker.specs.keep()
+        revision = await self.broker.specs.revision()
+        if revision != self._seen:
+            await self._apply()
+            self._seen = revision
+        await reap_orphans(self.broker)
+
+    async def _apply(self) -> None:
+        entries = await self.broker.specs.entries()
+        specs = [entry.spec for entry in entries if not entry.removed]
+        if changed := await asyncio.to_thread(apps.apply, specs, self.settings):
+            log.warning("deployed anew: %s", ", ".join(changed))
+        # One that was taken out of the catalogue finishes its jobs first; then it has no entry any more.
+        known = {entry.spec.name for entry in entries}
+        gone = [name for name in await asyncio.to_thread(apps.states) if name not in known]
+        if gone:
+            await asyncio.to_thread(apps.remove, gone)
+            log.warning("taken down: %s", ", ".join(gone))

@@ -1,0 +1,87 @@
+"""A Serve replica: one copy of a model, which takes its jobs from the broker itself. No request comes to it."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+import ray
+
+from .. import logs
+from ..broker.states import ModelState
+from ..models.spec import ModelSpec
+from ..settings import Settings
+from .naming import worker_name
+
+if TYPE_CHECKING:
+    from ..worker.hosting import Host
+
+log = logging.getLogger(__name__)
+
+BROKEN = 70
+"""Exit status of a process that can't go on."""
+
+
+class Replica:
+    """What Serve makes, asks how it is, and ends.
+
+    It counts as ready when it's made, which is when gateways have its manifest. A copy that can't be loaded stands
+    by without a model, and the broker knows why, until none is wanted any more; it is no failure to Serve, which
+    gives up for good after a few. Only where another copy runs, it fails: Serve then keeps that older version.
+
+    Args:
+        spec, settings: as plain data.
+    """
+
+    async def __init__(self, spec: Mapping[str, Any], settings: Mapping[str, Any]) -> None:  # type: ignore[misc]
+        # Torch is for replicas alone: who deploys them has no need of it.
+        from ..worker.hosting import Host, prepare_process
+
+        wanted = ModelSpec.model_validate(spec)
+        logs.setup(f"replica {wanted.name}")
+        self._stop = asyncio.Event()
+        self._running: asyncio.Task[None] | None = None
+        self._host: Host = Host(
+            wanted, worker_name(ray.get_runtime_context().get_actor_id() or ""), Settings(**settings)
+        )
+        prepare_process(self._host.settings)
+        try:
+            await self._host.load()
+        except Exception as error:
+            log.warning("it can't be loaded: %s", error)
+            if await self._others():
+                await self._host.announce(ModelState.STOPPED)
+                await self._host.close()
+                raise
+            return
+        self._running = asyncio.create_task(self._host.run(self._stop))
+        self._running.add_done_callback(_end_process)
+
+    async def check_health(self) -> None:
+        """Raises if another process has to take its place. A loop that hangs doesn't answer, which says so too."""
+        if why := self._host.ill():
+            raise RuntimeError(why)
+
+    async def __del__(self) -> None:
+        """Claim nothing more, finish the running batch, give the rest back."""
+        self._stop.set()
+        if self._running is not None:
+            await asyncio.gather(self._running, return_exceptions=True)
+        else:
+            await self._host.announce(ModelState.STOPPED)
+        await self._host.close()
+
+    async def _others(self) -> bool:
+        """Whether another copy of the model runs jobs."""
+        hosted = await self._host.broker.models.get(self._host.spec.name)
+        return hosted.state is ModelState.READY
+
+
+def _end_process(running: asyncio.Task[None]) -> None:
+    """A worker that broke, as one does whose device is poisoned, is past mending. Serve starts another process."""
+    if not running.cancelled() and (error := running.exception()) is not None:
+        log.error("the worker broke; its process ends", exc_info=error)
+        os._exit(BROKEN)
