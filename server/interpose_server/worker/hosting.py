@@ -15,7 +15,7 @@ from functools import partial
 
 import torch
 import transformers
-from interpose.errors import ConfigError, ModelUnavailable
+from interpose.errors import ConfigError, InterposeError, ModelUnavailable
 from interpose.graph.manifest import Manifest
 
 from .. import blob_keys
