@@ -76,6 +76,8 @@ def load(
             raise ConfigError(
                 f"adapter {name!r} puts {type(layer).__name__} at {paths[module]}, which isn't LoRA's"
             )
+        if any(weight.is_meta for weight in (*module.parameters(), *layer.parameters())):
+            raise ConfigError(f"adapter {name!r}: the weights of {paths[module]} aren't in this process's memory")
         layer.eval().requires_grad_(False)
     attach(layers)
     ends = {paths[module].rpartition(".")[2] for module in layers}
