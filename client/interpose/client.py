@@ -94,8 +94,11 @@ def jobs(*, host: str | None = None, api_key: str | None = None) -> list[JobInfo
     from .transports.http import body_of
     from .transports.remote import get
 
-    plain = body_of(get(endpoint(host, api_key), "/v1/jobs"))
-    return [JobInfo.from_plain(item) for item in (plain.get("jobs", []) if isinstance(plain, dict) else plain)]
+    server = endpoint(host, api_key)
+    plain = body_of(get(server, "/v1/jobs"))
+    return [
+        JobInfo.from_plain(item, server) for item in (plain.get("jobs", []) if isinstance(plain, dict) else plain)
+    ]
 
 
 def _prepare(

@@ -261,6 +261,8 @@ def address(host: str) -> str:
         raise ConfigError(f"{host!r} isn't a host: {error}") from error
     if not name or parts.scheme not in ("", "http", "https") or parts.query or parts.fragment or parts.username:
         raise ConfigError(f"{host!r} isn't a host; write it like lab.example.org or http://127.0.0.1:8000")
+    if "v1" in parts.path.split("/"):
+        raise ConfigError(f"{host!r} is an address within a server; give the server's own, without /v1")
     scheme = parts.scheme or ("http" if is_loopback(name) else "https")
     return f"{scheme}://{parts.netloc}{parts.path.rstrip('/')}"
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .config import CONFIG
-from .errors import ConfigError, ModelUnavailable, UnknownModel
+from .errors import ConfigError, InterposeError, ModelUnavailable, UnknownModel
 from .graph.limits import Limits
 from .graph.manifest import Manifest
 from .graph.model import Graph
@@ -123,10 +123,21 @@ class Home:
                 try:
                     self._local = LocalModel.load(self.source, adapters=self._adapters, **self._load)
                 except ModelUnavailable as error:
-                    raise ModelUnavailable(f"{error.message}; a model on a server needs remote=True") from error
+                    raise ModelUnavailable(f"{error.message}; {self._on_a_server()}") from None
             else:
                 self._local = LocalModel.wrap(self.source, self.name, self._given_tokenizer, self._adapters)
         return self._local
+
+    def _on_a_server(self) -> str:
+        """What to write if a model that isn't to be had here is meant to be a server's."""
+        host = self._server[0] or CONFIG.HOST
+        if not host:
+            return "for a model on a server set INTERPOSE_HOST or CONFIG.HOST, and write remote=True"
+        try:
+            self.manifest(remote=True)
+        except InterposeError:
+            return "a model on a server needs remote=True"
+        return f"{host} serves a model of this name: write remote=True"
 
     def load_adapter(self, name: str, source: Any) -> None:
         """Raises ConfigError, ModelUnavailable."""

@@ -12,7 +12,7 @@ import weakref
 from collections.abc import AsyncIterator, Callable, Generator, Mapping
 from concurrent.futures import Future
 from contextlib import aclosing, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, TypeAlias
 
@@ -35,7 +35,10 @@ _TICK_S = 0.2
 
 @dataclass(frozen=True, slots=True)
 class JobInfo:
-    """What the server says of a job when asked. `created_ms` counts from 1970, UTC."""
+    """What the server says of a job when asked. `created_ms` counts from 1970, UTC.
+
+    A moment's news: `attach()` gives the job itself, to be followed.
+    """
 
     id: str
     model: str
@@ -44,9 +47,24 @@ class JobInfo:
     attempt: int = 0
     created_ms: int | None = None
     error: InterposeError | None = None
+    server: Endpoint | None = field(default=None, repr=False, compare=False)
+
+    def attach(self) -> Job:
+        """The job, followed from now on. Raises UnknownJob if its result has expired."""
+        if self.server is None:
+            return Job.attach(self.id)
+        return Job.attach(self.id, host=self.server.url, api_key=self.server.key)
+
+    def result(self, timeout: float | None = None) -> dict[int, Any]:
+        """Wait for its end; as of the job itself."""
+        return self.attach().result(timeout)
+
+    def cancel(self) -> None:
+        """Ask the server to end it."""
+        self.attach().cancel()
 
     @classmethod
-    def from_plain(cls, plain: Any) -> JobInfo:
+    def from_plain(cls, plain: Any, server: Endpoint | None = None) -> JobInfo:
         """Fields this client doesn't know are passed over. Raises InvalidPayload."""
         try:
             status, error = JobStatus(plain["status"]), plain.get("error")
@@ -58,6 +76,7 @@ class JobInfo:
                 attempt=plain.get("attempt") or 0,
                 created_ms=plain.get("created_ms"),
                 error=reason(status, error),
+                server=server,
             )
         except (KeyError, TypeError, ValueError, AttributeError) as problem:
             raise InvalidPayload(f"the server describes a job in an unknown form: {problem!r}") from problem
@@ -68,7 +87,7 @@ def job_info(server: Endpoint, job: str) -> JobInfo:
     from .transports.http import body_of
     from .transports.remote import get
 
-    return JobInfo.from_plain(body_of(get(server, f"/v1/jobs/{check_job(job)}")))
+    return JobInfo.from_plain(body_of(get(server, f"/v1/jobs/{check_job(job)}")), server)
 
 
 def transport_to(server: Endpoint) -> Transport:
@@ -278,12 +297,16 @@ class Job:
         self, transport: Transport, submission: Submission | None, attachments: Mapping[str, Encoded]
     ) -> None:
         """In the background: hand in if asked to, then follow to the end."""
+        accepted = False
         try:
             if submission is not None:
                 await transport.submit(submission, attachments)
+            accepted = True
             async with aclosing(transport.follow(self.id)) as events:
                 async for event in events:
                     self._tell(event)
+        except ConnectionFailed as error:
+            self._error = self._lost(error) if accepted else error
         except InterposeError as error:
             self._error = error
         except asyncio.CancelledError:
@@ -297,6 +320,12 @@ class Job:
                 for listener in self._listeners:
                     listener(ENDED)
                 self._listeners.clear()
+
+    def _lost(self, error: ConnectionFailed) -> ConnectionFailed:
+        """The same, with what can be done: a server that is back still has the job."""
+        again = f"once the server is back, interpose.Job.attach({self.id!r}).result() waits for it again"
+        details = {**error.details, "job": self.id}
+        return ConnectionFailed(f"{error.message} The job isn't lost: {again}", details=details)
 
     def _tell(self, event: Happening) -> None:
         with self._lock:

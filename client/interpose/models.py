@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
@@ -102,6 +103,7 @@ class LanguageModel(Familiar, Traced):
             trace: False for the model's output right away, without a block.
             scan, validate: a block is always checked as it is recorded, whatever they say.
         """
+        _check_misspelt(inputs)
         block = self._open(prompt, Options(remote, blocking, timeout, batching), adapter, inputs=inputs)
         return block if trace else self._result_of(block)
 
@@ -182,8 +184,9 @@ class LanguageModel(Familiar, Traced):
         Args:
             adapter: of those of its traces that choose none; others as of a trace.
         """
-        owner = self._execution(Options(remote, blocking, timeout, batching))
-        return Session(owner, self, self._chosen(adapter, owner.recorder.manifest))
+        begin = partial(self._execution, Options(remote, blocking, timeout, batching))
+        chosen = self._adapter if adapter is None else self._chosen(adapter, self._home.manifest(remote))
+        return Session(begin, self, self._edits, remote=remote, adapter=chosen)
 
     def scan(self, prompt: Any = None, *, adapter: str | None = None, **inputs: Any) -> Tracer:
         """Open a block that runs nothing: shapes, order and errors are told as in a trace."""
@@ -306,6 +309,17 @@ class LanguageModel(Familiar, Traced):
             return open_
         home: Home = self._home
         return home.manifest(home.prefers_server)
+
+
+_OPTIONS = ("remote", "blocking", "timeout", "batching", "adapter", "trace", "scan", "validate")
+
+
+def _check_misspelt(inputs: Mapping[str, Any]) -> None:
+    """Raises BadArgument for an input that is no tensor, under a name much like that of an option."""
+    for name, value in inputs.items():
+        close = difflib.get_close_matches(name, _OPTIONS, 1, 0.7)
+        if close and not hasattr(value, "shape"):
+            raise BadArgument(f"a trace takes no {name!r}; did you mean {close[0]}?")
 
 
 class Generator:

@@ -10,7 +10,8 @@ from typing import Any, Literal
 import numpy as np
 import tokenizers
 
-from .errors import BadArgument, ConfigError, InvalidPayload
+from .errors import BadArgument, ConfigError, ControlFlow, InvalidPayload
+from .tracing.outside import is_deferred
 
 
 class Encoding(dict[str, Any]):
@@ -205,6 +206,8 @@ class Tokenizer:
 def _ids(value: Any) -> list[int]:
     plain = value.tolist() if hasattr(value, "tolist") else value
     plain = [plain] if isinstance(plain, int) else list(plain)
+    if any(map(is_deferred, plain)):
+        raise ControlFlow("these ids exist only when the block has run: save them, and decode them after it")
     plain = [item.item() if hasattr(item, "item") else item for item in plain]
     if not all(isinstance(item, int) and item >= 0 for item in plain):
         raise BadArgument("token ids are whole numbers: one, or one row of them; batch_decode takes several rows")

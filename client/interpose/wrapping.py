@@ -57,7 +57,7 @@ class Model(Traced):
 
     def session(self) -> Session:
         """Open a block for several traces that run as one job; values of one can be used in the next."""
-        return Session(self._execution(), self)
+        return Session(self._execution, self, self._edits)
 
     @property
     def manifest(self) -> Manifest:

@@ -5,11 +5,15 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
+import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from interpose import LanguageModel
 from interpose.errors import ConfigError, ModelUnavailable
+from interpose.runtime import sources
 from interpose.runtime.loading import load, wrap
 from models import ARCHITECTURES, tiny
 from tokenizers import Tokenizer
@@ -127,3 +131,23 @@ def test_a_real_model(smollm2: Path, dtype: str) -> None:
     with torch.no_grad():
         best = loaded.model(torch.tensor([ids])).logits[0, -1].argmax()
     assert AutoTokenizer.from_pretrained(smollm2).decode(best) == " Paris"
+
+
+def test_a_name_that_is_nothing_here_is_told_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where the hub can't be asked, and where it has no such model: no folder, perhaps a server's."""
+    for name in ("INTERPOSE_HOST", "NDIF_HOST"):
+        monkeypatch.delenv(name, raising=False)
+    began = time.monotonic()
+    with pytest.raises(ModelUnavailable, match=r"no folder 'SmolLM2-135M-Chat' here.*INTERPOSE_HOST.*remote=True"):
+        LanguageModel("SmolLM2-135M-Chat").dispatch()
+    assert time.monotonic() - began < 12
+
+    def away(*args: Any, **kwargs: Any) -> Any:
+        raise ConnectionError("no such host")
+
+    monkeypatch.setattr(sources.HfApi, "model_info", away)
+    with pytest.raises(ModelUnavailable, match=r"the hub \(.*\) can't be asked for it: no such host"):
+        load("org/name")
+    monkeypatch.setattr(sources, "try_to_load_from_cache", lambda *args, **kwargs: "kept")
+    assert sources.Source.of("org/name").hub["local_files_only"] is True
+    assert sources.Source.of("org/name", "v1").hub["revision"] == "v1"

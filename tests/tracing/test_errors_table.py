@@ -63,6 +63,24 @@ def an_adapter_of_a_model_without_any(model: Any) -> None:
         model.output.save()
 
 
+@told(errors.BadArgument, "did you mean timeout?")
+def an_option_of_traces_misspelt(model: Any) -> None:
+    with model.trace(ROW, timout=5):  # here
+        model.output.save()
+
+
+@told(errors.ControlFlow, "save them, and decode them after it")
+def ids_decoded_before_they_are_there(model: Any) -> None:
+    with model.trace(ROW):
+        model.tokenizer.decode([model.output[0, -1].argmax()])  # here
+
+
+@told(errors.ControlFlow, "x.round()")
+def a_value_rounded_by_python(model: Any) -> None:
+    with model.trace(ROW):
+        round(model.output.max())  # here
+
+
 @told(errors.UnknownPoint, "take one first: output[0]")
 def a_tuple_taken_for_its_tensor(model: Any) -> None:
     with model.trace(ROW):
@@ -723,7 +741,7 @@ class Remote(LanguageModel):
 HERE_ONLY = {
     *("a_local_job_to_wait_for", "a_blocks_own_time_in_a_session", "a_remote_block_in_a_local_session"),
     *("a_program_moved_from_where_it_is_not", "a_program_given_what_it_does_not_take"),
-    "an_adapter_of_a_model_without_any",
+    *("an_adapter_of_a_model_without_any", "an_option_of_traces_misspelt"),
 }
 """Programs that say themselves where they run, or at their first line what the model lacks."""
 

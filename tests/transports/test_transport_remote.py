@@ -2,9 +2,11 @@ import asyncio
 import os
 import threading
 import time
+import traceback
 import uuid
 from dataclasses import replace
 
+import httpx
 import numpy as np
 import pytest
 import torch
@@ -30,7 +32,7 @@ from interpose.wire.result import Saved
 from interpose.wire.status import JobStatus
 from interpose.wire.stream import Changed, Logged, Received
 from interpose.wire.tensors import encode_tensor
-from scripted_lab import GRAPH, Lab, serving
+from scripted_lab import GRAPH, KEY, Lab, serving
 
 
 def test_a_job_there_and_back(lab: Lab):
@@ -144,10 +146,31 @@ def test_another_protocol_says_so(lab: Lab):
 def test_nobody_there_says_what_to_check():
     CONFIG.CONNECT_TIMEOUT, CONFIG.HOST = 0.3, "127.0.0.1:9"
     try:
-        with pytest.raises(ConnectionFailed, match="INTERPOSE_HOST"):
+        with pytest.raises(ConnectionFailed, match="INTERPOSE_HOST") as raised:
             run_remote(GRAPH, "m", {})
+        told = traceback.format_exception(raised.value)
+        assert sum(text.count("\n") for text in told) < 40, "not the pages of the libraries below"
+        with pytest.raises(ConnectionFailed) as raised:
+            jobs()
+        context = raised.value.__context__
+        assert isinstance(context, httpx.HTTPError) and raised.value.__suppress_context__, "there for who looks"
     finally:
         CONFIG.reset()
+
+
+def test_https_where_there_is_http_says_so_at_once(lab: Lab):
+    began = time.monotonic()
+    there = lab.url.replace("http:", "https:")
+    for ask in (lambda: run_remote(GRAPH, "m", {}, host=there), lambda: jobs(host=there)):
+        with pytest.raises(ConfigError, match=f"speaks plain HTTP; set INTERPOSE_HOST to {lab.url}"):
+            ask()
+    assert time.monotonic() - began < 2
+
+
+@pytest.mark.parametrize("path", ["/v1", "/v1/models", "/v1/models/m"])
+def test_an_address_within_the_server_is_refused(lab: Lab, path: str):
+    with pytest.raises(ConfigError, match="without /v1"):
+        run_remote(GRAPH, "m", {}, host=lab.url + path)
 
 
 def test_another_kind_of_server_is_named_at_once(lab: Lab):
@@ -245,8 +268,11 @@ def test_an_outage_beyond_patience_is_told():
             job = submit_remote(GRAPH, "m", {}, host=other.url, api_key="secret")
             while not other.asked:
                 time.sleep(0.01)
-        with pytest.raises(ConnectionFailed):
+        with pytest.raises(
+            ConnectionFailed, match=rf"Job\.attach\('{job.id}'\)\.result\(\) waits for it"
+        ) as raised:
             job.result(timeout=20)
+        assert raised.value.details["job"] == job.id
     finally:
         CONFIG.reset()
 
@@ -294,6 +320,8 @@ def test_attaching_gives_what_happened_before(lab: Lab):
     assert job.model == "m"
     (listed,) = jobs()
     assert (listed.id, listed.status, listed.created_ms) == (run, "running", 5)
+    assert listed.attach() is job and listed.result(timeout=10) == {1: 7}
+    assert KEY not in repr(listed)
 
 
 def test_attaching_to_ones_own_job_is_the_same_job(lab: Lab):

@@ -6,14 +6,20 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar
+from urllib.parse import urlsplit
 
 import torch
 import transformers
+from huggingface_hub import HfApi, try_to_load_from_cache
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError, RepositoryNotFoundError
 from transformers import AutoConfig, PretrainedConfig
 
 from ..errors import ConfigError, ModelUnavailable
 
 T = TypeVar("T")
+
+HUB_S = 10.0
+"""How long the hub may take to say whether it has a model."""
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16, "float64": torch.float64}
 
@@ -47,7 +53,12 @@ class Source:
 
     @classmethod
     def of(cls, source: str | Path, revision: str | None = None, *, local_files_only: bool = False) -> Source:
-        """Raises ConfigError for what is neither a folder of a model nor looks like a hub id."""
+        """What the hub can't be asked for now is taken from what is kept of it.
+
+        Raises:
+            ConfigError: it is neither a folder of a model nor looks like a hub id.
+            ModelUnavailable: the hub has no such model, or can't be reached and nothing is kept.
+        """
         folder = _folder(source)
         hub: dict[str, Any] = {
             "local_files_only": local_files_only or folder is not None,
@@ -55,6 +66,7 @@ class Source:
         }
         if folder is None:
             hub["revision"] = revision
+            hub["local_files_only"] = local_files_only or not _hub_answers(str(source), revision)
         return cls(str(folder or source), folder, hub)
 
     def config(self) -> PretrainedConfig:
@@ -91,6 +103,27 @@ def _folder(source: str | Path) -> Path | None:
     if isinstance(source, Path) or text.startswith((".", "/", "~")) or text.count("/") > 1 or not text:
         raise ConfigError(f"there is no folder {text!r}; give one, or a hub id such as 'org/name'")
     return None
+
+
+def _hub_answers(name: str, revision: str | None) -> bool:
+    """Whether the hub can be asked for a model: looked for once, where loading would try for half a minute."""
+    api = HfApi()
+    try:
+        api.model_info(name, revision=revision, timeout=HUB_S)
+    except RepositoryNotFoundError as error:
+        if "/" in name:
+            return True  # gated, or private: loading tells which
+        raise ModelUnavailable(
+            f"there is no folder {name!r} here, and the hub has no model of that name"
+        ) from error
+    except (HfHubHTTPError, HFValidationError):
+        return True
+    except Exception as error:  # noqa: BLE001 - whatever its library for HTTP raises
+        if isinstance(try_to_load_from_cache(name, "config.json", revision=revision), str):
+            return False
+        asked = f"the hub ({urlsplit(api.endpoint).hostname}) can't be asked for it"
+        raise ModelUnavailable(f"there is no folder {name!r} here, and {asked}: {first_line(error)}") from None
+    return True
 
 
 def first_line(error: Exception) -> str:

@@ -218,6 +218,13 @@ class Deferred:
             "session after the session's"
         )
 
+    def _not_rounded(self, *args: Any) -> NoReturn:
+        raise ControlFlow(
+            "this value exists only when the block runs: x.round(), x.floor(), x.ceil() and x.trunc() round it "
+            "there; or save it and round it after the block"
+        )
+
+    __round__ = __floor__ = __ceil__ = __trunc__ = _not_rounded
     __int__ = __float__ = __index__ = __complex__ = tolist = numpy = _no_number
 
     def item(self) -> Any:

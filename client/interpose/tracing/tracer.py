@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextvars import ContextVar, Token
+from functools import cached_property
 from types import TracebackType
 from typing import Any, Protocol
 
@@ -13,6 +14,7 @@ from ..graph.model import Invoke
 from ..torch import RECORDER
 from . import flow
 from .cache import Cache, ModuleCache, collect, collect_modules
+from .edits import Edit
 from .execution import Execution, TraceJob
 from .familiar import Backend, Once, padded, unknown
 from .keeping import SavedDict, SavedList, advise
@@ -341,17 +343,35 @@ class Session:
     """Several runs as one job: values flow between them without leaving the server.
 
     Runs that need nothing of one another share forwards.
+
+    Args:
+        begin: makes what runs them, once it is needed: it may load the model.
+        adapter: of its blocks that choose none.
     """
 
-    def __init__(self, owner: Execution, model: Model, adapter: str | None = None) -> None:
+    def __init__(
+        self,
+        begin: Callable[[], Execution],
+        model: Model,
+        edits: Sequence[Edit],
+        *,
+        remote: bool = False,
+        adapter: str | None = None,
+    ) -> None:
         self.model = model
+        self.edits = edits
+        self.remote = remote
         self.adapter = adapter
-        """Of its blocks that choose none."""
-        self.recorder = owner.recorder
-        self.edits = owner.recorder.edits
-        self.remote = owner.options.remote
-        self._owner = owner
+        self._begin = begin
         self._token: Token[Session | None] | None = None
+
+    @cached_property
+    def _owner(self) -> Execution:
+        return self._begin()
+
+    @property
+    def recorder(self) -> Recorder:
+        return self._owner.recorder
 
     def __enter__(self) -> Session:
         if SESSION.get() is not None or ACTIVE.get() is not None:
@@ -365,6 +385,8 @@ class Session:
         if self._token is not None:
             SESSION.reset(self._token)
         advise(error)
+        if "_owner" not in vars(self):
+            return  # nothing was asked for
         if error is not None:
             self._owner.abandon()
         else:

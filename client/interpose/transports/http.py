@@ -7,11 +7,20 @@ import json
 import random
 from collections.abc import AsyncIterator, Collection, Iterator, Mapping
 from typing import Any
+from urllib.parse import urlsplit
 
 import httpx
 
 from ..config import Endpoint
-from ..errors import ConfigError, ConnectionFailed, InterposeError, InvalidPayload, VersionMismatch, from_wire
+from ..errors import (
+    ConfigError,
+    ConnectionFailed,
+    InterposeError,
+    InvalidPayload,
+    NotFound,
+    VersionMismatch,
+    from_wire,
+)
 from ..wire.fields import unpack
 from ..wire.messages import Loading
 from ..wire.protocol import HEADER, MSGPACK, PROBLEM, PROTOCOL, TAKES_HEADER
@@ -21,6 +30,9 @@ _ENCODED = ("content-encoding", "content-length", "transfer-encoding")
 
 MAX_ANSWER = 256 << 20
 """Bytes of one answer, unpacked: manifests and tokenizers are the largest. Results come over the stream."""
+
+_NO_TLS = ("WRONG_VERSION_NUMBER", "RECORD_LAYER_FAILURE", "HTTP_REQUEST")
+"""OpenSSL's names for an answer that isn't TLS."""
 
 _TIMEOUTS = httpx.Timeout(connect=5.0, read=120.0, write=120.0, pool=120.0)
 
@@ -99,18 +111,28 @@ class Http:
             request = self._client.build_request(method, self.endpoint.url + path, content=body, headers=sent)
             return await _read(await self._client.send(request, stream=True))
         except (httpx.HTTPError, httpx.InvalidURL, OSError) as error:
-            raise unreachable(self.endpoint, error) from error
+            # What the libraries below say is in the message; pages of their frames, which stay in the context, add
+            # nothing.
+            raise unreachable(self.endpoint, error) from None
 
     def _checked(self, answer: httpx.Response, expected: Collection[int]) -> httpx.Response:
         # An answer to HEAD has a problem's type but no body: what is expected isn't read.
         if answer.status_code not in expected and answer.headers.get("content-type", "").startswith(PROBLEM):
-            raise problem(answer.content, answer.headers)
+            raise self._told(problem(answer.content, answer.headers))
         check_protocol(self.endpoint, answer.headers.get(HEADER), answer.status_code)
         if answer.has_redirect_location and answer.status_code not in expected:
             raise ConfigError(f"{self.endpoint.url} sends its clients elsewhere; set INTERPOSE_HOST to where it is")
         if answer.status_code >= 400 and answer.status_code not in expected:
             raise ConnectionFailed(f"{self.endpoint.url} answered {answer.status_code} without saying why")
         return answer
+
+    def _told(self, error: InterposeError) -> InterposeError:
+        """An address with a path that the server doesn't have is a mistake in the address."""
+        path = urlsplit(self.endpoint.url).path
+        if path and isinstance(error, NotFound):
+            bare = self.endpoint.url.removesuffix(path)
+            return ConfigError(f"{bare} has nothing at {path}; set INTERPOSE_HOST to {bare}")
+        return error
 
     async def close(self) -> None:
         await self._client.aclose()
@@ -162,7 +184,10 @@ def check_protocol(endpoint: Endpoint, stated: str | None, status: int) -> None:
     if stated is None and status >= 500:
         raise ConnectionFailed(f"{endpoint.url} answers {status}: its Interpose server is away")
     if stated is None:
-        raise ConfigError(f"what answers at {endpoint.url} isn't an Interpose server; check INTERPOSE_HOST")
+        perhaps = "; or is it https?" if status == 400 and endpoint.url.startswith("http:") else ""
+        raise ConfigError(
+            f"what answers at {endpoint.url} isn't an Interpose server; check INTERPOSE_HOST{perhaps}"
+        )
     if stated != str(PROTOCOL):
         raise VersionMismatch(
             f"the server speaks protocol {stated[:16]}, this client {PROTOCOL}; upgrade the older of the two",
@@ -170,8 +195,12 @@ def check_protocol(endpoint: Endpoint, stated: str | None, status: int) -> None:
         )
 
 
-def unreachable(endpoint: Endpoint, error: BaseException) -> ConnectionFailed:
+def unreachable(endpoint: Endpoint, error: BaseException) -> InterposeError:
+    """What a failed connection means: a ConfigError where trying again is of no use."""
     reason = str(error) or type(error).__name__
+    if endpoint.url.startswith("https:") and any(mark in reason for mark in _NO_TLS):
+        plain = "http" + endpoint.url.removeprefix("https")
+        return ConfigError(f"what answers at {endpoint.url} speaks plain HTTP; set INTERPOSE_HOST to {plain}")
     return ConnectionFailed(
         f"can't reach {endpoint.url}: {reason}; is the server running, and INTERPOSE_HOST right?"
     )

@@ -14,6 +14,8 @@ from collections.abc import Awaitable, Callable, Coroutine
 from concurrent.futures import Future
 from typing import Any, TypeVar
 
+from ..errors import InterposeError
+
 T = TypeVar("T")
 
 _CLOSING_S = 2.0
@@ -45,6 +47,8 @@ class Background:
         future = self.start(work)
         try:
             return future.result(timeout)
+        except InterposeError as error:
+            raise error.with_traceback(None) from error.__cause__  # the loop's own frames tell its user nothing
         except BaseException:
             future.cancel()
             raise
