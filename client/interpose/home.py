@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from .config import CONFIG
 from .errors import ConfigError, InterposeError, ModelUnavailable, UnknownModel
+from .graph.adapters import revision_of
 from .graph.limits import Limits
 from .graph.manifest import Manifest
 from .graph.model import Graph
@@ -178,7 +179,7 @@ class Home:
             graph,
             self.name,
             tensors,
-            revision=options.revision or manifest.revision,
+            revision=options.revision or revision_of(graph.runs, manifest),
             batching=options.batching,
             timeout=options.timeout,
             host=host,

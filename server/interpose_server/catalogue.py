@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 
 import msgpack
-from interpose.errors import ModelLoading, ModelUnavailable, UnknownModel
+from interpose.errors import ModelLoading, ModelUnavailable
 from interpose.graph.manifest import Manifest, decode_manifest
 
 from .broker.models import Hosted, Models
@@ -24,13 +24,13 @@ class Catalogue:
         self._hosted: dict[str, tuple[float, Hosted]] = {}
         self._manifests: dict[str, tuple[str, Manifest]] = {}
 
-    async def ready(self, name: str, revision: str | None) -> Manifest:
+    async def ready(self, name: str) -> Manifest:
         """The manifest to check a job against.
 
         Whether a copy is loaded now makes no difference where one would be: jobs that wait have it loaded.
 
         Raises:
-            UnknownModel: not served here, or not at this revision.
+            UnknownModel: not served here.
             ModelLoading: never loaded so far; now it will be.
             ModelFailed: it can't be loaded.
             ModelUnavailable: gone for long, or about to go.
@@ -46,13 +46,7 @@ class Catalogue:
             )
         _check_loadable(hosted)
         await self.known(hosted)
-        manifest = await self._manifest(hosted)
-        if revision is not None and revision != manifest.revision:
-            raise UnknownModel(
-                f"{name} is served at revision {manifest.revision[:12]}, the graph was recorded against "
-                f"{revision[:12]}; make the model again to read its new manifest"
-            )
-        return manifest
+        return await self._manifest(hosted)
 
     async def known(self, hosted: Hosted) -> None:
         """Have a model loaded that never was, so that its manifest becomes known.

@@ -9,6 +9,7 @@ from typing import TypeVar
 
 import msgpack
 from interpose.errors import InvalidPayload, MissingAttachment
+from interpose.graph.adapters import check_revision
 from interpose.graph.codec import encode_graph
 from interpose.graph.footprint import Footprint
 from interpose.graph.manifest import Manifest
@@ -47,7 +48,7 @@ async def submit(
     if named not in (None, job.id):
         raise InvalidPayload("a submission is sent under another id than its own")
     allow(key, job.model)
-    manifest = await parts.catalogue.ready(job.model, job.revision)
+    manifest = await parts.catalogue.ready(job.model)
     footprint = await _maybe_thread(large, lambda: _check(parts, job, manifest))
     digest = hashlib.sha256(body).hexdigest()
     payload = await _maybe_thread(large, lambda: _packed(job))
@@ -75,6 +76,8 @@ async def submit(
 
 
 def _check(parts: Parts, job: Submission, manifest: Manifest) -> Footprint:
+    if job.revision is not None:
+        check_revision(job.revision, job.graph.runs, manifest)
     return validate(job.graph, manifest, parts.settings.limits, batching=job.batching).footprint
 
 

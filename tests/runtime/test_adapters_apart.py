@@ -12,7 +12,8 @@ from typing import Any
 
 import pytest
 import torch
-from interpose.errors import ConfigError, InterposeError, OutOfMemory, UnknownAdapter
+from interpose.errors import ConfigError, InterposeError, OutOfMemory, UnknownAdapter, UnknownModel
+from interpose.graph.adapters import check_revision, revision_of
 from interpose.graph.model import Graph, Invoke, Node, Point, Run
 from interpose.graph.values import Ref
 from interpose.runtime import adapters
@@ -258,10 +259,11 @@ def test_folders_that_hold_no_adapter(tmp_path: Path) -> None:
         with_adapters(loaded, {"../c": lora("llama")})
 
 
-def test_the_revision_is_of_the_weights_too() -> None:
+def test_revisions_are_of_what_a_graph_uses() -> None:
+    """Jobs that wait outlive whatever is loaded beside what they use."""
     loaded = load(tiny("llama"))
-    one, same, other, both = (
-        with_adapters(loaded, sources).manifest.revision
+    first, same, other, both = (
+        with_adapters(loaded, sources).manifest
         for sources in (
             {"a": lora("llama")},
             {"a": lora("llama")},
@@ -269,4 +271,13 @@ def test_the_revision_is_of_the_weights_too() -> None:
             {"a": lora("llama"), "b": lora("llama", 1)},
         )
     )
-    assert one == same and len({loaded.manifest.revision, one, other, both}) == 4
+    plain, chosen = forward(None).graph.runs, forward("a").graph.runs
+    assert {revision_of(plain, manifest) for manifest in (first, other, both)} == {loaded.manifest.revision}
+    of_a = revision_of(chosen, first)
+    assert of_a == revision_of(chosen, same) == revision_of(chosen, both) != revision_of(chosen, other)
+    assert of_a != revision_of(forward("b").graph.runs, both)
+    check_revision(of_a, chosen, both)
+    with pytest.raises(UnknownModel, match=r"at revision \w+\+\w+, the graph was recorded against"):
+        check_revision(of_a, chosen, other)
+    with pytest.raises(UnknownAdapter, match="it has none at all"):
+        check_revision(of_a, chosen, loaded.manifest)

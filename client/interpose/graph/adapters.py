@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Mapping
+import hashlib
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from ..errors import UnknownAdapter
+from ..errors import UnknownAdapter, UnknownModel
 
 if TYPE_CHECKING:
     from .manifest import Manifest
+    from .model import Run
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,6 +46,41 @@ def check_adapter(name: str | None, manifest: Manifest) -> None:
         f"{manifest.model} has no adapter {name!r}; it has {', '.join(sorted(manifest.adapters))}{hint}",
         details={"adapters": sorted(manifest.adapters)},
     )
+
+
+def check_revision(revision: str, runs: Iterable[Run], manifest: Manifest) -> None:
+    """Whether a graph was recorded against what is served: the model, and the adapters that its runs choose.
+
+    Raises:
+        UnknownAdapter: one isn't there any more.
+        UnknownModel: something else is.
+    """
+    runs = tuple(runs)
+    for run in runs:
+        check_adapter(run.adapter, manifest)
+    now = revision_of(runs, manifest)
+    if revision != now:
+        raise UnknownModel(
+            f"{manifest.model} is served at revision {_short(now)}, the graph was recorded against "
+            f"{_short(revision)}; make the model again to read its new manifest"
+        )
+
+
+def revision_of(runs: Iterable[Run], manifest: Manifest) -> str:
+    """Of all that decides what runs give: the model's own, and those of the adapters that they choose.
+
+    So a new adapter, or another's new weights, is nothing to jobs that don't use it.
+    """
+    used = sorted({run.adapter for run in runs if run.adapter is not None})
+    if not used:
+        return manifest.revision
+    marks = [f"{name}={manifest.adapters[name].revision}" for name in used if name in manifest.adapters]
+    return f"{manifest.revision}+{hashlib.sha256(' '.join(marks).encode()).hexdigest()[:16]}"
+
+
+def _short(revision: str) -> str:
+    own, plus, adapters = revision.partition("+")
+    return own[:12] + plus + adapters[:6]
 
 
 def encode_adapters(adapters: Mapping[str, AdapterInfo]) -> dict[str, Any]:

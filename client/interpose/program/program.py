@@ -14,7 +14,7 @@ import numpy as np
 
 from ..config import CONFIG
 from ..errors import BadArgument
-from ..graph.adapters import check_adapter
+from ..graph.adapters import check_adapter, revision_of
 from ..graph.limits import Limits
 from ..graph.manifest import Manifest
 from ..graph.model import Graph, Invoke
@@ -50,7 +50,7 @@ class Program(Parts):
         manifest = recorder.manifest
         origin = Origin(
             model=manifest.model,
-            revision=manifest.revision,
+            revision=revision_of(graph.runs, manifest),
             dtype=manifest.dtype,
             tokenizer=manifest.tokenizer,
             blocks=tuple(manifest.blocks),
@@ -141,7 +141,7 @@ class Program(Parts):
         dropped = set().union(*(invoke.tensors.values() for invoke in self.prompts)) - _used(graph)
         tensors = {key: tensor for key, tensor in tensors.items() if key not in dropped}
         graph = replace(graph, attachments={key: tensor.spec for key, tensor in tensors.items()})
-        if manifest.revision != self.origin.revision:
+        if revision_of(self.graph.runs, manifest) != self.origin.revision:
             note(f"the program was recorded on another revision of a model, {self.origin.model}")
         check_fit(graph, manifest)
         backend = _backend(remote)

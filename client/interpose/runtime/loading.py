@@ -105,12 +105,9 @@ def with_adapters(loaded: Loaded, sources: Mapping[str, str | Path], *, local_fi
 
 
 def _told(loaded: Loaded) -> Manifest:
-    """The manifest with the adapters that are there. They decide results, so they are part of its revision."""
+    """The manifest with the adapters that are there."""
     infos = {name: loaded.adapters[name].info for name in sorted(loaded.adapters)}
-    own = loaded.manifest.revision.partition("+")[0]
-    marks = "".join(f"{name}={info.revision}\n" for name, info in infos.items())
-    revision = f"{own}+{hashlib.sha256(marks.encode()).hexdigest()[:12]}" if infos else own
-    return replace(loaded.manifest, adapters=infos, revision=revision)
+    return replace(loaded.manifest, adapters=infos)
 
 
 def wrap(model: nn.Module, name: str, tokenizer: Any = None) -> Loaded:

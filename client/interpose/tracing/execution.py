@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import AsyncIterator, Callable, Generator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal, Protocol
 
 from ..errors import InterposeError, NotSaved
+from ..graph.adapters import revision_of
 from ..graph.model import Graph
 from .recorder import Recorder
 
@@ -18,7 +19,7 @@ class Options:
     Attributes:
         timeout: seconds, None for the configured one.
         on_tokens: told of each new token of a generation, as a `NewText`.
-        revision: of the manifest the graph is recorded against.
+        revision: of the manifest the graph is recorded against; with the adapters it uses, once it is run.
     """
 
     remote: bool = False
@@ -70,8 +71,11 @@ class Execution:
         if self.execute is None or not graph.nodes:
             self._lose("nothing was run: a scan tells shapes, a trace gives values")
             return
+        options = self.options
+        if options.revision is not None:
+            options = replace(options, revision=revision_of(graph.runs, self.recorder.manifest))
         try:
-            done = self.execute(graph, tensors, self.options)
+            done = self.execute(graph, tensors, options)
         except InterposeError as error:
             if error.node is not None and error.node < len(graph.nodes):
                 error.source = graph.nodes[error.node].source

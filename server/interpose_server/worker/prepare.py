@@ -8,7 +8,8 @@ from dataclasses import dataclass
 
 import msgpack
 import torch
-from interpose.errors import InternalError, InterposeError, InvalidPayload, StorageUnavailable, UnknownModel
+from interpose.errors import InternalError, InterposeError, InvalidPayload, StorageUnavailable
+from interpose.graph.adapters import check_revision
 from interpose.graph.codec import decode_graph
 from interpose.graph.manifest import Manifest
 from interpose.graph.model import Graph
@@ -63,13 +64,10 @@ class Preparer:
 
     def _prepared(self, sink: JobSink) -> EngineJob:
         claim = sink.claim
-        if claim.revision not in ("", self.manifest.revision):
-            # It was checked when it was submitted; since then the worker came back with other weights.
-            raise UnknownModel(
-                f"{self.model} is now served at revision {self.manifest.revision[:12]}, and this job was recorded "
-                f"against {claim.revision[:12]}; run it again"
-            )
         graph = self._graph(claim)
+        if claim.revision:
+            # It was checked when it was submitted; since then the worker may have come back with other weights.
+            check_revision(claim.revision, graph.runs, self.manifest)
         job = EngineJob(
             graph=graph,
             attachments=self._attachments(claim, graph),
