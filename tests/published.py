@@ -103,9 +103,15 @@ PARAMETERS = {
 library doesn't load."""
 
 
-def written(name: str, folder: Path) -> Path:
+FOLDER = Path(__file__).resolve().parent.parent / ".cache" / "published"
+
+
+def written(name: str, folder: Path = FOLDER) -> Path:
     """A folder with nothing but a model's config."""
     target = folder / name
     target.mkdir(parents=True, exist_ok=True)
-    (target / "config.json").write_text(json.dumps(CONFIGS[name]))
+    file, text = target / "config.json", json.dumps(CONFIGS[name])
+    # Left alone where it is as it should be: what was told of it may be kept by its time.
+    if not file.exists() or file.read_text() != text:
+        file.write_text(text)
     return target

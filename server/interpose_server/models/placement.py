@@ -23,7 +23,7 @@ from functools import cached_property
 
 from interpose.errors import ConfigError
 
-from .devices import GIB, Device, Devices
+from .devices import CONTEXT, GIB, Device, Devices
 from .ranges import divided
 from .sizes import Part, Sizes, widest
 from .spec import ModelSpec, Placement
@@ -243,7 +243,8 @@ def _held(parts: Iterable[Part], load: Load, flight: int) -> int:
 
 
 def _share(total: int, device: Device) -> float:
-    share = _steps(total / max(device.usable, 1))
+    """Of a device, for a process that holds so much, and what its libraries take."""
+    share = _steps((total + CONTEXT) / (device.usable + CONTEXT))
     return share if share <= HALF else 1.0
 
 
