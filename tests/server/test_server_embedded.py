@@ -14,6 +14,7 @@ from pathlib import Path
 import httpx
 import psutil
 import pytest
+from fake_hub import Hub, serving_hub
 from interpose.errors import ConfigError, InvalidPayload
 from interpose_server.wanted import Served as ServedModel
 from interpose_server.wanted import with_adapters
@@ -197,3 +198,14 @@ def test_names_of_models(tmp_path: Path) -> None:
     for text in ("a b", "../../nothing", f"../x={folder}"):
         with pytest.raises((InvalidPayload, ConfigError)):
             ServedModel.parse(text)
+
+
+def test_a_model_the_hub_does_not_give_is_told_once(tmp_path: Path) -> None:
+    with serving_hub(Hub({}, gated={"org/gated"})) as hub:
+        env = os.environ | {"HF_ENDPOINT": hub.url, "HF_HOME": str(tmp_path / "home"), "HF_HUB_OFFLINE": "0"}
+        words = [INTERPOSE, "serve", "org/gated", "--port", "0", "--data-dir", tmp_path / "data"]
+        done = subprocess.run(words, capture_output=True, text=True, timeout=60, env=env)
+    assert done.returncode == 1 and "Traceback" not in done.stderr
+    told = [line for line in done.stderr.splitlines() if "can't be loaded" in line]
+    assert len(told) == 1 and "starting it again" not in done.stderr
+    assert hub.asked["org/gated"] < 12, "one try's worth"

@@ -14,7 +14,8 @@ from huggingface_hub import HfApi, try_to_load_from_cache
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, RepositoryNotFoundError
 from transformers import AutoConfig, PretrainedConfig
 
-from ..errors import ConfigError, ModelUnavailable
+from ..errors import ConfigError, ModelUnavailable, OutOfMemory
+from .unavailable import reason
 
 T = TypeVar("T")
 
@@ -86,8 +87,11 @@ class Source:
         except OSError as error:
             raise ModelUnavailable(
                 f"{self.place} can't be loaded: {first_line(error)}. Check the name, the network, and for a gated "
-                "model that you are logged in; a folder works too"
+                "model that you are logged in; a folder works too",
+                details={"reason": reason(error) or "missing"},
             ) from error
+        except (MemoryError, torch.OutOfMemoryError) as error:
+            raise OutOfMemory(f"{self.place} doesn't fit the memory it is loaded into") from error
         except (ValueError, KeyError, ImportError) as error:
             raise ConfigError(f"{self.place} can't be loaded: {first_line(error)}") from error
 
@@ -97,11 +101,16 @@ def _folder(source: str | Path) -> Path | None:
     path = Path(source).expanduser()
     if path.is_dir():
         if not (path / "config.json").is_file():
-            raise ConfigError(f"{path} holds no config.json: give the folder that save_pretrained wrote")
+            raise ConfigError(
+                f"{path} holds no config.json: give the folder that save_pretrained wrote",
+                details={"reason": "missing"},
+            )
         return path.resolve()
     text = str(source)
     if isinstance(source, Path) or text.startswith((".", "/", "~")) or text.count("/") > 1 or not text:
-        raise ConfigError(f"there is no folder {text!r}; give one, or a hub id such as 'org/name'")
+        raise ConfigError(
+            f"there is no folder {text!r}; give one, or a hub id such as 'org/name'", details={"reason": "missing"}
+        )
     return None
 
 

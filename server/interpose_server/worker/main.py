@@ -13,6 +13,7 @@ import uvloop
 from interpose.errors import ConfigError, InterposeError
 
 from .. import logs
+from ..broker.failures import PASSING, reason_of
 from ..broker.states import ModelState
 from ..models.spec import ModelSpec
 from ..settings import Settings
@@ -43,7 +44,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         uvloop.run(_main(spec, wanted.name, settings, wanted.device))
     except InterposeError as error:
         print(f"{wanted.model}: {error.message}", file=sys.stderr, flush=True)
-        raise SystemExit(USELESS_TO_RETRY if isinstance(error, ConfigError) else 1) from None
+        useless = isinstance(error, ConfigError) or reason_of(error) not in PASSING
+        raise SystemExit(USELESS_TO_RETRY if useless else 1) from None
 
 
 async def _main(spec: ModelSpec, name: str, settings: Settings, device: str | None) -> None:
