@@ -219,7 +219,9 @@ async def test_a_removed_model_goes_when_its_jobs_are_over(broker: Broker) -> No
     await broker.queue.report([Report(ref, "w1", 1, 0, [], Outcome(None, 0.1))])
     assert await retire(broker) == [], "its copy is there yet"
     await broker.models.announce("tiny", "w1", STOPPED)
+    before = await broker.specs.revision()
     assert await retire(broker) == ["tiny"]
+    assert await broker.specs.revision() > before, "who keeps models hears of it"
     with pytest.raises(UnknownModel):
         await broker.models.get("tiny")
 

@@ -224,6 +224,7 @@ class Models:
             parts = (keys.STATES, keys.HEARD, keys.TALLY)
             pipe.delete(_key(name), *(part.format(model=name) for part in parts))
             pipe.hdel(keys.SPECS, name)
+            pipe.incr(keys.SPECS_CHANGED)
             await pipe.execute()
 
     async def give_up(self, name: str, error: ModelUnavailable) -> list[str]:
