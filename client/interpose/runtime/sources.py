@@ -123,7 +123,8 @@ def _hub_answers(name: str, revision: str | None) -> bool:
         if "/" in name:
             return True  # gated, or private: loading tells which
         raise ModelUnavailable(
-            f"there is no folder {name!r} here, and the hub has no model of that name"
+            f"there is no folder {name!r} here, and the hub has no model of that name",
+            details={"reason": "missing"},
         ) from error
     except (HfHubHTTPError, HFValidationError):
         return True
@@ -131,7 +132,9 @@ def _hub_answers(name: str, revision: str | None) -> bool:
         if isinstance(try_to_load_from_cache(name, "config.json", revision=revision), str):
             return False
         asked = f"the hub ({urlsplit(api.endpoint).hostname}) can't be asked for it"
-        raise ModelUnavailable(f"there is no folder {name!r} here, and {asked}: {first_line(error)}") from None
+        raise ModelUnavailable(
+            f"there is no folder {name!r} here, and {asked}: {first_line(error)}", details={"reason": "network"}
+        ) from None
     return True
 
 
