@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -13,7 +14,9 @@ import by_hand
 import torch
 from by_hand import BLOCK, HANDS, TAPS
 from interpose import LanguageModel
+from interpose.runtime.engine import Engine
 from models import tiny
+from splitting import split
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoModelForMaskedLM
 from twins import close, same
@@ -28,10 +31,22 @@ OWN_ATTENTION = {"bloom": "self_attention", "mpt": "attn", "falcon": "self_atten
 """Families outside the library's attention interface, and the module that attends."""
 
 
-@cache
+SHARDS: ContextVar[int] = ContextVar("shards", default=0)
+"""Over how many shards our models are split; 0 for none."""
+
+
 def ours(arch: str) -> Any:
+    return _ours(arch, SHARDS.get())
+
+
+@cache
+def _ours(arch: str, shards: int) -> Any:
     torch.set_num_threads(1)
-    return LanguageModel(str(tiny(arch)))
+    model = LanguageModel(str(tiny(arch)))
+    if shards:
+        local = model._home.local
+        local.engine = Engine(split(local.loaded, shards))
+    return model
 
 
 @cache

@@ -54,6 +54,22 @@ class Absences:
         self._holed.discard(node)
         self._masks.pop(node, None)
 
+    def ended(self, run: int) -> tuple[bool, ...] | None:
+        """Which rows of a run had ended before the step that is under way; None outside generations."""
+        return self._ended.get(run)
+
+    def marks(self, node: int) -> tuple[bool, Any]:
+        """What is noted of a node's value, for another site."""
+        return node in self._holed, self._masks.get(node)
+
+    def mark(self, node: int, marks: tuple[bool, Any]) -> None:
+        """Note of a value what another site noted."""
+        holed, mask = marks
+        if holed:
+            self._holed.add(node)
+        if mask is not None:
+            self._masks[node] = mask
+
     def over(self, run: int, view: Span) -> bool:
         """Whether all rows of a part of a run have ended."""
         ended = self.rows(run, view)

@@ -14,7 +14,7 @@ from typing import Protocol
 
 import torch
 
-from ..errors import BadArgument, InternalError, InterposeError, OutOfMemory
+from ..errors import BadArgument, InternalError, InterposeError, OutOfMemory, ReplicaLost
 from ..graph.limits import UNLIMITED, Limits
 from ..graph.model import Graph, Run
 from ..graph.validate import Report
@@ -31,6 +31,9 @@ from .prepared import Preparation, Prepared
 from .refusals import Refused
 from .restart import Restart
 from .sink import Sink
+from .split.away import Away
+from .split.route import HOME
+from .split.sites import divide
 from .stages import Member, staged
 from .staging import Staging
 from .tail import Tail, measure
@@ -188,9 +191,14 @@ class Engine:
             running = [job for job in started if isinstance(job, Interpreter)]
             try:
                 self._runs(running, pace)
+                for job in running:
+                    if job.away is not None:
+                        job.away.settle()
             finally:
                 for job in running:
-                    job.gradients.close()
+                    self.close(job)
+        except ReplicaLost:
+            raise
         except Exception as error:
             name = type(error.error if isinstance(error, Refused) else error).__name__
             memory = isinstance(error, (torch.OutOfMemoryError, MemoryError))
@@ -211,10 +219,17 @@ class Engine:
             return error
         return run.error
 
+    def close(self, job: Interpreter) -> None:
+        """A job is over: what was kept for it goes."""
+        job.gradients.close()
+        if job.away is not None:
+            job.away.over()
+
     def start(self, job: EngineJob) -> Interpreter | InterposeError:
         try:
             plan, report, attachments = job.prepared or self._prepared(job)
             check_given(job.graph, job.attachments, self.manifest)
+            division = None if self.loaded.split is None else divide(plan, self.loaded.split.sites)
             started = Interpreter(
                 plan,
                 report.known,
@@ -225,7 +240,10 @@ class Engine:
                 job.saved,
                 job.seeds,
                 exclusive=job.exclusive or report.footprint.exclusive,
+                own=None if division is None else division.part(HOME),
             )
+            if self.loaded.split is not None and division is not None:
+                started.away = Away(started, job.graph, self.loaded.split, division, job.owner)
         except InterposeError as error:
             return error
         with _gradients(started):

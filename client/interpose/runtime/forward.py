@@ -44,7 +44,7 @@ class Placed:
 
     def places(self, manifest: Manifest) -> Mapping[Place, tuple[Node, ...]]:
         """What it reads and writes in this forward."""
-        found = self.job.plan.at(self.run, self.step)
+        found = self.job.own.at(self.run, self.step)
         if (self.since, self.until) == (-math.inf, math.inf):
             return found
         return {place: nodes for place, nodes in found.items() if self._serves(manifest.moment(*place))}
@@ -59,7 +59,7 @@ class Placed:
 
     def give_mask(self, mask: torch.Tensor) -> None:
         """Provide the reads of the attention mask, [rows, positions] of the whole batch."""
-        for node in self.job.plan.nodes("attention_mask"):
+        for node in self.job.own.nodes("attention_mask"):
             if node.run != self.run or self.job.error is not None:
                 continue
             span = self.span if node.invoke is None else self.invokes[node.invoke].within(self.span)
@@ -162,16 +162,27 @@ class Forward:
 
     def run(self, kwargs: Mapping[str, Any], args: Sequence[Any] = ()) -> Any:
         """The model's output; None if it was stopped early."""
-        if not self.waiting and not self.complete:
+        return self.serve(lambda: self.loaded.model(*args, **kwargs))
+
+    def serve(self, call: Callable[[], Any]) -> Any:
+        """What `call` returns, which runs the model or a part of it; None if it was stopped early."""
+        if self.over:
             return None
         for part in self._placed:
             part.job.products = self._products
         touched = {name: self.loaded.modules[name] for name, _, _ in self.waiting}
         with hooked(touched, self.loaded.names, self, self._functions(), self._exits()), self._begun:
             try:
-                return self.loaded.model(*args, **kwargs)
+                return call()
             except Enough:
                 return None
+
+    @property
+    def over(self) -> bool:
+        """Whether nobody needs what comes."""
+        return not (self.complete or self.kept) and all(
+            part.job.error for entries in self.waiting.values() for part, _ in entries
+        )
 
     def _exits(self) -> set[str]:
         """The modules that are asked for nothing but what they return, and aren't called within themselves."""
@@ -227,9 +238,7 @@ class Forward:
         keep = self.kept.pop((module, event, call), None)
         if keep is not None:
             keep(shown)
-        if not (self.complete or self.kept) and all(
-            part.job.error for entries in self.waiting.values() for part, _ in entries
-        ):
+        if self.over:
             raise Enough
         return shown
 

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from ..errors import JobCancelled
 from . import caches
-from .forward import Forward, Placed, place, starts
+from .forward import Placed, place, starts
 from .growing import Grower, Growing
 from .inputs import FILL, positions
 from .interpreter import Interpreter
@@ -24,6 +24,7 @@ from .loading import Loaded
 from .pieces import Piece, joined
 from .refusals import refusing
 from .rows import Span
+from .split.carrier import forward_of
 from .tail import ARGUMENT, Tail
 
 log = logging.getLogger(__name__)
@@ -206,7 +207,7 @@ class Generation:
         placed = [self._placed(part, cohort, first) for part in cohort.parts if not part.over]
         images = sum(sum(part.images) for part in cohort.parts) if first else 0
         whole = Span.whole(cohort.rows, width if first else 1, width, images)
-        forward = Forward(self._loaded, placed, whole, complete=True)
+        forward = forward_of(self._loaded)(self._loaded, placed, whole, complete=True)
         with refusing(lambda: forward.serving):
             output = forward.run({**inputs, **self._kept(placed), "return_dict": True})
         forward.finish()

@@ -11,7 +11,7 @@ whether that is the gradient or whether the way there is another job's; such a j
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -97,6 +97,29 @@ class Gradients:
             run_backwards([self])
 
     @property
+    def active(self) -> list[tuple[int, int]]:
+        """(watched node, backward): the gradients asked for by the backwards under way."""
+        return [*self._active.items()]
+
+    @property
+    def came(self) -> set[int]:
+        """Reads and writes of gradients that were served."""
+        return self._reached
+
+    def reached(self, nodes: Iterable[int]) -> None:
+        """Others were served on shards."""
+        self._reached.update(nodes)
+
+    def ask_for(self, asked: Iterable[tuple[int, int]]) -> None:
+        """A backward comes by here: whose gradients it is asked for, as `active` says."""
+        self._active = dict(asked)
+
+    def ebb(self) -> None:
+        """A backward has come by. What was handed out may be this very memory, to which the next would add."""
+        for leaf in self._leaves:
+            leaf.grad = None
+
+    @property
     def left(self) -> int:
         """How many backwards are still to come."""
         return self._left if self._job.error is None else 0
@@ -171,10 +194,8 @@ def run_backwards(jobs: Sequence[Gradients]) -> None:
             # By what is left to run: a loss of an early layer runs first, whatever its line.
             torch.autograd.backward(losses, retain_graph=any(job.left for job in jobs))
         finally:
-            # What was handed out may be this very memory, and the next backward would add to it in place.
             for job in jobs:
-                for leaf in job._leaves:
-                    leaf.grad = None
+                job.ebb()
         for job, taken in batch:
             with job._job.guard():
                 if job._job.error is None:

@@ -17,7 +17,7 @@ from .hooks import no_hooks
 from .kernels import described
 from .loops import truth
 from .plan import ACCESSES, GIVEN, MOMENTS
-from .skipped import ABSENT, LATER, SKIPPED, NoValue
+from .skipped import ABSENT, LATER, SKIPPED
 from .slots import assign
 from .telling import told
 
@@ -41,8 +41,10 @@ def attachment(job: Interpreter, node: Node, args: tuple[Any, ...]) -> torch.Ten
     return job.attachments[args[0]].to(job.world.device)
 
 
-def param(job: Interpreter, node: Node, args: tuple[Any, ...]) -> torch.Tensor:
+def param(job: Interpreter, node: Node, args: tuple[Any, ...]) -> Any:
     path, name = args
+    if job.away is not None and job.away.owns(path):
+        return job.away.parameter(path, name)
     module = job.world.modules[path]
     own = module.get_parameter(name).detach()
     with job.adapter(node):
@@ -53,12 +55,16 @@ def param(job: Interpreter, node: Node, args: tuple[Any, ...]) -> torch.Tensor:
     return changed.detach()
 
 
-def call(job: Interpreter, node: Node, args: tuple[Any, ...]) -> torch.Tensor | NoValue:
+def call(job: Interpreter, node: Node, args: tuple[Any, ...]) -> Any:
     path, value = args
-    check_call(job.world.manifest, job.world.modules[path], path, value, job.limits)
+    far = job.away if job.away is not None and job.away.owns(path) else None
+    if far is None:
+        check_call(job.world.manifest, job.world.modules[path], path, value, job.limits)
     if job.unknown(node.id) and isinstance(value, torch.Tensor):
         spec, flops = called(job.world.manifest, path, described(value))
         job.afford(5 * nbytes(spec), flops)
+    if far is not None:
+        return far.call(path, value)
     if job.products is not None and job.products.take(job, node, path, value):
         return LATER
     with no_hooks(), job.adapter(node):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import heapq
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -35,6 +35,9 @@ from .skipped import ABSENT, LATER, SKIPPED, NoValue
 from .slots import RunValues, Touched
 from .world import World
 
+if TYPE_CHECKING:
+    from .split.away import Away
+
 
 class Interpreter:
     """Executes the nodes of one job. After `fail` it ignores everything."""
@@ -51,13 +54,18 @@ class Interpreter:
         seeds: dict[tuple[int, int], int],
         *,
         exclusive: bool = False,
+        own: Plan | None = None,
     ) -> None:
         self.plan = plan
+        self.own = own or plan
+        """What of the plan runs here; the rest does at other sites."""
+        self.posted: list[tuple[int, Any, tuple[bool, Any]]] = []
+        """(node, value, what of it is absent), for other sites."""
         self.nodes = plan.graph.nodes
         self.known = known
         self.attachments = attachments
         self.sink = sink
-        self.saves = Saves(plan, sink, limits, saved)
+        self.saves = Saves(self.own, sink, limits, saved)
         self.limits = limits
         self.world = world
         self.seeds = seeds
@@ -69,37 +77,53 @@ class Interpreter:
         self.flops = 0
         self.held = Held(limits)
         self.gradients = Gradients(self)
+        self.away: Away | None = None
+        """What of it runs on shards, where the model is split."""
         self.products: Products | None = None
         """Where layers called on values wait for other jobs' calls, while a forward is shared."""
         self.absences = Absences()
         self._values: dict[int, Any] = {}
         self._waits = list(map(len, plan.needs))
-        self._uses = [len(users) for users in plan.users]
+        self._uses = [len(users) for users in self.own.users]
         self._ready: list[int] = []
 
     def begin(self) -> None:
         """Run what needs nothing from the model."""
         with self.guard():
-            self._ready = [*self.plan.first]
+            self._ready = [*self.own.first]
             self._drain()
+            if self.away is not None:
+                self.away.begin()
+
+    def arrived(self, node: int, value: Any, marks: tuple[bool, Any], only: frozenset[int] | None = None) -> None:
+        """The value of a node that another site ran; with `only`, what isn't in it stays ready."""
+        with self.guard():
+            if self.error is not None or not self.own.users[node]:
+                return
+            self.absences.mark(node, marks)
+            branch = self.nodes[node]
+            if branch.op == "branch" and value is not True:
+                self.pass_over(branch, SKIPPED if value is False else value)
+            self.provide(node, value, only)
 
     def begin_step(self, run: int, step: int, ended: Sequence[bool]) -> None:
         """Make the bodies of "steps" that hold this step ready to run once more; `ended` is of the run's rows."""
         self.absences.begin_step(run, ended)
-        for control in self.plan.active(run, step):
-            body = self.plan.templates[control]
-            inside = {node.id for node in body}
+        for control in self.own.active(run, step):
+            body = self.own.templates[control]
+            inside = {node.id for node in self.plan.templates[control]}
+            for ref in inside:
+                self._let_go(ref)
+                self._uses[ref] = len(self.own.users[ref])
             for node in body:
-                self._let_go(node.id)
                 needed = self.plan.needs[node.id]
                 self._waits[node.id] = sum(ref in inside or ref not in self._values for ref in needed)
-                self._uses[node.id] = len(self.plan.users[node.id])
             with self.guard():
                 for node in body:
-                    if not self._waits[node.id] and self.plan.startable(node):
+                    if not self._waits[node.id] and self.own.startable(node):
                         heapq.heappush(self._ready, node.id)
                 self._drain()
-        for node in self.plan.alive(run, step):
+        for node in self.own.alive(run, step):
             with self.guard():
                 if self.error is None:
                     own = torch.tensor(ended, device=self.world.device)[self._rows(node)]
@@ -118,6 +142,8 @@ class Interpreter:
         with self.guard():
             if self.error is None:
                 self.saves.end_run(run)
+                if self.away is not None:
+                    self.away.end_run(run)
 
     def go_on(self) -> None:
         """Run what became ready while it couldn't run."""
@@ -185,7 +211,7 @@ class Interpreter:
         """A node has run: let go of the values that only it still needed."""
         for ref in self.plan.needs[node.id]:
             self._uses[ref] -= 1
-            if not self._uses[ref] and ref not in self.plan.kept:
+            if not self._uses[ref] and ref not in self.own.kept:
                 self._let_go(ref)
 
     def _let_go(self, node: int) -> None:
@@ -259,14 +285,16 @@ class Interpreter:
     # -- running nodes -----------------------------------------------------------------------------------------
 
     def give(self, node: int, value: Any) -> None:
-        users = self.plan.users[node]
+        if node in self.own.sent:
+            self.posted.append((node, value, self.absences.marks(node)))
+        users = self.own.users[node]
         if users:
             self._values[node] = value
             if self.unknown(node):
                 self.held.add(value)
         for user in users:
             self._waits[user] -= 1
-            if not self._waits[user] and self.plan.startable(self.nodes[user]):
+            if not self._waits[user] and self.own.startable(self.nodes[user]):
                 heapq.heappush(self._ready, user)
 
     def check_wanted(self) -> None:
@@ -316,7 +344,7 @@ class Interpreter:
 
     def pass_over(self, branch: Node, value: NoValue) -> None:
         """Let nothing wait for the moments of a body that won't run."""
-        for other in self.plan.moments_within.get(branch.id, ()):
+        for other in self.own.moments_within.get(branch.id, ()):
             self.give(other, value)
 
     def execute(self, node: Node, look: Callable[[int], Any]) -> Any:

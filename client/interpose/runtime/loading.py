@@ -20,6 +20,7 @@ from .inputs import Feeding, vocabulary
 from .pieces import joined
 from .probe import probe
 from .sources import Source, auto_class, torch_device, torch_dtype
+from .split.split import Split
 
 
 @dataclass(frozen=True, eq=False)
@@ -34,6 +35,7 @@ class Loaded:
         rewritten: (path, event) where it later writes over what it handed out.
         first_only: modules whose forward calls other functions in a generation's later steps.
         adapters: what a run may choose, by name.
+        split: where its blocks are, if they lie on shards; then `modules` holds stubs in their place.
     """
 
     model: nn.Module
@@ -46,6 +48,13 @@ class Loaded:
     rewritten: frozenset[tuple[str, str]] = frozenset()
     first_only: frozenset[str] = frozenset()
     adapters: Mapping[str, Adapter] = field(default_factory=dict)
+    split: Split | None = None
+
+    @property
+    def own(self) -> Mapping[str, nn.Module]:
+        """The modules but for stubs of those that are elsewhere."""
+        far = {} if self.split is None else self.split.sites.blocks
+        return {path: module for path, module in self.modules.items() if path not in far}
 
 
 def load(

@@ -7,7 +7,7 @@ import heapq
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 from ..graph.manifest import ATTENTION, EVENT
 from ..graph.model import Graph, Node, Run
@@ -34,6 +34,7 @@ class Plan:
         users: node -> nodes that need it.
         scope: node -> the control nodes whose bodies hold it, outermost first.
         live: ids of the nodes that matter.
+        sent: those whose values are needed elsewhere, in a part of a plan whose other parts run there.
     """
 
     graph: Graph
@@ -41,6 +42,7 @@ class Plan:
     users: tuple[tuple[int, ...], ...]
     scope: tuple[tuple[int, ...], ...]
     live: frozenset[int]
+    sent: frozenset[int] = frozenset()
 
     def of(self, runs: Sequence[Run]) -> Plan:
         """The plan of the same nodes with other prompts of the same lengths; what was found out is shared."""
@@ -49,6 +51,16 @@ class Plan:
         plan = copy.copy(self)
         object.__setattr__(plan, "graph", replace(self.graph, runs=tuple(runs)))
         return plan
+
+    def part(self, mine: frozenset[int], sent: frozenset[int]) -> Plan:
+        """These nodes alone; what they need of others comes from outside, and `sent` goes there."""
+        users = tuple(tuple(user for user in users if user in mine) for users in self.users)
+        return Plan(self.graph, self.needs, users, self.scope, mine, sent)
+
+    @cached_property
+    def divisions(self) -> dict[int, Any]:
+        """How this was divided, kept by those who divide it."""
+        return {}
 
     def nodes(self, *wanted: str) -> Iterator[Node]:
         """The live nodes of some ops, in the user's order."""
@@ -129,7 +141,7 @@ class Plan:
             for node in self.graph.nodes
             if node.id in self.live
             and not self.needs[node.id]
-            and not (node.op in ("attachment", "param") and not self.users[node.id])
+            and not (node.op in ("attachment", "param") and not self.users[node.id] and node.id not in self.sent)
             and self.template_of(node.id) is None
             and self.startable(node)
         )

@@ -44,6 +44,28 @@ class Saves:
         self.bytes += own.nbytes
         return own
 
+    def adopt(self, node: Node, saved: Any) -> None:
+        """What a shard made: its value, or word of where that went by itself. Raises LimitExceeded."""
+        if "value" not in saved:
+            if node.id not in self.gone:
+                self.gone.add(node.id)
+                self._sink.adopt(node.id, saved)  # type: ignore[attr-defined]
+            return
+        self.bytes += sum(tensor.nbytes for _, tensor in nests.tensors(saved["value"]))
+        self._limits.check("result_bytes", self.bytes)
+        self._emit(node, saved["value"])
+
+    def missing(self, plan: Plan) -> list[Node]:
+        """Saves of a whole plan that must have left and haven't: those of branches and of later steps needn't."""
+        if any(run.kind == "generate" for run in plan.graph.runs):
+            return []
+        return [
+            node
+            for node in plan.nodes("save")
+            if node.id not in self.gone
+            and not any(plan.graph.nodes[control].op == "branch" for control in plan.scope[node.id])
+        ]
+
     def skip(self, node: Node) -> None:
         """A save in a branch that wasn't taken: one that repeats keeps its step's place."""
         if self._repeats(node):

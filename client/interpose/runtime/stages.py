@@ -105,7 +105,8 @@ class _Family:
 
 def staged(group: Sequence[Member], restart: Restart, prefix: Prefix) -> list[Stage]:
     """The forwards of a group, in order."""
-    if len({job for job, _ in group}) == len(group) or not restart.unaltered(restart.loaded.model.modules()):
+    whole = len({job for job, _ in group}) == len(group) or restart.loaded.split is not None
+    if whole or not restart.unaltered(restart.loaded.model.modules()):
         return [Stage([Rows([Seat(member)]) for member in group])]
     behind = _behind(group, restart, prefix)
     seats = (seat for stage in behind for rows in stage.rows for seat in rows.seats)

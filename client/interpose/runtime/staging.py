@@ -8,7 +8,7 @@ from dataclasses import replace
 from typing import Any
 
 from ..graph.inputs import counted
-from .forward import Forward, Placed, place, starts
+from .forward import Placed, place, starts
 from .inputs import ModelInputs, call_kwargs
 from .loading import Loaded
 from .pieces import joined, pieces
@@ -17,6 +17,7 @@ from .prefix import Keeping, Parts, Past, Prefix, behind
 from .refusals import refusing
 from .restart import Made, Restart
 from .rows import Span
+from .split.carrier import forward_of
 from .stages import ALL, Member, Rows, Stage
 from .tail import Cut, Tail
 
@@ -69,7 +70,9 @@ class Staging:
         if stage.skip:
             past, first = self._behind(stage.skip, spans, whole)
             kwargs |= past
-        forward = Forward(self._loaded, placed, whole, cut=cut, kept=kept, begun=begun, first=first)
+        forward = forward_of(self._loaded)(
+            self._loaded, placed, whole, cut=cut, kept=kept, begun=begun, first=first
+        )
         with refusing(lambda: forward.serving):
             forward.run(kwargs | (cut.argument if cut else {}))
         forward.finish()

@@ -129,9 +129,9 @@ def measure(loaded: Loaded) -> Tail | None:
 
 
 def _run(loaded: Loaded, kwargs: Mapping[str, Any]) -> tuple[torch.Tensor, dict[Place, list[torch.Size]]]:
-    """The logits, and the shapes of what every module takes and gives."""
+    """The logits, and the shapes of what every module here takes and gives."""
     shapes = _Shapes()
-    with hooked(loaded.modules, loaded.names, shapes):
+    with hooked(loaded.own, loaded.names, shapes):
         return principal(loaded.model(**kwargs)), shapes.seen
 
 

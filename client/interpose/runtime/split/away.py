@@ -1,0 +1,157 @@
+"""What of a job runs on shards, as home sees it: what it is told there, the mail it waits for, what comes of it."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+from ...errors import InternalError
+from ...graph.codec import encode_graph
+from .letters import deliver, error_from_nest, letters
+from .route import HOME, Mail, Nest
+from .sites import EVERY, Division
+from .split import Split
+
+if TYPE_CHECKING:
+    from ...graph.model import Graph
+    from ..interpreter import Interpreter
+
+_NUMBERS = itertools.count(1)
+
+
+class Away:
+    """One job's part on shards.
+
+    Args:
+        graph: the job's own; the plan's may have other names for what is attached.
+
+    Attributes:
+        number: its name among the sites.
+    """
+
+    def __init__(self, job: Interpreter, graph: Graph, split: Split, division: Division, owner: str) -> None:
+        self.number = next(_NUMBERS)
+        self.division = division
+        self._job = job
+        self._graph = graph
+        self._route = split.route
+        self._sites = split.sites
+        self._owner = owner
+        self._begun: set[int] = set()
+        self._outbox: dict[int, list[Mail]] = {}
+
+    def begin(self) -> None:
+        """Have the shards run what needs nothing of any forward."""
+        for site in sorted(self.division.first):
+            self._errand(site, "begin", self.told(site))
+
+    def told(self, site: int) -> Nest:
+        """What a shard must know of the job, if it doesn't yet."""
+        if site in self._begun:
+            return None
+        self._begun.add(site)
+        job = self._job
+        return {
+            "number": self.number,
+            "graph": encode_graph(self._graph),
+            "limits": job.limits.as_dict(),
+            "owner": self._owner,
+            "exclusive": job.exclusive,
+            "gone": sorted(job.saves.gone),
+            "address": getattr(job.sink, "address", None),
+        }
+
+    def mail(self, site: int) -> list[Mail]:
+        """What waits to be sent to a shard."""
+        self._collect()
+        return self._outbox.pop(site, [])
+
+    def _collect(self) -> None:
+        for one in letters(self._job, self.number, self.division.sent.get(HOME, {})):
+            self._outbox.setdefault(one.to, []).append(one)
+
+    def receive(self, mail: Sequence[Mail], only: frozenset[int] | None = None) -> None:
+        """Mail that came home: for this job here, or to be sent on."""
+        for one in mail:
+            if one.to == HOME:
+                deliver(self._job, one, only)
+            else:
+                self._outbox.setdefault(one.to, []).append(one)
+
+    def hear(self, told: Nest) -> None:
+        """What a shard reports: saves, lines of the log, how it failed."""
+        job, nodes = self._job, self._job.nodes
+        job.gradients.reached(told["reached"])
+        with job.guard():
+            for node, text in told["logs"]:
+                job.saves.tell(nodes[node], text)
+            for node, saved in told["saves"]:
+                job.saves.adopt(nodes[node], saved)
+        error = error_from_nest(told["error"], nodes)
+        if told["doubtful"]:
+            job.doubt()
+        elif error is not None:
+            job.fail(error)
+
+    def end_run(self, run: int) -> None:
+        """Have the shards hand out what they gathered over the steps of a run."""
+        plan = self._job.plan
+        saves = (
+            node.id for node in plan.nodes("save") if node.run == run and plan.template_of(node.id) is not None
+        )
+        for site in sorted({self.division.site[node] for node in saves} - {HOME}):
+            if site in self._begun:
+                self._errand(site, "end_run", {"number": self.number, "run": run})
+
+    def settle(self) -> None:
+        """Deliver what is still under way; no forward comes any more."""
+        while self._job.error is None:
+            self._collect()
+            if not any(self._outbox.values()):
+                break
+            site = next(site for site, mail in self._outbox.items() if mail)
+            mail = [(one.address[1], one.value) for one in self._outbox.pop(site)]
+            self._errand(site, "settle", {"number": self.number, "told": self.told(site), "mail": mail})
+        if self._job.error is None and (missing := self._job.saves.missing(self._job.plan)):
+            # Silence would pass for an answer.
+            first = missing[0]
+            self._job.fail(
+                InternalError(f"{len(missing)} of its saves were never made").at(first.id, first.op, first.source)
+            )
+
+    def over(self) -> None:
+        """The shards may forget the job."""
+        for site in self._begun:
+            self._route.errand(site, "over", {"number": self.number})
+        self._begun.clear()
+
+    def stops(self, run: int, step: int, after: int) -> list[int]:
+        """The shards beyond `after` behind which home has something to do in one step of a run."""
+        return [
+            site for own, at, site in self.division.stops if own == run and at in (step, EVERY) and site > after
+        ]
+
+    def far(self, run: int, step: int) -> set[int]:
+        """The shards with reads or writes of one step of a run."""
+        places = self._job.plan.at(run, step).values()
+        return {self.division.site[node.id] for nodes in places for node in nodes} - {HOME}
+
+    def owns(self, path: str) -> bool:
+        """Whether a module is on a shard."""
+        return self._sites.of(path) != HOME
+
+    def parameter(self, path: str, name: str) -> Any:
+        """A shard's parameter, brought here."""
+        return self._route.errand(self._sites.of(path), "parameter", {"path": path, "name": name})
+
+    def call(self, path: str, value: Any) -> Any:
+        """What a shard's module makes of a value; gradients come by."""
+        from .calling import call
+
+        return call(self._route, self._sites.of(path), path, value, self._job.limits)
+
+    def _errand(self, site: int, name: str, request: Nest) -> None:
+        reply = self._route.errand(site, name, request)
+        self.receive([Mail(to, (self.number, node), value) for to, node, value in reply["mail"]])
+        self.hear(reply["told"])

@@ -1,0 +1,248 @@
+"""The jobs' graphs on a shard: each job's part of its graph runs here, served by the hooks of the shard's blocks."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ...errors import BadArgument, InternalError, JobTimeout
+from ...graph.codec import decode_graph
+from ...graph.limits import Limits
+from ..calls import check_call
+from ..forward import Forward, Placed
+from ..hooks import no_hooks
+from ..interpreter import Interpreter
+from ..loading import Loaded
+from ..prepared import Preparation
+from ..rows import Span
+from ..world import World
+from .letters import by_job, deliver, error_to_nest, letters
+from .route import Mail, Nest
+from .sites import Sites, divide
+
+Leave = Callable[[Nest, int, Any], Nest]
+"""Has a saved value leave from here: the job's address, the node, the value -> what home is told of it."""
+
+
+def bring_home(address: Nest, node: int, value: Any) -> Nest:
+    """A value that leaves by way of home."""
+    return {"value": value}
+
+
+class _Outlet:
+    """Where the values of one job's part go."""
+
+    def __init__(self, address: Nest, limits: Limits, leave: Leave) -> None:
+        self.saves: list[tuple[int, Nest]] = []
+        self.logs: list[tuple[int, str]] = []
+        self._address = address
+        self._limits = limits
+        self._leave = leave
+        self._until = float("inf")
+
+    def start(self) -> None:
+        """No turn on this shard takes longer than the whole job may."""
+        self._until = time.monotonic() + self._limits.wall_s
+
+    def save(self, node: int, value: Any) -> None:
+        self.saves.append((node, self._leave(self._address, node, value)))
+
+    def log(self, node: int, text: str) -> None:
+        self.logs.append((node, text))
+
+    def tokens(self, run: int, step: int, ids: Sequence[int | None]) -> None:
+        raise AssertionError("tokens are chosen at home")
+
+    def cancelled(self) -> bool:
+        if time.monotonic() > self._until:
+            raise JobTimeout(
+                f"the job ran for more than {self._limits.wall_s:g} s", details={"allowed_s": self._limits.wall_s}
+            )
+        return False
+
+
+class Part:
+    """One job's part on this shard."""
+
+    def __init__(self, job: Interpreter, outlet: _Outlet, number: int, sent: Mapping[int, Sequence[int]]) -> None:
+        self.job = job
+        self.number = number
+        self._outlet = outlet
+        self._sent = sent
+        self._told: set[int] = set()
+
+    def start(self) -> None:
+        self._outlet.start()
+
+    def mail(self) -> list[Mail]:
+        return letters(self.job, self.number, self._sent)
+
+    def report(self) -> Nest:
+        """What home hasn't heard yet."""
+        outlet, job = self._outlet, self.job
+        saves, outlet.saves = outlet.saves, []
+        logs, outlet.logs = outlet.logs, []
+        reached = job.gradients.came - self._told
+        self._told |= reached
+        return {
+            "number": self.number,
+            "saves": saves,
+            "logs": logs,
+            "reached": sorted(reached),
+            "error": error_to_nest(job.error),
+            "doubtful": job.doubtful,
+        }
+
+
+class Graphs:
+    """A shard's `Guest`.
+
+    Args:
+        loaded: this shard's modules, and the manifest of the whole model.
+        sites: where the modules of the model are.
+        leave: has saves leave from this shard.
+    """
+
+    def __init__(self, loaded: Loaded, sites: Sites, site: int, leave: Leave = bring_home) -> None:
+        self._loaded = loaded
+        self._sites = sites
+        self._site = site
+        self._leave = leave
+        self._prepare = Preparation(loaded.manifest)
+        self._world = World(loaded.modules, torch.device(loaded.device), loaded.manifest)
+        self._parts: dict[int, Part] = {}
+
+    # -- forwards ----------------------------------------------------------------------------------------------
+
+    def visit(
+        self, work: Nest, mail: Sequence[Mail], run: Callable[[], Tensor]
+    ) -> tuple[Tensor | None, Nest, Sequence[Mail]]:
+        for told in work["jobs"]:
+            self._begin(told)
+        placed = [self._placed(part) for part in work["parts"]]
+        parts = [self._parts[part["number"]] for part in work["parts"]]
+        for own, part in zip(placed, work["parts"], strict=True):
+            if part["ended"] is not None:
+                own.job.begin_step(own.run, own.step, part["ended"])
+        self._deliver(mail)
+        forward = Forward(self._loaded, placed, Span(*work["whole"]), complete=work["through"])
+        hidden: Tensor | None = forward.serve(run)
+        forward.finish()
+        return hidden, *self._answers(parts)
+
+    def _placed(self, part: Nest) -> Placed:
+        own = self._parts[part["number"]]
+        own.start()
+        invokes = tuple(Span(*invoke) for invoke in part["invokes"])
+        return Placed(
+            own.job, part["run"], Span(*part["span"]), invokes, part["step"], part["since"], part["until"]
+        )
+
+    def _deliver(self, mail: Sequence[Mail], *, backward: bool = False) -> None:
+        for number, letters_ in by_job(mail).items():
+            job = self._parts[number].job
+            for one in letters_:
+                deliver(job, one, job.plan.upstream if backward else None)
+
+    def _answers(self, parts: Sequence[Part]) -> tuple[Nest, Sequence[Mail]]:
+        own = list(dict.fromkeys(parts))
+        mail = [one for part in own for one in part.mail()]
+        return [part.report() for part in own], mail
+
+    # -- backwards ---------------------------------------------------------------------------------------------
+
+    def wave(self, work: Nest, mail: Sequence[Mail], run: Callable[[], None]) -> tuple[Nest, Sequence[Mail]]:
+        parts = [self._parts[told["number"]] for told in work]
+        for part, told in zip(parts, work, strict=True):
+            part.start()
+            part.job.gradients.ask_for(told["asked"])
+        self._deliver(mail, backward=True)
+        try:
+            run()
+        finally:
+            for part in parts:
+                part.job.gradients.ebb()
+        for part in parts:
+            with part.job.guard():
+                if part.job.error is None:
+                    part.job.go_on()
+        return self._answers(parts)
+
+    # -- beside forwards ---------------------------------------------------------------------------------------
+
+    def errand(self, name: str, request: Nest) -> Nest:
+        work: Mapping[str, Callable[[Nest], Nest]] = {
+            "begin": self._begun,
+            "end_run": self._end_run,
+            "settle": self._settle,
+            "over": self._over,
+            "parameter": self._parameter,
+            "call": self._call,
+        }
+        if name not in work:
+            raise InternalError(f"a shard knows no errand {name!r}")
+        with torch.no_grad():
+            return work[name](request)
+
+    def _begin(self, told: Nest) -> Part:
+        graph = decode_graph(told["graph"])
+        limits = Limits(**told["limits"])
+        # Its parameters are this shard's own business, its attachments come by mail.
+        plan, report, _ = self._prepare(graph, {}, limits, told["owner"], None)
+        division = divide(plan, self._sites)
+        outlet = _Outlet(told["address"], limits, self._leave)
+        job = Interpreter(
+            plan, report.known, {}, outlet, limits, self._world, set(told["gone"]), {},
+            exclusive=told["exclusive"], own=division.part(self._site),
+        )  # fmt: skip
+        part = self._parts[told["number"]] = Part(job, outlet, told["number"], division.sent.get(self._site, {}))
+        part.start()
+        job.begin()
+        return part
+
+    def _begun(self, told: Nest) -> Nest:
+        return self._answer(self._begin(told))
+
+    def _end_run(self, request: Nest) -> Nest:
+        part = self._parts[request["number"]]
+        part.job.end_run(request["run"])
+        return self._answer(part)
+
+    def _settle(self, request: Nest) -> Nest:
+        if request["told"] is not None:
+            self._begin(request["told"])
+        part = self._parts[request["number"]]
+        part.start()
+        for node, value in request["mail"]:
+            deliver(part.job, Mail(self._site, (part.number, node), value))
+        return self._answer(part)
+
+    def _answer(self, part: Part) -> Nest:
+        return {
+            "mail": [(one.to, one.address[1], one.value) for one in part.mail()],
+            "told": part.report(),
+        }
+
+    def _over(self, request: Nest) -> Nest:
+        part = self._parts.pop(request["number"], None)
+        if part is not None:
+            part.job.gradients.close()
+        return None
+
+    def _parameter(self, request: Nest) -> Nest:
+        return self._loaded.modules[request["path"]].get_parameter(request["name"]).detach()
+
+    def _call(self, request: Nest) -> Nest:
+        path, value, gradient = request["path"], request["value"], request.get("gradient")
+        module = self._loaded.modules[path]
+        check_call(self._loaded.manifest, module, path, value, Limits(**request["limits"]))
+        with no_hooks(), torch.set_grad_enabled(gradient is not None):
+            given = value if gradient is None else value.detach().requires_grad_()
+            output = module(given)
+            if not isinstance(output, Tensor):
+                raise BadArgument(f"{path} returns no single tensor, so it can't be called on a value")
+            return output if gradient is None else torch.autograd.grad(output, given, gradient)[0]

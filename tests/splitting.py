@@ -1,0 +1,34 @@
+"""Tiny models split over shards of one process."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+from interpose.runtime.feeding import examples
+from interpose.runtime.loading import Loaded
+from interpose.runtime.pieces import joined
+from interpose.runtime.split.cutting import cut, ranges
+from interpose.runtime.split.guest import Graphs
+from interpose.runtime.split.sites import Sites
+from interpose.runtime.split.split import Split
+
+
+def split(loaded: Loaded, parts: int) -> Loaded:
+    """Home of a loaded model, its blocks on so many shards."""
+    shards = ranges(loaded.manifest.blocks, parts)
+    sites = Sites({path: site for site, paths in enumerate(shards, 1) for path in paths}, loaded.manifest)
+
+    def guest(site: int, part: Any) -> Graphs:
+        return Graphs(_seen(loaded, part), sites, site)
+
+    made = cut(loaded.model, shards, guest)
+    home = replace(_seen(loaded, made.home), split=Split(made.route, sites))
+    inputs = joined([examples(home.model, home.feeding, [5])], home.feeding.inputs, home.device)
+    home.model(**home.feeding.kwargs(inputs))  # shows what blocks return
+    return home
+
+
+def _seen(loaded: Loaded, model: Any) -> Loaded:
+    modules = dict(model.named_modules())
+    return replace(loaded, model=model, modules=modules, names={module: path for path, module in modules.items()})
