@@ -16,7 +16,7 @@ from by_hand import BLOCK, HANDS, TAPS
 from interpose import LanguageModel
 from interpose.runtime.engine import Engine
 from models import tiny
-from splitting import split
+from sharding import split
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoModelForMaskedLM
 from twins import close, same

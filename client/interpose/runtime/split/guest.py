@@ -1,4 +1,4 @@
-"""The jobs' graphs on a shard: each job's part of its graph runs here, served by the hooks of the shard's blocks."""
+"""The jobs' graphs on a shard: each job's part of its graph runs here, served by hooks of the shard's blocks."""
 
 from __future__ import annotations
 
