@@ -8,7 +8,7 @@ import pytest
 from at_points import SHARDS
 from matrix import KINDS, cells
 
-SPLIT = {"gpt2": 3, "llama": 2, "gemma3": 3, "mixtral": 2, "mamba": 3, "bert": 2, "mpt": 2, "qwen3_moe": 3}
+SPLIT = {"gpt2": 3, "llama": 2, "gemma3": 3, "mixtral": 2, "mamba": 3, "bert": 2}
 """Architecture -> shards: what differs in masks, caches, experts, state, attention's interface, direction."""
 
 
