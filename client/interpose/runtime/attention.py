@@ -173,6 +173,16 @@ def install(model: nn.Module, batches: Sequence[Mapping[str, Any]]) -> str:
     return READABLE
 
 
+def adopt(model: nn.Module) -> None:
+    """Set ours on the configs of a model whose attention is elsewhere, and was found readable there."""
+    if not isinstance(model, PreTrainedModel) or not model._can_set_attn_implementation():
+        return
+    configs = _configs(model)
+    before = [config._attn_implementation for config in configs]
+    register()
+    _set(configs, [NAMES.get(name) or name for name in before])
+
+
 def _direct(model: nn.Module, batches: Sequence[Mapping[str, Any]]) -> str:
     """`READABLE` for a model that calls torch's fused attention itself, and does the same with it written out."""
     visitor = _Looking()

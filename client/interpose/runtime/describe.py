@@ -97,19 +97,36 @@ def revision(model: nn.Module) -> str:
     Of each weight its name, shape, dtype and up to 1024 evenly spaced elements count; for models up to 4 GiB also
     the sum of all elements' bits, so that one edited row shows.
     """
+    return revision_of(about(model), weight_marks(model))
+
+
+def revision_of(about: str, marks: Mapping[str, tuple[str, bytes]]) -> str:
+    """The same from what `about` and `weight_marks` say, in their order: of a model whose weights lie apart."""
     digest = hashlib.sha256()
+    digest.update(about.encode())
+    for name, (form, content) in marks.items():
+        digest.update(f"{name} {form}".encode())
+        digest.update(content)
+    return digest.hexdigest()[:32]
+
+
+def about(model: nn.Module) -> str:
+    """What beside weights decides results: class, config, versions; as JSON."""
     config = getattr(model, "config", None)
     settings = config.to_dict() if config is not None else {}
     for name in ("_name_or_path", "transformers_version"):
         settings.pop(name, None)
-    about = [type(model).__name__, settings, versions()]
-    digest.update(json.dumps(about, sort_keys=True, default=str).encode())
+    return json.dumps([type(model).__name__, settings, versions()], sort_keys=True, default=str)
+
+
+def weight_marks(model: nn.Module) -> dict[str, tuple[str, bytes]]:
+    """Name of a weight -> its form, and what stands for its content; nothing for one on meta."""
     weights = dict(_weights(model))
     whole = sum(value.nbytes for value in weights.values()) <= _SUMMED_BYTES
-    for name, value in weights.items():
-        digest.update(f"{name} {tuple(value.shape)} {value.dtype}".encode())
-        digest.update(_content(value, whole=whole))
-    return digest.hexdigest()[:32]
+    return {
+        name: (f"{tuple(value.shape)} {value.dtype}", _content(value, whole=whole))
+        for name, value in weights.items()
+    }
 
 
 def _weights(model: nn.Module) -> Iterator[tuple[str, Tensor]]:

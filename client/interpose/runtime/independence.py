@@ -152,13 +152,19 @@ class Verdict(NamedTuple):
 
 @torch.no_grad()
 def check(
-    model: nn.Module, feeding: Feeding, device: torch.device, longest: int | None, layout: Layout = None
+    model: nn.Module,
+    feeding: Feeding,
+    device: torch.device,
+    longest: int | None,
+    layout: Layout = None,
+    parameters: int | None = None,
 ) -> Verdict:
     """Compare a short prompt alone, beside a longer one, after one, and padded; with images where it takes any.
 
     Args:
         longest: most positions a row may have; thresholds beyond it don't matter.
         layout: of the model's output; without one its principal tensor is [rows, positions, ...].
+        parameters: how many it has, where some lie elsewhere.
     """
     if not feeding.works:
         return Verdict(False, f"not checked: {feeding.note}")
@@ -168,7 +174,7 @@ def check(
     config = getattr(model, "config", None)
     limit = longest or 1 << 62
     reachable = [length for length in thresholds(config) if length < limit]
-    affordable = min(_affordable(model, device), limit)
+    affordable = min(_affordable(model, device, parameters), limit)
     lengths = sorted({min(_LONG, limit), *(min(2 * at, affordable) for at in reachable if at < affordable)})
     short = max(2, min([_SHORT, *(at - 1 for at in reachable), limit]))
     trials = [examples(model, feeding, [short, length]) for length in lengths if feeding.ids]
@@ -212,9 +218,9 @@ def _mixes(leaf: Leaf) -> bool:
     return sum(map(leaf.dims.count, (BATCH, BATCH_SEQ, IMAGE))) > 1 and UNKNOWN not in leaf.dims
 
 
-def _affordable(model: nn.Module, device: torch.device) -> int:
+def _affordable(model: nn.Module, device: torch.device, parameters: int | None) -> int:
     """Longest row the check runs: bounded by operations and by the size of the logits."""
-    size = sum(param.numel() for param in model.parameters())
+    size = sum(param.numel() for param in model.parameters()) if parameters is None else parameters
     by_flops = _FLOPS.get(device.type, 4e10) / (2 * size + 1)
     by_logits = (128 << 20) / (vocabulary(model) or 1)
     return int(max(_LONG, min(_LONGEST, by_flops, by_logits)))

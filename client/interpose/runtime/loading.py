@@ -18,7 +18,7 @@ from .adapters import Adapter
 from .feeding import examples, measure_feeding, places
 from .inputs import Feeding, vocabulary
 from .pieces import joined
-from .probe import probe
+from .probe import Measured, probe
 from .sources import Source, auto_class, torch_device, torch_dtype
 from .split.split import Split
 
@@ -129,27 +129,51 @@ def wrap(model: nn.Module, name: str, tokenizer: Any = None) -> Loaded:
     modules = dict(model.named_modules())
     device = next((param.device for param in model.parameters() if not param.is_meta), torch.device("cpu"))
     feeding = measure_feeding(model, device)
-    batches = []
-    if feeding.works:
-        runs = [examples(model, feeding, lengths) for lengths in ([5], [6, 4], [3])]
-        batches = [feeding.kwargs(joined(part, feeding.inputs, device)) for part in (runs[:1], runs[1:])]
-        if feeding.image_token is not None:
-            batches.append(
-                feeding.kwargs(
-                    joined([examples(model, feeding, [4 + places(model, feeding)], [1])], feeding.inputs, device)
-                )
-            )
-    readable = attention.install(model, batches)
+    readable = attention.install(model, trials(model, feeding, device))
     measured = probe(model, modules, feeding, device, readable)
+    return named.settle(described(model, name, tokenizer, feeding, measured))
+
+
+def trials(model: nn.Module, feeding: Feeding, device: torch.device) -> list[dict[str, Any]]:
+    """Arguments of a few small forwards: unpadded, padded, with an image where it takes any."""
+    if not feeding.works:
+        return []
+    runs = [examples(model, feeding, lengths) for lengths in ([5], [6, 4], [3])]
+    batches = [runs[:1], runs[1:]]
+    if feeding.image_token is not None:
+        batches.append([examples(model, feeding, [4 + places(model, feeding)], [1])])
+    return [feeding.kwargs(joined(batch, feeding.inputs, device)) for batch in batches]
+
+
+def described(
+    model: nn.Module,
+    name: str,
+    tokenizer: Any,
+    feeding: Feeding,
+    measured: Measured,
+    *,
+    verdict: independence.Verdict | None = None,
+    revision: str | None = None,
+    parameters: int | None = None,
+) -> Loaded:
+    """A model with all that is said of it but its named points.
+
+    Args:
+        verdict, revision: made here if they aren't given.
+        parameters: how many it has, where some lie elsewhere.
+    """
+    modules = dict(model.named_modules())
+    device = next((param.device for param in model.parameters() if not param.is_meta), torch.device("cpu"))
     longest = describe.longest_row(model, feeding)
-    verdict = independence.Verdict(False, f"not checked: {measured.note}")
-    if not measured.note:
+    if measured.note:
+        verdict = independence.Verdict(False, f"not checked: {measured.note}")
+    elif verdict is None:
         layout = measured.modules[""].points.get("output")
-        verdict = independence.check(model, feeding, device, longest, layout)
+        verdict = independence.check(model, feeding, device, longest, layout, parameters)
     file, file_config = describe.tokenizer(tokenizer)
     manifest = Manifest(
         model=name,
-        revision=describe.revision(model),
+        revision=describe.revision(model) if revision is None else revision,
         architecture=type(model).__name__,
         dtype=describe.weights_dtype(model),
         modules=measured.modules,
@@ -173,6 +197,4 @@ def wrap(model: nn.Module, name: str, tokenizer: Any = None) -> Loaded:
         windows=describe.windows(model, measured.blocks),
     )
     names = {module: path for path, module in modules.items()}
-    return named.settle(
-        Loaded(model, manifest, file, names, modules, device, feeding, measured.rewritten, measured.first_only)
-    )
+    return Loaded(model, manifest, file, names, modules, device, feeding, measured.rewritten, measured.first_only)

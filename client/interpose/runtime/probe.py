@@ -51,6 +51,7 @@ class Measured:
     first_only: modules whose forward calls other functions in a generation's later steps.
     attention: what `Manifest.attention` says.
     note: why nothing could be measured, or "".
+    order: the events of one forward, (path, event) each; their places in it are the manifest's moments.
     """
 
     modules: Mapping[str, ModuleInfo]
@@ -60,6 +61,7 @@ class Measured:
     rewritten: frozenset[tuple[str, str]] = frozenset()
     first_only: frozenset[str] = frozenset()
     towers: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    order: Sequence[tuple[str, str]] = ()
 
 
 @dataclass
@@ -122,13 +124,17 @@ class Watch:
 
     def described(self, order: Sequence[tuple[str, str]]) -> dict[str, ModuleInfo]:
         """Every module, its events in the order of one run."""
-        offered = self.made.offered()
-        order = [(path, event) for path, event in order if call_of(event) in (None, *offered.get(path, ()))]
+        order = self.ordered(order)
         for path in self.made.first_only():
             for event in [event for at, event in self.samples if at == path and call_of(event)]:
                 kept = [(size, seen) for size, seen in self.samples[path, event] if not size.decoding]
                 self.samples[path, event] = kept
         return dict(_described(described_bare(self.modules), order, self.samples))
+
+    def ordered(self, order: Sequence[tuple[str, str]]) -> list[tuple[str, str]]:
+        """The events of a run without calls of functions that other runs don't make alike."""
+        offered = self.made.offered()
+        return [(path, event) for path, event in order if call_of(event) in (None, *offered.get(path, ()))]
 
 
 @dataclass
@@ -243,6 +249,7 @@ def probe(
         rewritten=frozenset(watch.rewritten),
         first_only=watch.made.first_only(),
         towers=lists if len(lists) > 1 else {},
+        order=watch.ordered(order),
     )
 
 
@@ -283,15 +290,22 @@ def _described(
     order: Sequence[tuple[str, str]],
     samples: Mapping[tuple[str, str], Sequence[tuple[Size, Seen]]],
 ) -> Iterator[tuple[str, ModuleInfo]]:
-    moments: dict[str, dict[str, list[int]]] = {}
-    for moment, (path, event) in enumerate(order):
-        moments.setdefault(path, {}).setdefault(event, []).append(moment)
+    found = moments(order)
     for path, info in bare.items():
-        events = moments.get(path, {})
-        calls = len(events.get("enter", ()))
-        kept = {event: tuple(at) for event, at in events.items() if len(at) == calls}
+        kept = found.get(path, {})
         points = {_POINT.get(event, event): _layout(event, samples[path, event]) for event in kept}
         yield path, replace(info, events=kept, points=points)
+
+
+def moments(order: Sequence[tuple[str, str]]) -> dict[str, dict[str, tuple[int, ...]]]:
+    """Path -> event -> its places in the order; of those events that come once a call of their module."""
+    found: dict[str, dict[str, list[int]]] = {}
+    for moment, (path, event) in enumerate(order):
+        found.setdefault(path, {}).setdefault(event, []).append(moment)
+    return {
+        path: {event: tuple(at) for event, at in events.items() if len(at) == len(events.get("enter", ()))}
+        for path, events in found.items()
+    }
 
 
 def _layout(event: str, samples: Sequence[tuple[Size, Seen]]) -> Layout:

@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import nn
 
-from ...graph.manifest import Leaf, ModuleInfo, leaves
+from ...graph.manifest import Leaf, ModuleInfo, leaves, walk
 from ...graph.model import Key, Point
 from ...graph.named import Effect, Named, Step, View
 from ...graph.values import Ref
@@ -89,11 +89,13 @@ class Block:
 
     def leaf(self, point: Point) -> Leaf:
         layout: Any = self.infos[point.module].points.get("inputs" if point.name == "stream" else point.name)
-        for key in point.path:
-            layout = layout[key]
-        if not isinstance(layout, Leaf):
+        try:
+            found = walk(layout, point.path)
+        except KeyError:
+            found = None
+        if not isinstance(found, Leaf):
             raise Refused(f"{point} is no tensor")
-        return layout
+        return found
 
     def checked(self, point: Point) -> Point:
         """The point. Raises Refused if it is no tensor, or isn't there."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -57,15 +57,37 @@ class Tower:
     main: bool
 
 
-@torch.no_grad()
+@dataclass(frozen=True)
+class Findings:
+    """Owner -> name -> point that holds, and the reasons of the rest."""
+
+    named: Mapping[str, Mapping[str, Named]]
+    refused: Mapping[str, Mapping[str, str]]
+
+
 def settle(loaded: Loaded) -> Loaded:
     """The model with those named points in its manifest that hold, and the reasons of the rest."""
+    return offering(loaded, search(loaded))
+
+
+def offering(loaded: Loaded, found: Findings) -> Loaded:
+    """The model with these points in its manifest."""
+    return _kept(loaded, found.named, found.refused, _roles(loaded.model, found.named))
+
+
+@torch.no_grad()
+def search(loaded: Loaded, absent: Collection[str] = ()) -> Findings:
+    """Try every named point of a model's blocks and of the model itself.
+
+    Args:
+        absent: blocks that only hand on what they are given: of these no more is tried than that they do.
+    """
     manifest = loaded.manifest
     if not manifest.stream or not loaded.feeding.works:
         reason = (
             "it has no list of blocks that hand on hidden states" if loaded.feeding.works else loaded.feeding.note
         )
-        return _kept(loaded, {}, {"": dict.fromkeys((*MODEL, *BLOCK), reason)}, {})
+        return Findings({}, {"": dict.fromkeys((*MODEL, *BLOCK), reason)})
     towers = [_tower(loaded, paths) for paths in manifest.towers.values() or (manifest.blocks,)]
     blocks = [block for tower in towers for block in tower.blocks]
     named: dict[str, dict[str, Named]] = {"": {}, **{block.path: block.named for block in blocks}}
@@ -77,10 +99,10 @@ def settle(loaded: Loaded) -> Loaded:
             refused[""][name] = found
     trying = _kept(loaded, named, refused, {})
     for tower in towers:
-        for (owner, name), reason in _failures(trying, tower).items():
+        for (owner, name), reason in _failures(trying, tower, absent=absent).items():
             del named[owner][name]
             refused[owner][name] = reason
-    return _kept(loaded, named, refused, _roles(loaded.model, named))
+    return Findings(named, refused)
 
 
 @torch.no_grad()
@@ -189,12 +211,14 @@ def _streams(modules: Mapping[str, ModuleInfo], named: Mapping[str, Mapping[str,
     return found
 
 
-def _failures(loaded: Loaded, tower: Tower, adapter: str | None = None) -> Mapping[Name, str]:
+def _failures(
+    loaded: Loaded, tower: Tower, adapter: str | None = None, absent: Collection[str] = ()
+) -> Mapping[Name, str]:
     from ..engine import Engine  # it runs what is loaded, and this is part of loading
 
     manifest = loaded.manifest
     rotations = _rotations(loaded, tower)
-    benches = [Bench(block, rotations.get(block.path)) for block in tower.blocks]
+    benches = [Bench(block, rotations.get(block.path)) for block in tower.blocks if block.path not in absent]
     identities = [identity for bench in benches for identity in bench.identities()]
     identities += chain([block.path for block in tower.blocks])
     if tower.main:
@@ -211,10 +235,20 @@ def _failures(loaded: Loaded, tower: Tower, adapter: str | None = None) -> Mappi
         for identity in identities
         if identity.output in points and all(name in points for name in identity.inputs)
     ]
-    kinds = [[owner for owner in kind if owner in owners] for kind in _kinds(manifest)]
+    kinds = [[owner for owner in kind if owner in owners and owner not in absent] for kind in _kinds(manifest)]
     dtype = getattr(torch, manifest.dtype, torch.float32)
     experts = figure(tower.config, "num_local_experts", "num_experts", "n_routed_experts") or 2
-    trial = Trial(Engine(loaded), tower.sample, points, there, dtype, list(filter(None, kinds)), experts, adapter)
+    trial = Trial(
+        Engine(loaded),
+        tower.sample,
+        points,
+        there,
+        dtype,
+        list(filter(None, kinds)),
+        experts,
+        adapter,
+        bool(absent),
+    )
     try:
         trial.run()
     except InterposeError as error:

@@ -41,6 +41,8 @@ class Trial:
         kinds: blocks in groups of one structure, whose writes are alike.
         experts: how many a router chooses from.
         adapter: what its runs choose.
+        apart: whether these are some blocks of a model's: then what follows the last one isn't asked after a write
+            in a block, as in a whole model it isn't either, where the first of a kind is written.
         failed: why points left.
     """
 
@@ -52,6 +54,7 @@ class Trial:
     kinds: Sequence[Sequence[str]]
     experts: int = 2
     adapter: str | None = None
+    apart: bool = False
     failed: dict[Name, str] = field(default_factory=dict)
 
     def run(self) -> None:
@@ -183,7 +186,11 @@ class Trial:
 
     def _from(self, name: Name) -> Iterator[Identity]:
         return (
-            identity for identity in self.identities if name in identity.inputs and identity.output in self.points
+            identity
+            for identity in self.identities
+            if name in identity.inputs
+            and identity.output in self.points
+            and not (self.apart and name[0] and not identity.output[0])
         )
 
     @property

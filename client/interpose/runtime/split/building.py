@@ -1,0 +1,69 @@
+"""Home and parts of a model that is loaded by parts: each process reads only what it needs."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from ...errors import ConfigError
+from ..blocklists import main_list
+from ..parts import inside, load_part, outline, outside
+from ..sources import Source
+from .route import Route
+from .stubs import Home, places, settle_exit, stub
+
+META = torch.device("meta")
+
+
+def blocks_of(source: str | Path, revision: str | None = None) -> tuple[str, ...]:
+    """Paths of the blocks of a model's largest list, told without its weights.
+
+    Raises:
+        ConfigError: it has none, or the library can't make it.
+        ModelUnavailable: the hub doesn't give it.
+    """
+    at = Source.of(source, revision)
+    found = main_list(outline(at.config()))
+    if found is None:
+        raise ConfigError(f"{at.place} has no list of blocks, so it can't be split")
+    return found.blocks
+
+
+def load_home(source: str | Path, route: Route, **options: Any) -> tuple[nn.Module, Home]:
+    """A model without its blocks, stubs in their place, and what the stubs share. `options` as of `load_part`."""
+    model = load_part(source, outside(route.sites), **options)
+    return model, stubbed(model, route)
+
+
+def stubbed(model: nn.Module, route: Route) -> Home:
+    """Put stubs in the place of a model's blocks."""
+    home = Home(route)
+    blocks = {path: model.get_submodule(path) for path in route.sites}
+    where = places(route, blocks)
+    for path, block in blocks.items():
+        parent, _, name = path.rpartition(".")
+        setattr(model.get_submodule(parent), name, stub(block, home, where[path]))
+    settle_exit(model)
+    return home
+
+
+def load_slice(source: str | Path, own: Collection[str], blocks: Sequence[str], **options: Any) -> nn.Module:
+    """A model with some of its blocks, and all that is outside the list of them. `options` as of `load_part`."""
+    others = outside([path for path in blocks if path not in own])
+    model: nn.Module = load_part(source, others, **options)
+    return model
+
+
+def release(model: nn.Module, own: Collection[str]) -> None:
+    """Let go of the weights of all but some blocks, once a slice has been measured."""
+    within = inside(own)
+    for path, module in model.named_modules():
+        for held in (module._parameters, module._buffers):
+            for name, tensor in held.items():
+                if tensor is not None and not within(f"{path}.{name}"):
+                    empty = tensor.to(META)
+                    held[name] = nn.Parameter(empty, requires_grad=False) if held is module._parameters else empty
