@@ -12,6 +12,7 @@ from interpose.errors import ConfigError, InternalError
 from interpose.runtime.split import placeholders
 from interpose.runtime.split.cutting import block_list
 from interpose.runtime.split.route import Visit
+from interpose.runtime.split.trial import tried
 from models import ARCHITECTURES, BEYOND
 from splitting import assert_same, fed, split, whole
 from torch import nn
@@ -143,17 +144,73 @@ class Reaches(Toy):
         return self.layers[0](hidden) + self.layers[1].shift
 
 
-@torch.no_grad()
-def test_what_can_not_be_split_says_so() -> None:
+class Passes(Toy):
+    """What a block returns beside its hidden states goes on to the next."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList([Pair() for _ in range(4)])
+
+    def forward(self, hidden: torch.Tensor) -> Any:
+        beside = None
+        for block in self.layers:
+            hidden, beside = block(hidden, beside)
+        return {"hidden": hidden}
+
+
+class Pair(Plus):
+    def forward(self, hidden: torch.Tensor, beside: Any = None) -> Any:
+        result = super().forward(hidden, beside)
+        return result, result.sin()
+
+
+class Grows(Toy):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList([nn.Linear(3, 3), nn.Linear(3, 5), nn.Linear(5, 3), nn.Linear(3, 3)])
+
+    def forward(self, hidden: torch.Tensor) -> Any:
+        for block in self.layers:
+            hidden = block(hidden)
+        return hidden
+
+
+@pytest.mark.parametrize(
+    "kind, why",
+    [
+        (Odd, r"layers.0 is given argument 1, a object"),
+        (Reaches, "has no attribute 'shift'"),
+        (Passes, r"layers.1 is given argument 1, which layers.0 returned"),
+        (Grows, r"layers.1 makes \(2, 5\) torch.float32 of \(2, 3\)"),
+    ],
+)
+def test_what_can_not_be_split_says_so_at_load(kind: type[Toy], why: str) -> None:
     with (
-        split(Odd().eval(), 2) as parts,
-        pytest.raises(InternalError, match=r"layers.0 is given argument 1, a obj"),
+        split(kind().eval(), 2) as parts,
+        pytest.raises(ConfigError, match=f"{kind.__name__} can't be split.*{why}"),
     ):
-        parts.home(torch.randn(2, 3))
-    with split(Reaches().eval(), 2) as parts, pytest.raises(AttributeError, match="shift"):
-        parts.home(torch.randn(2, 3))
+        tried(parts.home, [{"hidden": torch.randn(2, 3)}])
+
+
+def test_a_model_without_a_list_of_blocks() -> None:
     with pytest.raises(ConfigError, match="no list of blocks"):
         block_list(nn.Linear(2, 2))
+
+
+@pytest.mark.parametrize("arch", ["llama", "bert", "bloom", "mamba"])
+def test_what_can_be_split_passes_its_trial(arch: str) -> None:
+    with split(whole(arch), 2) as parts:
+        tried(parts.home, [fed(arch)])
+
+
+@pytest.mark.parametrize("arch", ["bert", "bloom", "mixtral"])
+@torch.no_grad()
+def test_what_modules_within_blocks_return_is_not_left_out_in_silence(arch: str) -> None:
+    option = {"output_router_logits": True} if arch == "mixtral" else {"output_attentions": True}
+    with split(whole(arch), 2) as parts:
+        parts.home(**fed(arch))
+        with pytest.raises(InternalError):
+            parts.home(**fed(arch), **option)
 
 
 @torch.no_grad()

@@ -25,6 +25,7 @@ from .parcels import Swapped, leaf, mapped, moved, readdressed
 from .placeholders import Placeholder, Withheld, settled
 from .route import ArgumentRef, BlockCall, CacheRef, Carrier, Landing, Mail, Nest, Route, Visit
 from .shard import ARGUMENT, OUTPUTS, first_parameter
+from .trial import uncollected
 
 _SCALARS = (bool, int, float, str, bytes, type(None))
 
@@ -66,6 +67,7 @@ class Home:
 
     def call(self, place: Place, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """A stub is called."""
+        uncollected()
         hidden, call = _taken(place, args, kwargs)
         pile = hidden.source if isinstance(hidden, Placeholder) else None
         # A placeholder beside the hidden states is a value that must be there first.
