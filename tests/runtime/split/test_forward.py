@@ -9,6 +9,8 @@ from typing import Any
 import pytest
 import torch
 from interpose.errors import ConfigError, InternalError
+from interpose.runtime.hooks import hooked
+from interpose.runtime.loading import wrap
 from interpose.runtime.split import placeholders
 from interpose.runtime.split.cutting import block_list
 from interpose.runtime.split.route import Visit
@@ -224,3 +226,26 @@ def test_a_placeholder_tells_its_shape_without_a_journey() -> None:
     assert made.dtype == torch.float16 and made.device.type == "cpu" and made.is_floating_point()
     with pytest.raises(AssertionError):
         made + 1
+
+
+class Looking:
+    attention = True
+
+    def visit(self, module: str, event: str, call: int, value: Any) -> Any:
+        return value
+
+    def astray(self, module: str) -> None: ...
+
+
+@pytest.mark.parametrize("arch", ["gpt2", "gemma3", "falcon", "mixtral", "neox", "bert"])
+@torch.no_grad()
+def test_a_run_that_looks_into_attention_has_its_eager_form_on_every_shard(arch: str) -> None:
+    model, inputs = wrap(whole(arch), arch).model, fed(arch)
+    with split(model, 3) as parts:
+        plain = parts.home(**inputs)
+        assert_same(model(**inputs), plain)
+        with hooked({}, {}, Looking()):
+            expected = model(**inputs)
+        with hooked({}, {}, Looking()):
+            assert_same(expected, parts.home(**inputs))
+        assert not torch.equal(expected.logits, plain.logits)
