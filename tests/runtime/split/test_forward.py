@@ -45,7 +45,8 @@ def test_three_shards_are_visited_once_each_in_order(monkeypatch: pytest.MonkeyP
 
         monkeypatch.setattr(parts.route, "forward", noted)
         parts.home(**inputs, use_cache=False)
-    assert [[visit.site for visit in visits] for visits in journeys] == [[1, 2, 3]]
+        parts.home(**inputs, output_hidden_states=True)
+    assert [[visit.site for visit in visits] for visits in journeys] == [[1, 2, 3]] * 2
     masks = [visit.calls[0].kwargs["attention_mask"] for visit in journeys[0]]
     assert masks[0] is masks[2] and not torch.equal(masks[0], masks[1])
 

@@ -17,14 +17,21 @@ from ..hooks import hooked, no_hooks
 from ..independence import Buffers
 from . import caches
 from .parcels import Swapped, given, mapped, moved, readdressed
-from .route import ArgumentRef, BlockCall, CacheRef, Guest, Mail, Nest, Visit
+from .route import HOME, ArgumentRef, BlockCall, CacheRef, Guest, Mail, Nest, Visit
+from .shard_caches import ShardCaches
 from .station import tracked
 
 ARGUMENT = "argument"
 """First part of the address of mail that stands for an argument of blocks."""
 
+BACK = "back"
+"""Address of mail that says which calls' hidden states home wants too, `[place in the visit, number]` each; and of
+what then comes home, the number behind it."""
+
 HIDDEN = "hidden"
 """In the description of what a block returns: the hidden states."""
+
+_OURS = (caches.ADDRESS, ARGUMENT, BACK)
 
 OUTPUTS, RESTORE = "blocks.outputs", "blocks.restore"
 """Errands that a shard does itself: what its blocks return, and putting back what they remember."""
@@ -68,7 +75,7 @@ class Shard:
         self._device = device
         self._first = {path: first_parameter(block) for path, block in blocks.items()}
         self._outputs: dict[str, Nest] = {}
-        self._caches = caches.ShardCaches(site, device)
+        self._caches = ShardCaches(site, device)
         self._kept: dict[int, _Kept] = {}
         self._buffers = [Buffers(block) for block in blocks.values()]
 
@@ -82,7 +89,9 @@ class Shard:
         hidden, mail = arrived(hidden), readdressed(mail, arrived)
         of_caches = [letter for letter in mail if letter.address[0] == caches.ADDRESS]
         arguments = {letter.address[1]: letter.value for letter in mail if letter.address[0] == ARGUMENT}
-        for_guest = [letter for letter in mail if letter.address[0] not in (caches.ADDRESS, ARGUMENT)]
+        for_guest = [letter for letter in mail if letter.address[0] not in _OURS]
+        asked = {place: back for letter in mail if letter.address[0] == BACK for place, back in letter.value}
+        between: dict[int, Mail] = {}
         self._caches.take(of_caches)
 
         def resolve(value: Any) -> Any:
@@ -93,13 +102,17 @@ class Shard:
         def run() -> Tensor:
             # A block may write over what it is given, which a leaf that requires gradients doesn't allow.
             result = hidden.clone() if hidden.requires_grad else hidden
-            for call in visit.calls:
+            for place, call in enumerate(visit.calls):
                 result = self._call(call, result, resolve)
+                if place in asked:
+                    # The next block may write over it.
+                    between[place] = Mail(HOME, (BACK, asked[place]), result.clone())
             return result
 
         # The run of the context isn't this one's: a thread may serve many.
         with torch.set_grad_enabled(visit.grad), no_hooks():
             result, reply, new = self._serve(visit, for_guest, run)
+        new = [*new, *between.values()]
         came, left = tracked(hidden, mail), tracked(result, new)
         if visit.grad:
             self._kept[number] = _Kept(came, left)

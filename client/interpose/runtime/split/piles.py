@@ -1,0 +1,85 @@
+"""Calls of stubs that pile up until somebody looks at what one of them returned."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import TypeAlias
+
+import torch
+from torch import Tensor
+
+from ...errors import InternalError
+from ..hooks import CURRENT
+from .packing import Call
+from .placeholders import Placeholder
+
+Go: TypeAlias = Callable[[Tensor, Sequence[Call], Collection[int], bool], Mapping[int, Tensor]]
+"""Hidden states, calls, which of what they return is asked for, with gradients or not -> what was asked for."""
+
+
+class Pile:
+    """Calls of stubs that follow one another, each given just what the one before returned."""
+
+    def __init__(self, go: Go, hidden: Tensor, grad: bool) -> None:
+        self._go = go
+        self._hidden = hidden
+        self._grad = grad
+        self._calls: list[Call] = []
+        self._made: list[weakref.ref[Placeholder]] = []
+        self._values: Mapping[int, Tensor] = {}
+        self._failed = ""
+        self._done = False
+
+    def takes(self, turn: int, grad: bool) -> bool:
+        """Whether a call on what the call of that turn returned can join."""
+        return not self._done and grad == self._grad and turn == len(self._calls) - 1
+
+    def add(self, call: Call) -> Placeholder:
+        made = Placeholder(self._hidden, self, len(self._calls))
+        self._calls.append(call)
+        self._made.append(weakref.ref(made))
+        return made
+
+    def value(self, turn: int) -> Tensor:
+        """What a call returned; the first time, all calls are made. Raises what that raises."""
+        if not self._done:
+            self._done = True
+            try:
+                self._flush(turn)
+            except BaseException as error:
+                # Not the error itself, whose frames hold this.
+                self._failed = f"{type(error).__name__}: {error}"
+                raise
+            finally:
+                self._calls.clear()
+        if self._failed:
+            raise InternalError(f"the blocks that make this value have failed: {self._failed}")
+        return self._values[turn]
+
+    def _flush(self, turn: int) -> None:
+        # What nobody has any more nobody can ask for.
+        held = {index for index, made in enumerate(self._made) if made() is not None}
+        with _apart(), torch.set_grad_enabled(self._grad):
+            self._values = self._go(self._hidden, self._calls, held | {turn, len(self._calls) - 1}, self._grad)
+        for index, value in self._values.items():
+            if value.shape != self._hidden.shape or value.dtype != self._hidden.dtype:
+                raise InternalError(
+                    f"{self._calls[index].place.path} makes {tuple(value.shape)} {value.dtype} of "
+                    f"{tuple(self._hidden.shape)} {self._hidden.dtype}"
+                )
+
+
+@contextmanager
+def _apart() -> Iterator[None]:
+    """What is done inside is nobody's function call."""
+    scope = CURRENT.get()
+    if scope is not None:
+        scope.running.append(None)
+    try:
+        with torch._C.DisableTorchFunction():
+            yield
+    finally:
+        if scope is not None:
+            scope.running.pop()
