@@ -7,6 +7,10 @@ from pathlib import Path
 
 from interpose.errors import BY_CODE, InterposeError
 from interpose.graph.named import BLOCK, MODEL
+from interpose_server.broker.failures import SENTENCES
+from interpose_server.broker.states import ModelState
+from interpose_server.models.spec import ModelSpec
+from interpose_server.settings import Settings
 
 DOCS = Path(__file__).parents[2] / "docs"
 NUMBERS = {"one": 1, "two": 2, "three": 3, "four": 4, "five": 5, "eight": 8, "ten": 10, "eleven": 11}
@@ -41,3 +45,14 @@ def test_every_named_point_is_told() -> None:
     told = [name for names, *_ in rows("named-points.md") for name in re.findall(r"`(\w+)`", names)]
     assert set(told) == {*BLOCK, *MODEL}
     assert len(told) == len(set(told))
+
+
+def test_states_and_reasons_are_all_told() -> None:
+    told = [cells[0].strip("`") for cells in rows("models-lifecycle.md")]
+    fields, states, reasons = told.index("name"), told.index("cold"), told.index("gated")
+    assert set(told[fields:states]) <= ModelSpec.model_fields.keys()
+    assert set(told[states:reasons]) == set(ModelState)
+    assert set(told[reasons:]) == SENTENCES.keys()
+    text = (DOCS / "models-lifecycle.md").read_text()
+    for name in ("hold_s", "scale_jobs", "scale_wait_s", "load_retry_s"):
+        assert f"`INTERPOSE_SERVER_{name.upper()}` ({Settings.model_fields[name].default:g})" in text
