@@ -25,7 +25,7 @@ from interpose.graph.model import Graph, Invoke, Node, Point, Run
 from interpose.graph.values import Ref
 from interpose.wire.submission import Submission, encode_submission
 from interpose_server.broker import keys
-from interpose_server.gateway import listen
+from interpose_server.sockets import listen
 from ray_cluster import RayCluster, ray_cluster
 from rig import Valkey
 from safetensors.torch import load

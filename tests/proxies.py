@@ -16,15 +16,22 @@ class Proxy:
     """
 
     def __init__(self, host: str, cut: list[int], path: bytes) -> None:
-        name, port = host.removeprefix("http://").split(":")
         self.cut = cut
         self._path = path
-        self._target = name, int(port)
+        self._target = _split(host)
+        self._next: tuple[str, int] | None = None
         self._up = True
         self._open: set[socket.socket] = set()
         self._listener = socket.create_server(("127.0.0.1", 0))
         self.address = f"127.0.0.1:{self._listener.getsockname()[1]}"
         threading.Thread(target=self._accept, daemon=True).start()
+
+    def retarget(self, host: str, *, after_a_cut: bool = False) -> None:
+        """Send whoever connects from now on elsewhere, as a load balancer would; perhaps once one was cut."""
+        if after_a_cut:
+            self._next = _split(host)
+        else:
+            self._target = _split(host)
 
     def shut(self) -> None:
         """Reset every connection, and each new one."""
@@ -67,6 +74,7 @@ class Proxy:
                 target.sendall(data)
                 sent += len(data)
                 if most is not None and sent > most:
+                    self._target, self._next = self._next or self._target, None
                     _reset(target)
                     break
         for end in (source, target):
@@ -74,6 +82,11 @@ class Proxy:
                 end.shutdown(socket.SHUT_RDWR)
             end.close()
         self._open -= {source, target}
+
+
+def _split(host: str) -> tuple[str, int]:
+    name, port = host.removeprefix("http://").split(":")
+    return name, int(port)
 
 
 def _reset(end: socket.socket) -> None:

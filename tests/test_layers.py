@@ -32,7 +32,7 @@ TORCH = {
 
 GRAPH_NEEDS = {"msgpack", "pydantic"} | set(sys.stdlib_module_names)
 
-VERBS = {"server.py", "catalogue.py", "cluster.py"}
+VERBS = {"alone.py", "server.py", "catalogue.py", "cluster.py"}
 """Files of the command line that need the server's package, imported when their verb is called."""
 
 SERVER_MAY_NOT = {"tracing", "transports", "lab", "models", "client", "cli", "home"}

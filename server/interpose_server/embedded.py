@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import errno
 import os
 import signal
 import socket
@@ -16,9 +15,9 @@ from .broker.accounts import Accounts
 from .broker.connect import Broker, connect
 from .broker.states import ModelState
 from .datadir import DataDir, default_dir
-from .gateway import listen
 from .processes import Child
 from .settings import Settings
+from .sockets import address_of, listen, url_of
 from .valkey import EmbeddedValkey
 from .wanted import Wanted
 from .worker.status import USELESS_TO_RETRY
@@ -56,13 +55,13 @@ class Supervisor:
         for number in (signal.SIGTERM, signal.SIGINT):
             asyncio.get_running_loop().add_signal_handler(number, self._stop.set)
         settings, broker = self._settings("redis://unknown"), None
-        bound = _bind(self._wanted) if self._wanted.gateway else None
+        bound = listen(self._wanted.host, self._wanted.port) if self._wanted.gateway else None
         try:
             settings = self._settings(self._wanted.redis_url or await self._valkey())
             broker = connect(settings)
             await broker.reach()
             token = await self._access(broker.accounts)
-            host = _url(bound) if bound else "no gateway"
+            host = url_of(bound) if bound else "no gateway"
             self._data.note(redis_url=settings.redis_url, host=host, pid=str(os.getpid()))
             await self._host(settings, broker)
             if bound:
@@ -153,7 +152,7 @@ class Supervisor:
             await worker.start()
 
     async def _gateway(self, settings: Settings, bound: socket.socket) -> None:
-        say(f"starting the gateway at {_url(bound)}")
+        say(f"starting the gateway at {url_of(bound)}")
         command = [sys.executable, "-m", "interpose_server.gateway", "--fd", str(bound.fileno())]
         gateway = Child("the gateway", command, say, env=_environment(settings), pass_fds=[bound.fileno()])
         self._stages.append([gateway])
@@ -187,16 +186,16 @@ class Supervisor:
         if bound is None:
             say(f"ready: {', '.join(model.name for model in self._wanted.models)}; Ctrl-C stops it")
             return
-        say(f"ready at {_url(bound)}: {', '.join(model.name for model in self._wanted.models)}")
+        say(f"ready at {url_of(bound)}: {', '.join(model.name for model in self._wanted.models)}")
         if self._wanted.print_env:
-            print(f"INTERPOSE_HOST={_url(bound)}", flush=True)
+            print(f"INTERPOSE_HOST={url_of(bound)}", flush=True)
             if token is not None:
                 print(f"INTERPOSE_API_KEY={token}", flush=True)
             else:
                 say("no key to print: keys are shown once, when they are made; see `interpose keys`")
             return
         key = token if token is not None else "the key you were given"
-        say(f"  export INTERPOSE_HOST={_url(bound)}")
+        say(f"  export INTERPOSE_HOST={url_of(bound)}")
         say(f"  export INTERPOSE_API_KEY={key}")
         say("Ctrl-C stops it")
 
@@ -218,31 +217,11 @@ def _environment(settings: Settings) -> dict[str, str]:
     return {"OMP_WAIT_POLICY": "passive"} | settings.environment()
 
 
-def _bind(wanted: Wanted) -> socket.socket:
-    try:
-        return listen(wanted.host, wanted.port)
-    except OSError as error:
-        advice = "; choose another --port, 0 takes a free one" if error.errno == errno.EADDRINUSE else ""
-        reason = f"{error.strerror or error}{advice}"
-        raise ConfigError(f"can't listen on {wanted.host}:{wanted.port}: {reason}") from error
-
-
-def _address(bound: socket.socket) -> tuple[str, int]:
-    """Where this machine itself finds the socket."""
-    host, port = bound.getsockname()[:2]
-    return {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host), port
-
-
-def _url(bound: socket.socket) -> str:
-    host, port = _address(bound)
-    return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
-
-
 async def _answers(bound: socket.socket) -> bool:
     """Whether the gateway answers. The socket listens before the gateway runs, so connecting tells nothing."""
     try:
         async with asyncio.timeout(2):
-            reader, writer = await asyncio.open_connection(*_address(bound))
+            reader, writer = await asyncio.open_connection(*address_of(bound))
             try:
                 writer.write(b"GET /healthz HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n")
                 return b" 200 " in await reader.readline()

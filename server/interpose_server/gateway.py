@@ -3,19 +3,27 @@
 from __future__ import annotations
 
 import argparse
+import asyncio
+import signal
 import socket
 import sys
 from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import FrameType
 
 import uvicorn
 import uvloop
+from fastapi import FastAPI
 from interpose.errors import ConfigError
 
 from . import logs
 from .app import create_app
 from .blobs import open_blobs
 from .broker.connect import connect
+from .parts import Parts
 from .settings import Settings
+from .sockets import listen, url_of
 from .worker.status import USELESS_TO_RETRY
 
 MAX_MESSAGE = 64 << 10
@@ -38,23 +46,53 @@ def main(argv: Sequence[str] | None = None) -> None:
     uvloop.run(serve(settings, bound))
 
 
-def listen(host: str, port: int) -> socket.socket:
-    """A listening socket; port 0 takes a free one."""
-    family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    bound = socket.socket(family, socket.SOCK_STREAM)
-    bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-    bound.bind((host, port))
-    bound.listen(2048)
-    return bound
+@dataclass(frozen=True, slots=True)
+class Tls:
+    """Files in PEM: the certificate with those that lead to its root, and its key."""
+
+    certificate: Path
+    key: Path | None = None
 
 
-async def serve(settings: Settings, bound: socket.socket) -> None:
-    """Serve until SIGTERM or SIGINT, then finish what is being answered."""
+async def alone(settings: Settings, host: str, port: int, tls: Tls | None = None) -> None:
+    """`interpose gateway`: serve on an address, over a broker that others share.
+
+    Raises:
+        ConfigError: it can't listen there, or Redis can't be used.
+    """
+    bound = listen(host, port)
     broker = connect(settings)
-    blobs = open_blobs(settings)
-    await blobs.run(blobs.recount)
+    try:
+        await broker.reach()
+        if not await broker.accounts.any():
+            say("there are no keys yet, so nobody can use it; `interpose keys create` makes one")
+    finally:
+        await broker.close()
+    if settings.blobs == "file":
+        say(f"uploads and results are in {settings.blob_dir}; every gateway and worker has to see that folder")
+    say(f"the gateway is at {url_of(bound, 'https' if tls else 'http')}")
+    await serve(settings, bound, tls)
+
+
+async def serve(settings: Settings, bound: socket.socket, tls: Tls | None = None) -> None:
+    """Serve until SIGTERM or SIGINT, then finish what is being answered.
+
+    Raises:
+        ConfigError: the certificate or the blob store can't be used as they are set.
+    """
+    broker = connect(settings)
+    try:
+        blobs = open_blobs(settings)
+        await blobs.run(blobs.recount)
+        app = create_app(settings, broker, blobs)
+        await Server(_config(app, tls), Parts.in_app(app).stopping, settings.drain_s).serve(sockets=[bound])
+    finally:
+        await broker.close()
+
+
+def _config(app: FastAPI, tls: Tls | None) -> uvicorn.Config:
     config = uvicorn.Config(
-        create_app(settings, broker, blobs),
+        app,
         http="httptools",
         ws="websockets-sansio",
         ws_max_size=MAX_MESSAGE,
@@ -63,11 +101,44 @@ async def serve(settings: Settings, bound: socket.socket) -> None:
         access_log=False,
         server_header=False,
         timeout_graceful_shutdown=5,
+        ssl_certfile=tls.certificate if tls else None,
+        ssl_keyfile=tls.key if tls else None,
     )
     try:
-        await uvicorn.Server(config).serve(sockets=[bound])
-    finally:
-        await broker.close()
+        config.load()
+    except OSError as error:  # ssl.SSLError is one
+        raise ConfigError(f"the certificate or its key can't be used: {error.strerror or error}") from error
+    return config
+
+
+class Server(uvicorn.Server):
+    """Stops in two steps: first it tells who asks /readyz, and serves on until nobody sends requests here; then it
+    closes all streams, and their clients connect again.
+
+    Args:
+        drain_s: how long the first step takes; a second signal ends it.
+    """
+
+    def __init__(self, config: uvicorn.Config, stopping: asyncio.Event, drain_s: float) -> None:
+        super().__init__(config)
+        self._loop = asyncio.get_running_loop()
+        self._stopping = stopping
+        self._drain_s = drain_s
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        if self._stopping.is_set() or not self._drain_s:
+            self.force_exit = self.should_exit and sig == signal.SIGINT
+            self.should_exit = True
+        else:
+            self._stopping.set()
+            self._loop.call_soon_threadsafe(self._loop.call_later, self._drain_s, self._end)
+
+    def _end(self) -> None:
+        self.should_exit = True
+
+
+def say(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
 
 
 if __name__ == "__main__":

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from dataclasses import dataclass
 
+from starlette.applications import Starlette
 from starlette.requests import HTTPConnection
 
 from .blobs import Blobs
@@ -37,6 +38,10 @@ class Parts:
 
     @staticmethod
     def of(connection: HTTPConnection) -> Parts:
-        parts = connection.app.state.parts
+        return Parts.in_app(connection.app)
+
+    @staticmethod
+    def in_app(app: Starlette) -> Parts:
+        parts = app.state.parts
         assert isinstance(parts, Parts)
         return parts

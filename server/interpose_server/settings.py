@@ -56,6 +56,7 @@ class Settings(BaseSettings):
         backlog_bytes: what a worker holds of saves not yet published before its engine waits.
         inline_bytes: saves and payloads up to this size go through the broker, larger ones through the blob store.
         grace_s: how long a running batch may take to finish when the server stops.
+        drain_s: how long a gateway that is to stop still takes requests, while /readyz tells load balancers of it.
         streams_per_user, downloads_per_user: open at once on one gateway process.
         load_retry_s: a model that couldn't be loaded is left alone for so long, unless somebody asks.
         wish_s: a model that was asked for, but by no job, is loaded if there is room within so long.
@@ -96,6 +97,7 @@ class Settings(BaseSettings):
     measure_s: float = Field(default=2.0, ge=0, le=60)
     worker_threads: int | None = None
     grace_s: float = Field(default=20.0, ge=0)
+    drain_s: float = Field(default=0.0, ge=0)
 
     load_retry_s: float = Field(default=300.0, gt=0)
     wish_s: float = Field(default=120.0, gt=0)

@@ -19,6 +19,19 @@ RedisUrl = Annotated[
     str | None,
     typer.Option(help="A Redis of your own instead of the embedded Valkey.", envvar="INTERPOSE_SERVER_REDIS_URL"),
 ]
+SharedRedisUrl = Annotated[
+    str | None,
+    typer.Option(
+        help="The Redis that gateways and workers share. One with a password is better set by the variable.",
+        envvar="INTERPOSE_SERVER_REDIS_URL",
+    ),
+]
+Device = Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1, ...; default: the best there is.")]
+Dtype = Annotated[str | None, typer.Option(help="float32, bfloat16, ...; default: as saved.")]
+Adapter = Annotated[
+    list[str] | None,
+    typer.Option(help="LoRA weights that jobs may choose: NAME=FOLDER, or MODEL:NAME=FOLDER; may be repeated."),
+]
 
 
 def plainly(verb: Callable[P, T]) -> Callable[P, T]:

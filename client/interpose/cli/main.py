@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import sys
+from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from .common import DataDir, RedisUrl, plainly
+from .common import Adapter, DataDir, Device, Dtype, RedisUrl, SharedRedisUrl, plainly
 from .deploy import deploy
 from .models import models
 
@@ -47,12 +48,9 @@ def serve(
     models: Annotated[list[str], typer.Argument(help="A hub id, a folder, or NAME=FOLDER.")],
     host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(help="0 takes a free one.", min=0, max=65535)] = 8000,
-    device: Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1, ...; default: the best there is.")] = None,
-    dtype: Annotated[str | None, typer.Option(help="float32, bfloat16, ...; default: as saved.")] = None,
-    adapter: Annotated[
-        list[str] | None,
-        typer.Option(help="LoRA weights that jobs may choose: NAME=FOLDER, or MODEL:NAME=FOLDER; may be repeated."),
-    ] = None,
+    device: Device = None,
+    dtype: Dtype = None,
+    adapter: Adapter = None,
     data_dir: DataDir = None,
     redis_url: RedisUrl = None,
     print_env: Annotated[bool, typer.Option("--print-env", help="Host and key on stdout once ready.")] = False,
@@ -80,6 +78,40 @@ def plan(
     from . import server
 
     server.plan(model, devices, dtype, quantization, rows, context, shards, placement, revision)
+
+
+@app.command()
+@plainly
+def gateway(
+    host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(help="0 takes a free one.", min=0, max=65535)] = 8000,
+    tls_cert: Annotated[
+        Path | None, typer.Option(help="Certificate and its chain, PEM.", exists=True, dir_okay=False)
+    ] = None,
+    tls_key: Annotated[Path | None, typer.Option(help="Its key, PEM.", exists=True, dir_okay=False)] = None,
+    data_dir: DataDir = None,
+    redis_url: SharedRedisUrl = None,
+) -> None:
+    """Serve the HTTP API alone, over a Redis and a blob store that workers share."""
+    from . import alone
+
+    alone.gateway(host, port, tls_cert, tls_key, data_dir, redis_url)
+
+
+@app.command()
+@plainly
+def worker(
+    model: Annotated[str, typer.Argument(help="A hub id, a folder, or NAME=FOLDER.")],
+    device: Device = None,
+    dtype: Dtype = None,
+    adapter: Adapter = None,
+    data_dir: DataDir = None,
+    redis_url: SharedRedisUrl = None,
+) -> None:
+    """Run one copy of a model for the gateways on a Redis. Start several for more copies."""
+    from . import alone
+
+    alone.worker(model, device, dtype, adapter or [], data_dir, redis_url)
 
 
 @app.command()

@@ -31,19 +31,36 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--device")
     parser.add_argument("--dtype", default="auto")
     parser.add_argument("--adapter", action="append", default=[], help="NAME=SOURCE; may be repeated")
-    parser.add_argument("--name", default=f"{os.uname().nodename}-{os.getpid()}", help="of this worker")
+    parser.add_argument("--name", default=own_name(), help="of this worker")
     wanted = parser.parse_args(argv)
-    logs.setup(f"worker {wanted.model}")
     adapters = dict(text.split("=", 1) for text in wanted.adapter)
     spec = ModelSpec(
         name=wanted.model, source=wanted.source, dtype=wanted.dtype, adapters=adapters, load_s=PATIENCE_S
     )
     try:
         settings = Settings.read()
-        prepare_process(settings)
-        uvloop.run(_main(spec, wanted.name, settings, wanted.device))
+    except ConfigError as error:
+        print(f"{spec.name}: {error.message}", file=sys.stderr, flush=True)
+        raise SystemExit(USELESS_TO_RETRY) from None
+    run(spec, wanted.name, settings, wanted.device)
+
+
+def own_name() -> str:
+    return f"{os.uname().nodename}-{os.getpid()}"
+
+
+def run(spec: ModelSpec, name: str, settings: Settings, device: str | None) -> None:
+    """Load a model and run its jobs until SIGTERM or SIGINT.
+
+    Raises:
+        SystemExit: it can't; why is on stderr.
+    """
+    logs.setup(f"worker {spec.name}")
+    prepare_process(settings)
+    try:
+        uvloop.run(_main(spec, name, settings, device))
     except InterposeError as error:
-        print(f"{wanted.model}: {error.message}", file=sys.stderr, flush=True)
+        print(f"{spec.name}: {error.message}", file=sys.stderr, flush=True)
         useless = isinstance(error, ConfigError) or reason_of(error) not in PASSING
         raise SystemExit(USELESS_TO_RETRY if useless else 1) from None
 
