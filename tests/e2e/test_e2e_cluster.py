@@ -181,7 +181,7 @@ def test_a_killed_worker_costs_no_job(cluster_lab: Lab) -> None:
 def test_a_gateway_that_stops_says_so_and_its_clients_go_on_at_the_other(cluster_lab: Lab) -> None:
     one, other = cluster_lab.hosts
     with proxied(one) as proxy:
-        tracer, _, _ = slow(cluster_lab.model(proxy.address), 150, remote=True, blocking=False)
+        tracer, _, _ = slow(cluster_lab.model(proxy.address), 60, remote=True, blocking=False)
         until(lambda: tracer.job.status == "running")
         cluster_lab.gateways[0].process.send_signal(signal.SIGTERM)
         ready = until(lambda: (answer := cluster_lab.get(one, "/readyz")).status_code == 503 and answer)
@@ -195,7 +195,7 @@ def test_a_gateway_that_stops_says_so_and_its_clients_go_on_at_the_other(cluster
 
 def test_without_its_broker_no_gateway_is_ready_and_no_job_is_lost(cluster_lab: Lab) -> None:
     one, other = cluster_lab.hosts
-    tracer, _, _ = slow(cluster_lab.model(one), 100, remote=True, blocking=False)
+    tracer, _, _ = slow(cluster_lab.model(one), 40, remote=True, blocking=False)
     until(lambda: tracer.job.status == "running")
     cluster_lab.valkey.kill()
     for host in (one, other):
