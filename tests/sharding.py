@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -9,18 +10,18 @@ from interpose.runtime.feeding import examples
 from interpose.runtime.loading import Loaded
 from interpose.runtime.pieces import joined
 from interpose.runtime.split.cutting import cut, ranges
-from interpose.runtime.split.guest import Graphs
+from interpose.runtime.split.guest import Exit, Graphs
 from interpose.runtime.split.sites import Sites
 from interpose.runtime.split.split import Split
 
 
-def split(loaded: Loaded, parts: int) -> Loaded:
-    """Home of a loaded model, its blocks on so many shards."""
+def split(loaded: Loaded, parts: int, leaving: Callable[[int], Exit | None] = lambda site: None) -> Loaded:
+    """Home of a loaded model, its blocks on so many shards; `leaving`: how saves leave each."""
     shards = ranges(loaded.manifest.blocks, parts)
     sites = Sites({path: site for site, paths in enumerate(shards, 1) for path in paths}, loaded.manifest)
 
     def guest(site: int, part: Any) -> Graphs:
-        return Graphs(_seen(loaded, part), sites, site)
+        return Graphs(_seen(loaded, part), sites, site, leaving(site))
 
     made = cut(loaded.model, shards, guest)
     home = replace(_seen(loaded, made.home), split=Split(made.route, sites))

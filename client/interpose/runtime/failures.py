@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from ..errors import InterposeError, NotReached, OpFailed
+from ..errors import InterposeError, NotReached, OpFailed, ReplicaLost
 from ..graph.model import Node
 
 if TYPE_CHECKING:
@@ -23,9 +23,11 @@ class Guard:
         return None
 
     def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> bool:
-        if isinstance(error, InterposeError):
-            self.job.fail(error)
-        return isinstance(error, InterposeError)
+        # Where a part of the model is gone, no job has failed: all are run again elsewhere.
+        if not isinstance(error, InterposeError) or isinstance(error, ReplicaLost):
+            return False
+        self.job.fail(error)
+        return True
 
 
 def located(error: Exception, node: Node) -> Exception:

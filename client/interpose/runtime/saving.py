@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -11,7 +12,7 @@ from ..graph.model import Node
 from . import nests
 from .held import compact
 from .plan import Plan
-from .sink import Sink
+from .sink import Adopting, Sink
 
 
 class Saves:
@@ -44,16 +45,19 @@ class Saves:
         self.bytes += own.nbytes
         return own
 
-    def adopt(self, node: Node, saved: Any) -> None:
-        """What a shard made: its value, or word of where that went by itself. Raises LimitExceeded."""
-        if "value" not in saved:
-            if node.id not in self.gone:
-                self.gone.add(node.id)
-                self._sink.adopt(node.id, saved)  # type: ignore[attr-defined]
-            return
-        self.bytes += sum(tensor.nbytes for _, tensor in nests.tensors(saved["value"]))
-        self._limits.check("result_bytes", self.bytes)
-        self._emit(node, saved["value"])
+    def adopt(self, node: Node, saved: Any, stored: Callable[[int], Any]) -> None:
+        """What a shard made: its value, or word of where that goes by itself; `stored` says whether it is there.
+
+        Raises LimitExceeded.
+        """
+        if "value" in saved:
+            self.bytes += sum(tensor.nbytes for _, tensor in nests.tensors(saved["value"]))
+            self._limits.check("result_bytes", self.bytes)
+            self._emit(node, saved["value"])
+        elif node.id not in self.gone:
+            self.gone.add(node.id)
+            assert isinstance(self._sink, Adopting), "a sink that gives its address takes what leaves by itself"
+            self._sink.adopt(node.id, saved, stored)
 
     def missing(self, plan: Plan) -> list[Node]:
         """Saves of a whole plan that must have left and haven't: those of branches and of later steps needn't."""

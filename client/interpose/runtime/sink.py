@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any, Protocol
+from collections.abc import Callable, Sequence
+from typing import Any, Protocol, runtime_checkable
 
 
 class Sink(Protocol):
@@ -20,3 +20,17 @@ class Sink(Protocol):
 
     def cancelled(self) -> bool:
         """Whether to give up; asked before every node. May raise the error to end with."""
+
+
+@runtime_checkable
+class Adopting(Protocol):
+    """A sink whose job's values may leave from shards by themselves.
+
+    Attributes:
+        address: what a shard must know for that: a nest of plain values.
+    """
+
+    address: Any
+
+    def adopt(self, node: int, saved: Any, stored: Callable[[int], Any]) -> None:
+        """A value is on its way; `stored(saved["token"])` tells whether it has arrived, asked again and again."""

@@ -11,12 +11,14 @@ import logging
 import os
 import sys
 import time
+from contextlib import suppress
 from functools import partial
 
 import torch
 import transformers
 from interpose.errors import ConfigError, InterposeError, ModelUnavailable
 from interpose.graph.manifest import Manifest
+from redis.exceptions import RedisError
 
 from .. import blob_keys
 from ..blobs import open_blobs
@@ -102,6 +104,11 @@ class Host:
         leaving = asyncio.create_task(self._leave(stop))
         try:
             await self._worker.run(stop)
+        except Exception:
+            # Its jobs needn't wait for their leases to end.
+            with suppress(RedisError, OSError):
+                await self.broker.queue.reap(self.name)
+            raise
         finally:
             await end([leaving])
         await self.announce(ModelState.STOPPED)

@@ -13,7 +13,7 @@ from dataclasses import replace
 from typing import Protocol
 
 import torch
-from interpose.errors import InternalError, InterposeError, JobTimeout
+from interpose.errors import InternalError, InterposeError, JobTimeout, ReplicaLost
 from interpose.graph.manifest import Manifest
 from interpose.runtime.engine import Breaks, EngineJob
 from redis.exceptions import RedisError
@@ -312,6 +312,8 @@ class Worker:
         self._running = time.monotonic(), company.sinks
         try:
             self._runner.host([job for _, job in ready], company)
+        except ReplicaLost:
+            raise  # all of them are run again by another
         except Exception:
             log.exception("the engine failed")
         self._check()
@@ -338,6 +340,8 @@ class Worker:
         self._running = start, [sink for sink, _ in ready]
         try:
             outcomes = self._runner.run([job for _, job in ready], company)
+        except ReplicaLost:
+            raise
         except Exception:
             log.exception("the engine failed")
             outcomes = [InternalError("the server failed while running this job") for _ in ready]

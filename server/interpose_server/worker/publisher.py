@@ -9,13 +9,13 @@ from contextlib import suppress
 
 import msgpack
 from interpose.errors import InternalError, InterposeError, LimitExceeded
-from interpose.wire.tensors import encode_spec
+from interpose.wire.tensors import encode_spec, total
 from redis.exceptions import RedisError
 
 from ..blobs import Blobs
 from ..broker.queue import Outcome, Queue, Record, Report
 from ..settings import Settings
-from .sink import Backlog, Grown, Item, JobSink, Logged, Saved, Stored
+from .sink import Adopted, Backlog, Grown, Item, JobSink, Logged, Saved, Stored
 from .storing import Storing
 
 log = logging.getLogger(__name__)
@@ -134,14 +134,14 @@ class Publisher:
                 await asyncio.sleep(RETRY_S)
 
 
-def _body(item: Saved) -> bytes:
+def _body(item: Saved | Adopted) -> bytes:
     """A save's description. Raises LimitExceeded."""
     body: bytes = msgpack.packb(
         {
             "node": item.node,
             "tree": item.tree,
-            "tensors": [encode_spec(tensor.spec) for tensor in item.tensors],
-            "nbytes": item.nbytes,
+            "tensors": [encode_spec(spec) for spec in item.specs],
+            "nbytes": total(item.specs),
         }
     )
     if len(body) > MAX_BODY:

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, TypeAlias
 
 from interpose.errors import InterposeError, JobCancelled, JobTimeout
 from interpose.graph.limits import Limits
-from interpose.wire.tensors import tensor_spec, total
+from interpose.graph.values import TensorSpec
+from interpose.wire.tensors import decode_spec, tensor_spec, total
 from interpose.wire.trees import Tree, flatten
 
 from ..broker.queue import Claim, Outcome
@@ -27,8 +29,12 @@ class Saved:
     tensors: tuple[Leaving, ...]
 
     @property
+    def specs(self) -> tuple[TensorSpec, ...]:
+        return tuple(tensor.spec for tensor in self.tensors)
+
+    @property
     def nbytes(self) -> int:
-        return total(tensor.spec for tensor in self.tensors)
+        return total(self.specs)
 
     def parts(self) -> list[memoryview]:
         """Each tensor's bytes. Blocks where one isn't `ready`."""
@@ -40,10 +46,27 @@ class Saved:
 
 
 @dataclass(frozen=True, slots=True)
+class Adopted:
+    """A save that a shard brings to the blob store, under the name `blob`.
+
+    Args:
+        stored: whether it is there: {} if not yet, then {"error": ...}. Blocks while the shard is asked.
+    """
+
+    node: int
+    tree: Tree
+    specs: tuple[TensorSpec, ...]
+    blob: str
+    stored: Callable[[], Mapping[str, Any]]
+    nbytes: int = 0
+    """None of them are in this process."""
+
+
+@dataclass(frozen=True, slots=True)
 class Stored:
     """A save whose bytes are in the blob store. Args: blob: its name; "" if that failed, and the job with it."""
 
-    saved: Saved
+    saved: Saved | Adopted
     blob: str
 
     @property
@@ -66,7 +89,7 @@ class Grown:
     ids: tuple[int | None, ...]
 
 
-Item: TypeAlias = Saved | Stored | Logged | Grown | Outcome
+Item: TypeAlias = Saved | Adopted | Stored | Logged | Grown | Outcome
 
 
 class Backlog:
@@ -154,6 +177,18 @@ class JobSink:
             self._backlog.remove(size)
             raise
         self._publish(self, saved)
+
+    @property
+    def address(self) -> dict[str, Any]:
+        """By what name a shard stores what the job saves there."""
+        return {"user": self.claim.user, "id": self.claim.id, "attempt": self.claim.attempt}
+
+    def adopt(self, node: int, saved: Any, stored: Callable[[int], Any]) -> None:
+        specs = tuple(map(decode_spec, saved["tensors"]))
+        self._bytes += total(specs)
+        self.limits.check("result_bytes", self._bytes)
+        ask = partial(stored, saved["token"])
+        self._publish(self, Adopted(node, saved["tree"], specs, saved["blob"], ask))
 
     def log(self, node: int, text: str) -> None:
         self._logs += 1

@@ -8,13 +8,13 @@ import time
 from collections import deque
 from collections.abc import Callable
 
-from interpose.errors import InternalError, InterposeError, JobCancelled, StorageUnavailable
+from interpose.errors import InternalError, InterposeError, JobCancelled, ReplicaLost, StorageUnavailable, from_wire
 
 from .. import blob_keys
 from ..blobs import Blobs
 from ..settings import Settings
 from ..tasks import end
-from .sink import Item, JobSink, Saved, Stored
+from .sink import Adopted, Item, JobSink, Saved, Stored
 
 log = logging.getLogger(__name__)
 
@@ -22,6 +22,8 @@ MOST_INLINED = 64
 """So many times the bound on one inline save may the inline saves of a job take together."""
 
 RETRY_S = 0.5
+
+SOON_S = 0.002
 
 
 class Storing:
@@ -43,8 +45,9 @@ class Storing:
         """Of jobs that have saves under way: those, and what came after."""
 
     def take(self, sink: JobSink, item: Item) -> None:
-        if isinstance(item, Saved) and not self._inlined(sink, item):
-            task = asyncio.create_task(self._store(sink, item))
+        if isinstance(item, Adopted) or (isinstance(item, Saved) and not self._inlined(sink, item)):
+            work = self._arrival(sink, item) if isinstance(item, Adopted) else self._store(sink, item)
+            task = asyncio.create_task(work)
             self._lines.setdefault(sink, deque()).append(task)
             task.add_done_callback(lambda _: self._advance(sink))
         elif line := self._lines.get(sink):
@@ -103,6 +106,27 @@ class Storing:
                     log.exception("a result can't be brought out")
                     sink.stop(InternalError("the server failed while taking a result from the model"))
                     break
+        return Stored(item, "")
+
+    async def _arrival(self, sink: JobSink, item: Adopted) -> Stored:
+        """Wait until a shard has stored a save, or end its job."""
+        wait_s = SOON_S
+        while not isinstance(sink.stopped, JobCancelled):
+            try:
+                told = await asyncio.to_thread(item.stored)
+            except ReplicaLost:
+                told = {}  # this process is about to end, and the job to be run again
+            except InterposeError as error:
+                sink.stop(error)
+                break
+            if not told:
+                await asyncio.sleep(wait_s)
+                wait_s = min(2 * wait_s, RETRY_S)
+            elif told["error"] is None:
+                return Stored(item, item.blob)
+            else:
+                sink.stop(from_wire(told["error"]))
+                break
         return Stored(item, "")
 
     def _put(self, sink: JobSink, name: str, item: Saved) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from ...errors import InternalError
@@ -87,12 +88,15 @@ class Away:
             for node, text in told["logs"]:
                 job.saves.tell(nodes[node], text)
             for node, saved in told["saves"]:
-                job.saves.adopt(nodes[node], saved)
+                job.saves.adopt(nodes[node], saved, partial(self._stored, told["site"]))
         error = error_from_nest(told["error"], nodes)
         if told["doubtful"]:
             job.doubt()
         elif error is not None:
             job.fail(error)
+
+    def _stored(self, site: int, token: int) -> Any:
+        return self._route.errand(site, "stored", {"token": token})
 
     def end_run(self, run: int) -> None:
         """Have the shards hand out what they gathered over the steps of a run."""

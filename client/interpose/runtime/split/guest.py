@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -24,24 +24,36 @@ from .letters import by_job, deliver, error_to_nest, letters
 from .route import Mail, Nest
 from .sites import Sites, divide
 
-Leave = Callable[[Nest, int, Any], Nest]
-"""Has a saved value leave from here: the job's address, the node, the value -> what home is told of it."""
+
+class Exit(Protocol):
+    """How saved values leave a shard."""
+
+    def leave(self, address: Nest, node: int, value: Any) -> Nest:
+        """Have a value leave. `address`: what the job's sink at home calls itself. Returns what home is told."""
+
+    def stored(self, token: int) -> Nest:
+        """Whether what left by itself has arrived, and how."""
 
 
-def bring_home(address: Nest, node: int, value: Any) -> Nest:
-    """A value that leaves by way of home."""
-    return {"value": value}
+class ByHome:
+    """Values leave by way of home."""
+
+    def leave(self, address: Nest, node: int, value: Any) -> Nest:
+        return {"value": value}
+
+    def stored(self, token: int) -> Nest:
+        raise InternalError("nothing leaves from here")
 
 
 class _Outlet:
     """Where the values of one job's part go."""
 
-    def __init__(self, address: Nest, limits: Limits, leave: Leave) -> None:
+    def __init__(self, address: Nest, limits: Limits, exit_: Exit) -> None:
         self.saves: list[tuple[int, Nest]] = []
         self.logs: list[tuple[int, str]] = []
         self._address = address
         self._limits = limits
-        self._leave = leave
+        self._exit = exit_
         self._until = float("inf")
 
     def start(self) -> None:
@@ -49,7 +61,7 @@ class _Outlet:
         self._until = time.monotonic() + self._limits.wall_s
 
     def save(self, node: int, value: Any) -> None:
-        self.saves.append((node, self._leave(self._address, node, value)))
+        self.saves.append((node, self._exit.leave(self._address, node, value)))
 
     def log(self, node: int, text: str) -> None:
         self.logs.append((node, text))
@@ -68,9 +80,12 @@ class _Outlet:
 class Part:
     """One job's part on this shard."""
 
-    def __init__(self, job: Interpreter, outlet: _Outlet, number: int, sent: Mapping[int, Sequence[int]]) -> None:
-        self.job = job
+    def __init__(
+        self, site: int, number: int, job: Interpreter, outlet: _Outlet, sent: Mapping[int, Sequence[int]]
+    ) -> None:
+        self.site = site
         self.number = number
+        self.job = job
         self._outlet = outlet
         self._sent = sent
         self._told: set[int] = set()
@@ -90,6 +105,7 @@ class Part:
         self._told |= reached
         return {
             "number": self.number,
+            "site": self.site,
             "saves": saves,
             "logs": logs,
             "reached": sorted(reached),
@@ -104,14 +120,14 @@ class Graphs:
     Args:
         loaded: this shard's modules, and the manifest of the whole model.
         sites: where the modules of the model are.
-        leave: has saves leave from this shard.
+        exit_: how saves leave from this shard.
     """
 
-    def __init__(self, loaded: Loaded, sites: Sites, site: int, leave: Leave = bring_home) -> None:
+    def __init__(self, loaded: Loaded, sites: Sites, site: int, exit_: Exit | None = None) -> None:
         self._loaded = loaded
         self._sites = sites
         self._site = site
-        self._leave = leave
+        self._exit = exit_ or ByHome()
         self._prepare = Preparation(loaded.manifest)
         self._world = World(loaded.modules, torch.device(loaded.device), loaded.manifest)
         self._parts: dict[int, Part] = {}
@@ -182,6 +198,7 @@ class Graphs:
             "over": self._over,
             "parameter": self._parameter,
             "call": self._call,
+            "stored": lambda request: self._exit.stored(request["token"]),
         }
         if name not in work:
             raise InternalError(f"a shard knows no errand {name!r}")
@@ -194,12 +211,13 @@ class Graphs:
         # Its parameters are this shard's own business, its attachments come by mail.
         plan, report, _ = self._prepare(graph, {}, limits, told["owner"], None)
         division = divide(plan, self._sites)
-        outlet = _Outlet(told["address"], limits, self._leave)
+        outlet = _Outlet(told["address"], limits, self._exit)
         job = Interpreter(
             plan, report.known, {}, outlet, limits, self._world, set(told["gone"]), {},
             exclusive=told["exclusive"], own=division.part(self._site),
         )  # fmt: skip
-        part = self._parts[told["number"]] = Part(job, outlet, told["number"], division.sent.get(self._site, {}))
+        part = Part(self._site, told["number"], job, outlet, division.sent.get(self._site, {}))
+        self._parts[part.number] = part
         part.start()
         job.begin()
         return part

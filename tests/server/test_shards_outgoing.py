@@ -1,0 +1,127 @@
+"""Large saves of a split model: they go from their shards to the store, and are told of when they are there."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from interpose.errors import InterposeError, ReplicaLost, StorageFull
+from interpose.graph.model import Graph, Invoke, Node, Point, Run
+from interpose.graph.values import Ref
+from interpose.runtime.engine import Engine
+from interpose.runtime.loading import load
+from interpose_server import blob_keys
+from interpose_server.blobs import LocalBlobs, whole
+from interpose_server.settings import Settings
+from interpose_server.shards.outgoing import Outgoing
+from models import tiny
+from rig import run_gateway, submission
+from sharding import split
+from test_server_worker import Obedient, ended, working
+
+ADDRESS = {"user": "ada", "id": "job", "attempt": 2}
+
+
+def outcome(outgoing: Outgoing, token: int) -> Any:
+    for _ in range(1000):
+        if told := outgoing.stored(token):
+            return told["error"]
+        time.sleep(0.005)
+    raise TimeoutError
+
+
+@pytest.fixture
+def blobs(settings: Settings) -> LocalBlobs:
+    return LocalBlobs(settings.blob_dir, settings.blob_bytes)
+
+
+def test_a_large_value_goes_to_the_store_and_a_small_one_home(blobs: LocalBlobs, settings: Settings) -> None:
+    outgoing = Outgoing(blobs, settings)
+    small, large = torch.ones(3), torch.randn(50_000, dtype=torch.bfloat16)
+    assert outgoing.leave(ADDRESS, 1, small)["value"] is small
+    told = outgoing.leave(ADDRESS, 7, [large, 2])
+    assert told["nbytes"] == large.nbytes
+    assert outcome(outgoing, told["token"]) is None
+    data = whole(blobs, blob_keys.result("ada", "job/2/7"))
+    assert data is not None
+    assert torch.equal(torch.frombuffer(data, dtype=torch.bfloat16), large)
+
+
+def test_a_job_without_an_address_has_all_brought_home(blobs: LocalBlobs, settings: Settings) -> None:
+    assert "value" in Outgoing(blobs, settings).leave(None, 1, torch.ones(100_000))
+
+
+def test_a_store_that_is_full_is_told(blobs: LocalBlobs, settings: Settings) -> None:
+    full = LocalBlobs(settings.blob_dir, 1000)
+    outgoing = Outgoing(full, settings)
+    error = outcome(outgoing, outgoing.leave(ADDRESS, 1, torch.ones(100_000))["token"])
+    assert error["code"] == StorageFull.code
+
+
+def test_a_save_nobody_knows_is_an_error(blobs: LocalBlobs, settings: Settings) -> None:
+    assert outcome(Outgoing(blobs, settings), 5)["code"] == "internal_error"
+
+
+def wide_job(*blocks: int) -> Any:
+    row = tuple(range(5, 105))
+    nodes = [
+        node
+        for n, block in enumerate(blocks)
+        for node in (
+            Node(2 * n, "read", point=Point(f"transformer.h.{block}", "output"), invoke=0),
+            Node(2 * n + 1, "save", (Ref(2 * n),), invoke=0),
+        )
+    ]
+    rows = Invoke((row,) * 4)
+    return submission(Graph((Run("trace", (rows,)),), tuple(nodes)))
+
+
+async def test_a_worker_tells_of_what_its_shards_stored(settings: Settings, tmp_path: Path) -> None:
+    loaded = load(tiny("gpt2"), name="tiny")
+    blobs = LocalBlobs(settings.blob_dir, settings.blob_bytes)
+    home = split(loaded, 3, lambda site: Outgoing(blobs, settings))
+    engine = Engine(home)
+    async with run_gateway(settings) as gateway:
+        await gateway.broker.models.publish("tiny", "w0", home.manifest, "")
+        gateway.app.state.parts.catalogue._hosted.clear()
+        async with working(gateway, engine):
+            job = wide_job(0, 1)
+            assert (await gateway.post(job)).status_code == 202
+            found = await ended(gateway, job)
+        assert found[-1].body["status"] == "completed"
+        saves = [event for event in found if event.kind == "save"]
+        assert {event.body["node"] for event in saves} == {1, 3}
+        for event in saves:
+            data = whole(blobs, blob_keys.result("ada", event.blob))
+            assert data is not None
+            value = torch.frombuffer(data, dtype=torch.float32).reshape(4, 100, 64)
+            assert event.body["nbytes"] == value.nbytes == len(data)
+            torch.testing.assert_close(value, hidden(loaded.model, 1 + event.body["node"] // 2))
+
+
+def hidden(model: torch.nn.Module, block: int) -> torch.Tensor:
+    """What the model makes before that block."""
+    output: Any = model(torch.tensor([range(5, 105)] * 4), output_hidden_states=True)
+    found: torch.Tensor = output.hidden_states[block]
+    return found
+
+
+async def test_jobs_of_a_replica_that_lost_a_shard_are_not_ended(settings: Settings) -> None:
+    class Lost(Obedient):
+        def run(self, jobs: Any, breaks: Any = None) -> list[InterposeError | None]:
+            raise ReplicaLost("shard 2 is gone")
+
+    async with run_gateway(settings) as gateway:
+        job = submission()
+        await gateway.post(job)
+        with pytest.raises(ReplicaLost):
+            async with working(gateway, Lost(lambda job: None)):
+                await asyncio.sleep(0.5)
+        info = await gateway.broker.queue.info("ada", job.id)
+        assert info.status == "running"
+        await gateway.broker.queue.reap("w1")
+        assert (await gateway.broker.queue.info("ada", job.id)).status == "queued"
