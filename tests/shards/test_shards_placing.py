@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
-from interpose_server.models.spec import ModelSpec
+from interpose_server.models.devices import Devices
+from interpose_server.models.spec import ModelSpec, Placement
 from interpose_server.settings import Settings
+from interpose_server.shards.choosing import chosen
 from interpose_server.shards.naming import actor_of, app_name, worker_name
 from interpose_server.shards.placing import Needs, needs
 
@@ -14,7 +17,7 @@ PLAIN = Settings()
 
 
 def of(*, gpus: bool, settings: Settings = PLAIN, **spec: Any) -> Needs:
-    return needs(ModelSpec(name="tiny", **spec), settings, gpus=gpus)
+    return needs(chosen(ModelSpec(name="tiny", **spec), lambda _: None), settings, gpus=gpus)
 
 
 @pytest.mark.parametrize(("devices", "gpu"), [(None, 1), (0.25, 0.25), (4, 4)])
@@ -39,14 +42,36 @@ def test_without_gpus_a_device_is_a_core(devices: float | None, cores: float) ->
 def test_threads_are_cores() -> None:
     assert of(gpus=True, settings=PLAIN.changed({"worker_threads": 3})).options["num_cpus"] == 3
     own = ModelSpec(name="tiny", settings={"worker_threads": 2})
-    assert needs(own, PLAIN, gpus=False).options["num_cpus"] == 2
+    assert needs(chosen(own, lambda _: None), PLAIN, gpus=False).options["num_cpus"] == 2
 
 
 def test_a_copy_in_parts_is_a_group_of_bundles_with_the_replica_in_the_first() -> None:
     needed = of(gpus=True, placement="blocks", shards=3, resources={"fast": 1})
-    assert needed.bundles[0] == {"CPU": 1, "GPU": 1, "fast": 1}
-    assert [*needed.bundles[1:]] == [{"CPU": 1, "GPU": 1}] * 3
-    assert needed.options["resources"] == {"fast": 1}
+    assert needed.bundles[0] == {"CPU": 2, "GPU": 1, "fast": 1}
+    assert [*needed.bundles[1:]] == [{"CPU": 1, "GPU": 1}] * 2
+    assert (needed.options["num_cpus"], needed.options["resources"]) == (1, {"fast": 1})
+    assert 0 < needed.options["num_gpus"] < 1
+    assert needed.devices(gpus=True) == (1, 1, 1)
+
+
+@pytest.mark.parametrize(
+    ("cards", "placement", "most"),
+    [("80GB", Placement.DEVICE, 0.5), ("2x9GB", Placement.DEVICE, 1), ("3x2GB", Placement.DEVICES, 2)],
+)
+def test_size_decides_where_nothing_else_is_said(
+    cards: str, placement: Placement, most: float, smollm2: Path
+) -> None:
+    found = chosen(ModelSpec(name="smol", source=str(smollm2)), lambda _: Devices.parse(cards))
+    assert found.spec.placement is placement
+    (part,) = needs(found, PLAIN, gpus=True).devices(gpus=True)
+    assert 0 < part <= most
+
+
+def test_what_is_said_is_not_planned() -> None:
+    def never(_: ModelSpec) -> Devices:
+        raise AssertionError
+
+    assert chosen(ModelSpec(name="org/none", devices=2), never).spec.placement is Placement.DEVICES
 
 
 def test_custom_resources_go_to_ray() -> None:

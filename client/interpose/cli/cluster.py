@@ -112,7 +112,7 @@ async def _change(place: Place) -> bool:
     settings = place.settings(place.redis_url)
     async with place.broker() as broker:
         await put(place.config.models, broker)
-        await asyncio.to_thread(deploy, place.config.models, settings)
+        await deploy(place.config.models, settings, broker)
         loading = Loading(place.config.models, lambda line: typer.echo(line, err=True))
         await loading.watch(broker)
     return not loading.failed

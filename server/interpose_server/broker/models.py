@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import msgpack
-from interpose.errors import InternalError, ModelUnavailable, UnknownModel
+from interpose.errors import InternalError, InterposeError, ModelUnavailable, UnknownModel
 from interpose.graph.manifest import Manifest, encode_manifest, fingerprint
 from redis.asyncio import Redis
 
@@ -233,7 +233,7 @@ class Models:
         refs = await self._run("give_up", keys.check_model(name), problem, self._ttl_ms, 0)
         return [ref.decode() for ref in refs]
 
-    async def refuse(self, name: str, why: ModelUnavailable) -> None:
+    async def refuse(self, name: str, why: InterposeError) -> None:
         """Note that a model can't be loaded, before any worker tried."""
         await self.announce(name, PLANNED, ModelState.FAILED, why)
         await self.announce(name, PLANNED, ModelState.STOPPED)

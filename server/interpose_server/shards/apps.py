@@ -9,13 +9,15 @@ from dataclasses import dataclass
 from importlib.metadata import version
 from typing import Any
 
+from interpose.errors import InterposeError
 from ray import serve
 from ray.serve.api import RunTarget
 from ray.serve.config import AutoscalingConfig, AutoscalingPolicy
 
 from ..models.spec import ModelSpec
 from ..settings import Settings
-from .cluster import MODELS_NOTE, SETTINGS_NOTE, Notes, devices, has_room
+from .choosing import chosen
+from .cluster import MODELS_NOTE, SETTINGS_NOTE, Cards, Notes, has_gpus, has_room
 from .naming import app_name
 from .placing import Needs, needs
 from .replica import Replica
@@ -42,29 +44,43 @@ class State:
     running: int
 
 
-def apply(specs: Sequence[ModelSpec], settings: Settings) -> list[str]:
-    """Deploy models that are new or are to be hosted in another way. Returns their names.
+@dataclass(frozen=True, slots=True)
+class Applied:
+    """`changed`: models that were deployed; `refused`: those that can't be, and why."""
+
+    changed: Sequence[str]
+    refused: Mapping[str, InterposeError]
+
+
+def apply(specs: Sequence[ModelSpec], settings: Settings) -> Applied:
+    """Deploy models that are new or are to be hosted in another way.
 
     A copy that runs is replaced once its successor is ready, where the cluster has room for both. Else it stops
     first, and jobs wait meanwhile.
     """
-    notes, (cards, _) = Notes(), devices()
-    known: dict[str, str] = notes.read(MODELS_NOTE) or {}
-    plain = share(settings)
+    notes, gpus = Notes(), has_gpus()
+    known: dict[str, dict[str, Any]] = notes.read(MODELS_NOTE) or {}
+    plain, cards = share(settings), Cards()
     deployed = states()
-    targets, changed = [], {}
+    targets, changed, refused = [], {}, {}
     for spec in specs:
-        wanted = needs(spec, settings, gpus=cards)
-        mark, state = _mark(spec, plain, wanted), deployed.get(spec.name)
-        if known.get(spec.name) == mark and _sound(state):
+        try:
+            where = chosen(spec, cards)
+        except InterposeError as error:
+            refused[spec.name] = error
+            continue
+        wanted = needs(where, settings, gpus=gpus)
+        note = {"mark": _mark(where.spec, plain, wanted), "parts": wanted.devices(gpus=gpus)}
+        state = deployed.get(spec.name)
+        if known.get(spec.name, {}).get("mark") == note["mark"] and _sound(state):
             continue
         copies = min(max(spec.replicas.min, state.running if state else 0), spec.replicas.max)
-        targets.append(_target(spec, settings, wanted, plain, copies))
-        changed[spec.name] = mark
+        targets.append(_target(where.spec, settings, wanted, plain, copies))
+        changed[spec.name] = note
     if targets:
         notes.write(MODELS_NOTE, known | changed)
         serve.run_many(targets, wait_for_applications_running=False)
-    return list(changed)
+    return Applied(list(changed), refused)
 
 
 def share(settings: Settings) -> dict[str, Any]:
@@ -80,8 +96,8 @@ def remove(models: Sequence[str]) -> None:
     for model in models:
         if model in states():
             serve.delete(app_name(model))
-    known: dict[str, str] = notes.read(MODELS_NOTE) or {}
-    notes.write(MODELS_NOTE, {name: mark for name, mark in known.items() if name not in models})
+    known: dict[str, Any] = notes.read(MODELS_NOTE) or {}
+    notes.write(MODELS_NOTE, {name: note for name, note in known.items() if name not in models})
 
 
 def states() -> dict[str, State]:

@@ -13,7 +13,10 @@ from interpose.errors import ConfigError
 from ray import serve
 from ray._private import state
 from ray.experimental.internal_kv import _internal_kv_del, _internal_kv_get, _internal_kv_put
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
+from ..models.devices import Devices
+from ..models.spec import ModelSpec
 from .local import OBJECT_BYTES
 
 NAMESPACE = "interpose"
@@ -23,7 +26,10 @@ SETTINGS_NOTE = "settings"
 Serve shows or logs."""
 
 MODELS_NOTE = "models"
-"""Model -> a digest of how it is hosted. Serve itself takes whatever it is given for something new."""
+"""Model -> a digest of how it is hosted, as Serve takes whatever it is given for something new, and the devices of
+the parts of a copy."""
+
+ASK_S = 60.0
 
 
 def start(temp_dir: Path) -> str:
@@ -69,12 +75,58 @@ def _start_serve() -> None:
     serve.start(proxy_location="Disabled")
 
 
-def devices() -> tuple[bool, tuple[float, ...]]:
-    """Whether any node has a GPU, and how many each node that has one has; without any, its cores."""
-    total: Mapping[str, Mapping[str, float]] = state.total_resources_per_node()  # type: ignore[no-untyped-call]
-    gpus = any(has.get("GPU") for has in total.values())
-    found = (has.get("GPU" if gpus else "CPU", 0.0) for has in total.values())
-    return gpus, tuple(number for number in found if number)
+def has_gpus() -> bool:
+    """Whether any node has one."""
+    return any(has.get("GPU") for has in _total().values())
+
+
+def devices() -> tuple[float, ...]:
+    """How many GPUs each node that has one has; where none has any, the cores of each."""
+    kind = "GPU" if has_gpus() else "CPU"
+    return tuple(has[kind] for has in _total().values() if has.get(kind))
+
+
+class Cards:
+    """The cluster's GPUs, looked at once, when somebody asks."""
+
+    def __init__(self) -> None:
+        self._found: list[list[int]] | None = None
+
+    def __call__(self, spec: ModelSpec) -> Devices | None:
+        """All there are, with their memory, or what the spec says of that; None where there are none."""
+        counts = {node: int(has["GPU"]) for node, has in _total().items() if has.get("GPU", 0) >= 1}
+        if not counts:
+            return None
+        if spec.device_memory is not None:
+            return Devices.of([[spec.device_memory] * count for count in counts.values()])
+        if self._found is None:
+            self._found = _memory(counts)
+        return Devices.of(self._found)
+
+
+def _memory(counts: Mapping[str, int]) -> list[list[int]]:
+    """Bytes of each GPU of each node. Asked on the nodes themselves; none of their GPUs has to be free for that."""
+    asked = {
+        node: ray.remote(num_cpus=0)(_cards)
+        .options(scheduling_strategy=NodeAffinitySchedulingStrategy(node, soft=False))
+        .remote()
+        for node in counts
+    }
+    try:
+        found: dict[str, list[int]] = {node: ray.get(answer, timeout=ASK_S) for node, answer in asked.items()}
+    except ray.exceptions.RayError as error:
+        why = "the memory of the cluster's GPUs can't be asked; say device_memory for each model"
+        raise ConfigError(why) from error
+    return [found[node][:count] for node, count in counts.items()]
+
+
+def _cards() -> list[int]:
+    from ray._private.thirdparty import pynvml
+
+    library: Any = pynvml
+    library.nvmlInit()
+    handles = map(library.nvmlDeviceGetHandleByIndex, range(library.nvmlDeviceGetCount()))
+    return [int(library.nvmlDeviceGetMemoryInfo(handle).total) for handle in handles]
 
 
 def has_room(resources: Iterable[Mapping[str, float]]) -> bool:
@@ -87,6 +139,12 @@ def has_room(resources: Iterable[Mapping[str, float]]) -> bool:
         for name, amount in bundle.items():
             node[name] = node.get(name, 0) - amount
     return True
+
+
+def _total() -> Mapping[str, Mapping[str, float]]:
+    """Node -> what it has of each resource."""
+    found: Mapping[str, Mapping[str, float]] = state.total_resources_per_node()  # type: ignore[no-untyped-call]
+    return found
 
 
 def _free() -> Mapping[str, Mapping[str, float]]:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import time
 from dataclasses import dataclass, field
 
 from ray import serve
@@ -27,6 +28,8 @@ APP = "interpose"
 """Serve's name for its application."""
 
 EVERY_S = 1.0
+AGAIN_S = 60.0
+"""A model that fitted nowhere may do so later, as nodes come; and somebody may have deleted an application."""
 
 
 class Keeper:
@@ -89,20 +92,24 @@ class Round:
     broker: Broker
     settings: Settings
     _seen: int | None = field(default=None, init=False)
+    _applied_at: float = field(default=float("-inf"), init=False)
 
     async def go(self) -> None:
         await self.broker.specs.keep()
         revision = await self.broker.specs.revision()
-        if revision != self._seen:
+        if revision != self._seen or time.monotonic() - self._applied_at > AGAIN_S:
             await self._apply()
-            self._seen = revision
+            self._seen, self._applied_at = revision, time.monotonic()
         await reap_orphans(self.broker)
 
     async def _apply(self) -> None:
         entries = await self.broker.specs.entries()
         specs = [entry.spec for entry in entries if not entry.removed]
-        if changed := await asyncio.to_thread(apps.apply, specs, self.settings):
-            log.warning("deployed anew: %s", ", ".join(changed))
+        applied = await asyncio.to_thread(apps.apply, specs, self.settings)
+        if applied.changed:
+            log.warning("deployed anew: %s", ", ".join(applied.changed))
+        for name, error in applied.refused.items():
+            await self.broker.models.refuse(name, error)
         # One that was taken out of the catalogue finishes its jobs first; then it has no entry any more.
         known = {entry.spec.name for entry in entries}
         gone = [name for name in await asyncio.to_thread(apps.states) if name not in known]

@@ -6,8 +6,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from ..models.spec import ModelSpec, Placement
+from ..models.spec import Placement
 from ..settings import Settings
+from .choosing import Chosen
 
 ENV = {
     # Threads of torch that spin while they wait for one another stall on a busy machine.
@@ -23,7 +24,7 @@ ENV = {
 class Needs:
     """Attributes:
     options: Ray's of the replica's actor.
-    bundles: of its placement group, the replica in the first and one shard in each of the others; empty for none.
+    bundles: of its placement group, one for each shard; empty where the replica is all there is of a copy.
     """
 
     options: Mapping[str, Any]
@@ -42,22 +43,28 @@ class Needs:
         return tuple(bundle[kind] for bundle in self.all if bundle.get(kind))
 
 
-def needs(spec: ModelSpec, settings: Settings, *, gpus: bool) -> Needs:
+def needs(chosen: Chosen, settings: Settings, *, gpus: bool) -> Needs:
     """What one copy takes of a cluster.
 
     Where no node has a GPU, a device is one core: a copy on two devices has two, and computes with two threads.
+    A copy in parts has a bundle for each. Its replica lies in the first, beside the first shard, and takes a core
+    and the home's share of the device of it; the shard has what is left.
 
     Args:
         settings: their `worker_threads` are the cores beside a GPU, or instead of what `devices` says of cores.
         gpus: whether any node of the cluster has one.
     """
+    spec = chosen.spec
+    assert spec.devices is not None
     threads: int | None = spec.settings.get("worker_threads", settings.worker_threads)
-    one = _devices(spec.devices if spec.devices is not None else 1.0, gpus, threads)
-    if spec.placement is Placement.BLOCKS:
-        shard = _devices(min(spec.devices or 1.0, 1.0), gpus, threads)
-        bundles = [{**one, **spec.resources}, *([shard] * (spec.shards or 2))]
-        return Needs(_options(bundles[0]), tuple(bundles))
-    return Needs(_options({**one, **spec.resources}))
+    own = _devices(spec.devices, gpus, threads)
+    if spec.placement is not Placement.BLOCKS:
+        return Needs(_options(own, spec.resources))
+    assert spec.shards is not None
+    shard = _devices(min(spec.devices, 1.0), gpus, threads)
+    home = {"CPU": 1.0} | ({"GPU": chosen.home_share * shard["GPU"]} if "GPU" in shard else {})
+    first = {**shard, "CPU": shard["CPU"] + home["CPU"], **spec.resources}
+    return Needs(_options(home, spec.resources), (first, *([shard] * (spec.shards - 1))))
 
 
 def _devices(devices: float, gpus: bool, threads: int | None) -> dict[str, float]:
@@ -66,11 +73,10 @@ def _devices(devices: float, gpus: bool, threads: int | None) -> dict[str, float
     return {"CPU": float(threads or devices or 1)}
 
 
-def _options(bundle: Mapping[str, float]) -> dict[str, Any]:
-    own = {name: amount for name, amount in bundle.items() if name not in ("CPU", "GPU")}
+def _options(own: Mapping[str, float], resources: Mapping[str, float]) -> dict[str, Any]:
     return {
-        "num_cpus": bundle["CPU"],
-        "num_gpus": bundle.get("GPU", 0),
-        "resources": own,
+        "num_cpus": own["CPU"],
+        "num_gpus": own.get("GPU", 0),
+        "resources": dict(resources),
         "runtime_env": {"env_vars": ENV},
     }

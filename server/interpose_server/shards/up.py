@@ -45,7 +45,7 @@ class ClusterSupervisor(Supervisor):
         self._reached = True
         self._data.note(**self._data.noted(), ray=address)
         await put(self._config.models, broker, alone=self._wanted.redis_url is None)
-        await asyncio.to_thread(deploy, self._config.models, settings)
+        await deploy(self._config.models, settings, broker)
 
     def _reach(self) -> str:
         if self._config.ray is not None:
@@ -134,10 +134,12 @@ async def put(specs: Sequence[ModelSpec], broker: Broker, *, alone: bool = True)
                 await broker.specs.remove(name)
 
 
-def deploy(specs: Sequence[ModelSpec], settings: Settings) -> None:
+async def deploy(specs: Sequence[ModelSpec], settings: Settings, broker: Broker) -> None:
     """Have a cluster that was joined serve models; a keeper that runs on it does so already."""
-    if keeper.running():
-        apps.share(settings)
+    if await asyncio.to_thread(keeper.running):
+        await asyncio.to_thread(apps.share, settings)
         return
-    apps.apply(specs, settings)
-    keeper.start()
+    applied = await asyncio.to_thread(apps.apply, specs, settings)
+    for name, error in applied.refused.items():
+        await broker.models.refuse(name, error)
+    await asyncio.to_thread(keeper.start)

@@ -19,8 +19,7 @@ from ..models.figures import rules
 from ..models.lifecycle import Memory, Room, decide
 from ..models.spec import ModelSpec
 from ..settings import Settings
-from .cluster import SETTINGS_NOTE, Notes, devices
-from .placing import needs
+from .cluster import MODELS_NOTE, SETTINGS_NOTE, Notes, devices
 
 log = logging.getLogger(__name__)
 
@@ -67,13 +66,13 @@ class Watch:
             await broker.close()
 
     async def _look(self, figures: Figures, settings: Settings, memory: Memory) -> Memory:
-        gpus, nodes = devices()
+        noted = Notes().read(MODELS_NOTE) or {}
 
         def parts(spec: ModelSpec) -> tuple[float, ...]:
-            return needs(spec, settings, gpus=gpus).devices(gpus=gpus)
+            return tuple(noted[spec.name]["parts"]) if spec.name in noted else (1.0,)
 
         models = await figures.look(parts)
-        decided = decide(models, Room(nodes), time.time(), memory, rules(settings))
+        decided = decide(models, Room(devices()), time.time(), memory, rules(settings))
         self._wanted, self._looked_at = decided.copies, time.monotonic()
         await figures.tell(decided)
         return decided.memory
