@@ -119,7 +119,13 @@ def cluster_lab(folder: Path, *cpus: float) -> Iterator[ClusterLab]:
 
 @dataclass
 class Tally:
-    """What became of a load. `broken`: answers a client couldn't make sense of, broken connections among them."""
+    """What became of a load.
+
+    Attributes:
+        requeued: jobs that ran more than once, as the copy died that had them.
+        broken: answers a client couldn't make sense of, broken connections among them.
+        slowest_s: from a job's acceptance to its end, at most.
+    """
 
     accepted: int = 0
     completed: int = 0
@@ -129,6 +135,7 @@ class Tally:
     ended_twice: int = 0
     lost: int = 0
     broken: int = 0
+    slowest_s: float = 0.0
     codes: Counter[str] = field(default_factory=Counter)
 
     @property
@@ -211,6 +218,8 @@ class Load:
                 break
             time.sleep(0.02)
         tally.requeued += state.get("attempt", 1) > 1
+        if (ended := state.get("ended_ms")) is not None:
+            tally.slowest_s = max(tally.slowest_s, (ended - state["created_ms"]) / 1000)
         match state.get("status"):
             case "completed":
                 tally.completed += 1

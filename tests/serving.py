@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 INTERPOSE = Path(sys.executable).with_name("interpose")
 
@@ -33,8 +35,28 @@ def serve(
     *models: str, data_dir: Path, options: tuple[str, ...] = (), env: dict[str, str] | None = None
 ) -> Iterator[Served]:
     """Serve models (`NAME=FOLDER`) on a free port until the block is left."""
-    log = (data_dir.parent / f"{data_dir.name}.log").open("w+")
     command = [INTERPOSE, "serve", *models, "--port", "0", "--data-dir", data_dir, "--print-env", *options]
+    with _running(command, data_dir, env) as served:
+        yield served
+
+
+@contextmanager
+def deploy(config: Path, *models: Mapping[str, Any], env: dict[str, str] | None = None) -> Iterator[Served]:
+    """`deploy up` of models on a Ray cluster of this machine's own, until the block is left.
+
+    Args:
+        config: where to write the file; the server's data lies beside it.
+    """
+    data_dir = config.with_suffix(".data")
+    plain = {"data_dir": str(data_dir), "port": 0, "models": list(models)}
+    config.write_text(json.dumps(plain))  # which is YAML, too
+    with _running([INTERPOSE, "deploy", "up", config, "--print-env"], data_dir, env) as served:
+        yield served
+
+
+@contextmanager
+def _running(command: Sequence[str | Path], data_dir: Path, env: dict[str, str] | None) -> Iterator[Served]:
+    log = (data_dir.parent / f"{data_dir.name}.log").open("w+")
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=log, text=True, env=os.environ | (env or {}))
     try:
         assert process.stdout is not None
