@@ -9,7 +9,6 @@ from __future__ import annotations
 import asyncio
 import select
 import socket
-import ssl
 import threading
 from collections.abc import Callable
 from contextlib import suppress
@@ -17,13 +16,11 @@ from http.client import HTTPConnection, HTTPException, HTTPResponse, HTTPSConnec
 from urllib.parse import urlsplit
 from urllib.request import getproxies, proxy_bypass
 
-import httpx
-
 from ..config import Endpoint
 from ..errors import ConnectionFailed, InternalError, InterposeError, InvalidPayload, ModelUnavailable, QueueFull
 from ..wire.protocol import HEADER, PROBLEM
 from ..wire.stream import Incoming
-from .http import check_protocol, delays, headers, problem, unreachable
+from .http import check_protocol, delays, headers, problem, trusted, unreachable
 
 APART = 2 << 20
 """Saves of so many bytes and more are fetched: below, a request of their own costs more than it spares."""
@@ -46,7 +43,6 @@ class Fetcher:
         self._endpoint = endpoint
         self._patience = patience
         self._idle: list[HTTPConnection] = []
-        self._context: ssl.SSLContext | None = None
 
     async def fetch(self, job: str, seq: int, incoming: Incoming, tell: Callable[[], None]) -> None:
         """Bring the bytes of a save, from where it is to its end or until it is void; resumes after a loss.
@@ -120,9 +116,7 @@ class Fetcher:
         host = parts.hostname or ""
         if parts.scheme == "http":
             return HTTPConnection(host, parts.port, timeout=_TIMEOUT_S)
-        if self._context is None:
-            self._context = httpx.create_ssl_context(trust_env=not self._endpoint.local)
-        return HTTPSConnection(host, parts.port, timeout=_TIMEOUT_S, context=self._context)
+        return HTTPSConnection(host, parts.port, timeout=_TIMEOUT_S, context=trusted())
 
     def _request(
         self, connection: HTTPConnection, path: str, incoming: Incoming, tell: Callable[[], object]

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import json
+import os
 import random
+import ssl
 from collections.abc import AsyncIterator, Collection, Iterator, Mapping
+from functools import cache
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -53,6 +56,17 @@ def delays() -> Iterator[float]:
         delay = min(delay * 2, 5.0)
 
 
+def trusted() -> ssl.SSLContext:
+    """Whose certificates are believed, of any server: those SSL_CERT_FILE or SSL_CERT_DIR names, else certifi's."""
+    return _context(os.environ.get("SSL_CERT_FILE"), os.environ.get("SSL_CERT_DIR"))
+
+
+@cache
+def _context(*variables: str | None) -> ssl.SSLContext:
+    """Made once for what the environment says: it takes long."""
+    return httpx.create_ssl_context()
+
+
 class Http:
     """One connection pool to one server."""
 
@@ -62,9 +76,9 @@ class Http:
         self._client = httpx.AsyncClient(
             headers=headers(endpoint),
             timeout=_TIMEOUTS,
-            # Proxies of the environment aren't for this machine. Certificates take long to load; http needs none.
+            # Proxies of the environment aren't for this machine.
             trust_env=not endpoint.local,
-            verify=secure,
+            verify=trusted() if secure else False,
         )
 
     async def request(

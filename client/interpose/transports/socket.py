@@ -35,7 +35,7 @@ from ..wire.messages import (
 from ..wire.protocol import MAX_CHUNK_BYTES, PROBLEM, PROTOCOL, SUBMIT_BYTES
 from ..wire.stream import Happening, Incoming, JobStream, OutOfStep, Received
 from .fetch import APART, Fetcher, direct
-from .http import delays, headers, problem, unreachable
+from .http import delays, headers, problem, trusted, unreachable
 
 _MAX_FRAME = MAX_CHUNK_BYTES + (1 << 16)
 _SETTLED_S = 5.0
@@ -198,6 +198,7 @@ class Socket:
                 additional_headers=headers(self.endpoint),
                 compression=None,
                 max_size=_MAX_FRAME,
+                ssl=trusted() if url.startswith("wss:") else None,
                 proxy=None if self.endpoint.local else True,
                 open_timeout=10,
                 close_timeout=1,
