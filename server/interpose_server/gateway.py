@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import resource
 import signal
 import socket
 import sys
@@ -29,6 +30,9 @@ from .worker.status import USELESS_TO_RETRY
 MAX_MESSAGE = 64 << 10
 """A client only ever sends short messages on its stream."""
 
+FILES = 1 << 16
+"""That the process may have open, sockets included."""
+
 
 def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="interpose-gateway")
@@ -44,6 +48,14 @@ def main(argv: Sequence[str] | None = None) -> None:
         print(f"the gateway: {error.message}", file=sys.stderr, flush=True)
         raise SystemExit(USELESS_TO_RETRY) from None
     uvloop.run(serve(settings, bound))
+
+
+def allow_many_files() -> None:
+    """A connection takes a descriptor, and many systems allow a process few of them until it asks for more."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    most = FILES if hard == resource.RLIM_INFINITY else min(FILES, hard)
+    if soft != resource.RLIM_INFINITY and soft < most:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (most, hard))
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,6 +92,7 @@ async def serve(settings: Settings, bound: socket.socket, tls: Tls | None = None
     Raises:
         ConfigError: the certificate or the blob store can't be used as they are set.
     """
+    allow_many_files()
     broker = connect(settings)
     try:
         blobs = open_blobs(settings)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
+import subprocess
+import sys
 from pathlib import Path
 
 import msgpack
@@ -235,3 +237,14 @@ async def test_figures_need_an_admin(settings: Settings) -> None:
         await gateway.broker.models.forget("tiny")
         text = (await gateway.client.get("/metrics", headers=gateway.auth(admin))).text
         assert "interpose_waiting{" not in text, "of a model that is gone"
+
+
+def test_the_process_asks_for_all_the_files_it_may_have() -> None:
+    code = (
+        "import resource as r; from interpose_server.gateway import allow_many_files as allow\n"
+        "hard = r.getrlimit(r.RLIMIT_NOFILE)[1]; r.setrlimit(r.RLIMIT_NOFILE, (256, hard)); allow()\n"
+        "print(*r.getrlimit(r.RLIMIT_NOFILE))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    soft, hard = map(int, done.stdout.split())
+    assert soft > 256 and (soft, hard) == (min(1 << 16, hard) if hard > 0 else 1 << 16, hard)
