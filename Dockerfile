@@ -26,13 +26,13 @@ FROM build AS client-packages
 RUN python scripts/requirements.py >client.txt && pip install -q -c constraints.txt -r client.txt
 
 FROM client-packages AS gateway-packages
-RUN python scripts/requirements.py gateway >gateway.txt && pip install -q -c constraints.txt -r gateway.txt
+RUN python scripts/requirements.py gateway s3 >gateway.txt && pip install -q -c constraints.txt -r gateway.txt
 
 FROM gateway-packages AS worker-packages
 # Empty: pip's own choice, which on Linux carries CUDA. https://download.pytorch.org/whl/cpu: without it.
 ARG TORCH_INDEX=
 RUN pip install -q --no-deps ${TORCH_INDEX:+--index-url "${TORCH_INDEX}"} "$(grep '^torch==' constraints.txt)"
-RUN python scripts/requirements.py cluster >worker.txt && pip install -q -c constraints.txt -r worker.txt
+RUN python scripts/requirements.py cluster s3 >worker.txt && pip install -q -c constraints.txt -r worker.txt
 
 FROM ${PYTHON_IMAGE} AS base
 ARG VERSION=0.1.0
@@ -44,13 +44,14 @@ LABEL org.opencontainers.image.title="Interpose" \
 RUN groupadd --gid 10001 interpose \
     && useradd --uid 10001 --gid 10001 --home-dir /home/interpose --create-home --shell /usr/sbin/nologin interpose \
     && install -d -o interpose -g interpose -m 0700 /data \
-    && install -d -o interpose -g interpose /cache /tmp/ray
+    && install -d -o interpose -g interpose /cache
 ENV PATH=/opt/interpose/bin:$PATH \
     PYTHONUNBUFFERED=1 \
     PYTHONDONTWRITEBYTECODE=1 \
     PIP_ROOT_USER_ACTION=ignore \
     INTERPOSE_SERVER_DATA_DIR=/data \
-    HF_HOME=/cache/huggingface
+    HF_HOME=/cache/huggingface \
+    XDG_CACHE_HOME=/cache
 WORKDIR /home/interpose
 STOPSIGNAL SIGTERM
 # Packages and source are layers of their own: an upgrade of the source moves a megabyte, not gigabytes.
@@ -66,6 +67,7 @@ FROM base AS worker
 COPY --from=worker-packages /opt/interpose /opt/interpose
 RUN pip install -q --no-deps --no-index --find-links /opt/wheel interpose
 USER 10001:10001
+COPY --chmod=755 deploy/ray-head /opt/interpose/bin/interpose-ray-head
 # Threads of torch that spin while they wait for one another stall on a busy machine.
 ENV OMP_WAIT_POLICY=passive
 CMD ["interpose", "--help"]
@@ -77,4 +79,4 @@ USER 10001:10001
 EXPOSE 8000
 HEALTHCHECK --interval=10s --timeout=5s --start-period=20s --retries=3 \
     CMD ["python", "-c", "import urllib.request as u; u.urlopen('http://127.0.0.1:8000/healthz', timeout=4)"]
-CMD ["interpose", "gateway", "--host", "0.0.0.0", "--port", "8000"]
+CMD ["python", "-m", "interpose_server.gateway", "--host", "0.0.0.0", "--port", "8000"]
