@@ -79,4 +79,4 @@ USER 10001:10001
 EXPOSE 8000
 HEALTHCHECK --interval=10s --timeout=5s --start-period=20s --retries=3 \
     CMD ["python", "-c", "import urllib.request as u; u.urlopen('http://127.0.0.1:8000/healthz', timeout=4)"]
-CMD ["python", "-m", "interpose_server.gateway", "--host", "0.0.0.0", "--port", "8000"]
+CMD ["interpose", "gateway", "--host", "0.0.0.0", "--port", "8000"]
