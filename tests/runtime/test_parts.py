@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import subprocess
 import sys
@@ -11,7 +12,9 @@ from typing import Any
 import pytest
 import torch
 from interpose.errors import ConfigError, ModelUnavailable
+from interpose.runtime import quantized
 from interpose.runtime.blocklists import block_lists, main_list
+from interpose.runtime.loading import load
 from interpose.runtime.parts import Keep, inside, load_part, outline, outside
 from interpose.runtime.sources import Source, auto_class
 from models import liven, tiny
@@ -210,6 +213,29 @@ def test_a_quantised_model_that_this_device_cant_run_is_refused(tmp_path: Path) 
     (tmp_path / "model.safetensors").symlink_to(folder / "model.safetensors")
     with pytest.raises(ConfigError, match="can't be loaded"):
         load_part(tmp_path, inside(["model.layers.0"]), device="cpu")
+
+
+def test_a_quantisation_that_cant_be_had_is_refused() -> None:
+    for name, text in [("int3", "no quantization 'int3'; there are"), ("fp8", "FP8 quantization")]:
+        if name == "fp8" and torch.cuda.is_available():
+            continue
+        with pytest.raises(ConfigError, match=text):
+            load_part(tiny("llama"), inside(["model.layers.0"]), device="cpu", quantization=name)
+        with pytest.raises(ConfigError, match=text):
+            load(tiny("llama"), device="cpu", quantization=name)
+
+
+@pytest.mark.parametrize("scheme", ["bitsandbytes_8bit", "bitsandbytes_4bit"])
+def test_a_part_is_quantised_as_the_whole_is(scheme: str) -> None:
+    if importlib.util.find_spec("bitsandbytes") is None:
+        with pytest.raises(ConfigError, match="pip install"):
+            load_part(tiny("llama"), inside(["model.layers.1"]), device="cpu", quantization=scheme)
+        return
+    expected = dict(whole(tiny("llama"), **quantized.scheme(scheme), device_map={"": "cpu"}).named_parameters())
+    for keep in (inside(["model.layers.1"]), outside(["model.layers"])):
+        for name, param in load_part(tiny("llama"), keep, device="cpu", quantization=scheme).named_parameters():
+            assert param.is_meta is not keep(name)
+            assert param.is_meta or same(param, expected[name])
 
 
 @pytest.mark.parametrize(

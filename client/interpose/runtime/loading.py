@@ -19,6 +19,7 @@ from .feeding import examples, measure_feeding, places
 from .inputs import Feeding, vocabulary
 from .pieces import joined
 from .probe import Measured, probe
+from .quantized import scheme
 from .sources import Source, auto_class, torch_device, torch_dtype
 from .split.split import Split
 
@@ -64,6 +65,7 @@ def load(
     device: str | None = None,
     dtype: str | None = None,
     revision: str | None = None,
+    quantization: str | None = None,
     local_files_only: bool = False,
     adapters: Mapping[str, str | Path] | None = None,
 ) -> Loaded:
@@ -74,22 +76,27 @@ def load(
         device: "cpu", "cuda", "cuda:1", ...; "auto" spreads it over all there are; default: a GPU if there is one.
         dtype: "float32", "bfloat16", ...; default and "auto": as saved.
         revision: the hub's.
+        quantization: a key of `quantized.SCHEMES`; default: as saved.
         local_files_only: use what is cached, ask no network.
         adapters: name -> folder or hub id of LoRA weights that runs may choose.
 
     Raises:
-        ConfigError: no such folder, device or dtype, or a model that needs code of its own.
+        ConfigError: no such folder, device, dtype or quantization, none that works here, or a model that needs code
+            of its own.
         ModelUnavailable: the hub doesn't give it.
     """
     at = Source.of(source, revision, local_files_only=local_files_only)
-    options: dict[str, Any] = {"dtype": torch_dtype(dtype)}
-    if device == "auto":
-        options["device_map"] = "auto"
+    options: dict[str, Any] = {"dtype": torch_dtype(dtype), **scheme(quantization)}
     config = at.config()
+    placed = None if device == "auto" else torch_device(device)
+    quantised = quantization is not None or getattr(config, "quantization_config", None) is not None
+    if placed is None or quantised:
+        # What is quantised can't be moved afterwards.
+        options["device_map"] = "auto" if placed is None else {"": placed}
     kind = auto_class(config)
     model = at.fetch(lambda: kind.from_pretrained(at.place, config=config, **at.hub, **options))
-    if device != "auto":
-        model.to(torch_device(device))
+    if placed is not None and not quantised:
+        model.to(placed)
     try:
         tokens = AutoTokenizer.from_pretrained(at.place, **at.hub)
     except (OSError, ValueError, KeyError, TypeError, AttributeError, ImportError):

@@ -27,7 +27,8 @@ from transformers.utils.generic import ContextManagers
 from transformers.utils.hub import cached_file
 
 from ..errors import ConfigError
-from .sources import Source, first_line, model_class, torch_device, torch_dtype
+from .quantized import scheme
+from .sources import Source, model_class, torch_device, torch_dtype
 
 Keep = Callable[[str], bool]
 """Whether a parameter or buffer, by its full name, is wanted."""
@@ -71,6 +72,7 @@ def load_part(
     device: str | None = None,
     dtype: str | None = None,
     revision: str | None = None,
+    quantization: str | None = None,
     local_files_only: bool = False,
 ) -> PreTrainedModel:
     """A model in eval mode, without gradients, of which only what is wanted is read; bitwise as `load` has it.
@@ -80,7 +82,7 @@ def load_part(
     Args:
         keep: asked for each parameter and buffer. What decides is best a module, such as a block: a tensor that the
             library makes with others from one of the file's is there only if they are wanted alike.
-        device, dtype, revision, local_files_only: as of `load`; "auto" is no device here.
+        device, dtype, revision, quantization, local_files_only: as of `load`; "auto" is no device here.
 
     Raises:
         ConfigError: no such folder, device or dtype; weights that aren't in safetensors, that lack something
@@ -92,7 +94,8 @@ def load_part(
     at = at.fixed(config)
     wanted_dtype, place = torch_dtype(dtype), torch_device(device)
     weights = at.fetch(lambda: Weights.find(at, config))
-    quantizer = at.fetch(lambda: _quantizer(config, place))
+    chosen = scheme(quantization).get("quantization_config")
+    quantizer = at.fetch(lambda: _quantizer(config, chosen, place))
     resolved = at.fetch(lambda: _set_dtype(config, wanted_dtype, quantizer, weights))
     model = at.fetch(lambda: _built(config, quantizer, place))
     part = _Part.of(model, keep, place)
@@ -105,12 +108,7 @@ def load_part(
         hf_quantizer=quantizer,
         weight_mapping=mapping,
     )
-    try:
-        _fill(model, part, weights, options)
-    except torch.OutOfMemoryError:
-        raise
-    except RuntimeError as error:
-        raise ConfigError(f"{at.place} can't be loaded: {first_line(error)}") from error
+    at.fetch(lambda: _fill(model, part, weights, options))
     nn.Module.eval(model).requires_grad_(False)
     _generation(model, at)
     if quantizer is not None:
@@ -308,9 +306,9 @@ def _built(config: PretrainedConfig, quantizer: Any, device: torch.device | None
     return model
 
 
-def _quantizer(config: PretrainedConfig, device: torch.device) -> Any:
-    """What loads weights that were saved quantised, None for others; an error where it can't on this device."""
-    found, _, _ = _library.get_hf_quantizer(config, None, {"": device}, True, {})
+def _quantizer(config: PretrainedConfig, chosen: Any, device: torch.device) -> Any:
+    """What loads weights that are quantised, None for others; an error where it can't on this device."""
+    found, _, _ = _library.get_hf_quantizer(config, chosen, {"": device}, True, {})
     return found
 
 

@@ -92,7 +92,7 @@ class Source:
             ) from error
         except (MemoryError, torch.OutOfMemoryError) as error:
             raise OutOfMemory(f"{self.place} doesn't fit the memory it is loaded into") from error
-        except (ValueError, KeyError, ImportError) as error:
+        except (ValueError, KeyError, ImportError, RuntimeError) as error:
             raise ConfigError(f"{self.place} can't be loaded: {first_line(error)}") from error
 
 

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from interpose.errors import ConfigError
+from interpose.runtime.quantized import SCHEMES
 from torch import Tensor, nn
 from transformers import PretrainedConfig
 
@@ -14,9 +15,6 @@ _BITS = {"fp8": 8.0, "fbgemm_fp8": 8.0, "bitsandbytes_8bit": 8.0, "bitsandbytes_
 
 _GROUPED = {"gptq", "awq", "auto-round", "hqq"}
 """Those that say their bits and the size of a group, which has a scale and a zero of 16 bits each."""
-
-CHOICES = ("fp8", "bitsandbytes_8bit", "bitsandbytes_4bit")
-"""Those that can be chosen when a model is loaded, whatever it was saved as."""
 
 
 @dataclass(frozen=True)
@@ -39,8 +37,8 @@ class Scheme:
             return cls._saved(saved if isinstance(saved, dict) else saved.to_dict())
         if chosen is None:
             return None
-        if chosen not in CHOICES:
-            raise ConfigError(f"no quantization {chosen!r}; there are {', '.join(CHOICES)}")
+        if chosen not in SCHEMES:
+            raise ConfigError(f"no quantization {chosen!r}; there are {', '.join(SCHEMES)}")
         return cls(chosen, _BITS[chosen])
 
     @classmethod

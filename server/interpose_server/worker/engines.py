@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 import torch
-from interpose.errors import ConfigError
 from interpose.graph.manifest import Manifest
 from interpose.runtime.engine import Engine
 from interpose.runtime.loading import load
@@ -45,8 +44,6 @@ def engine_for(spec: ModelSpec, settings: Settings, device: str | None = None) -
         ConfigError: it can't be served as asked, however often it is tried.
         ModelUnavailable: its weights don't come.
     """
-    if spec.quantization is not None:
-        raise ConfigError(f"{spec.name}: quantization {spec.quantization!r} can't be chosen yet")
     _share(spec)
     loaded = load(
         spec.place,
@@ -54,6 +51,7 @@ def engine_for(spec: ModelSpec, settings: Settings, device: str | None = None) -
         device=device or _device(spec),
         dtype=spec.dtype,
         revision=spec.revision,
+        quantization=spec.quantization,
         adapters=spec.adapters,
     )
     measured = measure(loaded, settings.measure_s)
