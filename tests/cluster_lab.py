@@ -50,6 +50,7 @@ class ClusterLab:
     host: str
     key: str
     env: Mapping[str, str]
+    settings: Mapping[str, Any]
 
     def deploy(self, *models: Mapping[str, Any]) -> None:
         """`deploy up` with so many models; returns when they run."""
@@ -61,7 +62,7 @@ class ClusterLab:
             "ray": self.ray.address,
             "redis_url": self.valkey.url,
             "data_dir": str(self.folder),
-            "settings": SETTINGS,
+            "settings": dict(self.settings),
             "models": list(models),
         }
         path.write_text(json.dumps(plain))  # which is YAML, too
@@ -95,13 +96,18 @@ class ClusterLab:
 
 
 @contextmanager
-def cluster_lab(folder: Path, *cpus: float) -> Iterator[ClusterLab]:
+def cluster_lab(folder: Path, *cpus: float, **changes: Any) -> Iterator[ClusterLab]:
+    """Args:
+    cpus: cores of each node.
+    changes: of the settings.
+    """
+    settings = SETTINGS | changes
     with ExitStack() as stack:
         valkey = Valkey(folder)
         valkey.start()
         stack.callback(valkey.kill)
         ray = stack.enter_context(ray_cluster(*cpus))
-        own = {"redis_url": valkey.url, "data_dir": str(folder), **SETTINGS}
+        own = {"redis_url": valkey.url, "data_dir": str(folder), **settings}
         env = os.environ | ray.env | {f"INTERPOSE_SERVER_{name.upper()}": str(value) for name, value in own.items()}
         made = subprocess.run(
             [INTERPOSE, "keys", "create", "--user", "ada", "--redis-url", valkey.url],
@@ -114,7 +120,7 @@ def cluster_lab(folder: Path, *cpus: float) -> Iterator[ClusterLab]:
         stack.callback(gateway.terminate)
         host = f"http://127.0.0.1:{bound.getsockname()[1]}"
         bound.close()
-        yield ClusterLab(ray, valkey, folder, host, made.stdout.strip(), env)
+        yield ClusterLab(ray, valkey, folder, host, made.stdout.strip(), env, settings)
 
 
 @dataclass

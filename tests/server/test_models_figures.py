@@ -55,6 +55,7 @@ async def test_wishes_are_over_once_it_is_loaded_and_marks_are_handed_on(broker:
     assert not (await look(broker)).wished
     await broker.specs.load("tiny")
     assert not (await look(broker)).wished, "it is loaded"
+    assert not (await broker.models.get("tiny")).wished, "nor will it be, once another needs its place"
     await broker.specs.evict("tiny")
     assert (await look(broker)).evicted
     await broker.specs.remove("tiny")

@@ -99,6 +99,10 @@ class Specs:
         """Somebody wants to use a model of the catalogue."""
         await self._wish(name, self._settings.wish_s)
 
+    async def fulfilled(self, name: str) -> None:
+        """What was wished for is there: gone again later, it doesn't come back for that."""
+        await self._redis.hdel(_key(name), "wish_ms")
+
     async def evict(self, name: str) -> None:
         """Let a model go as soon as it has no work.
 

@@ -54,6 +54,8 @@ class Watch:
                 hosted, demand = await self._broker.models.get(name), await self._broker.queue.demand(name)
             except UnknownModel:
                 continue  # It was dropped in between.
+            if hosted.wished and hosted.count(ModelState.READY):
+                await self._broker.specs.fulfilled(name)
             busy = self._busy(hosted)
             found.append(figures_of(entry.spec, entry.removed, hosted, demand, busy, parts(entry.spec)))
         self._work = {model.name: self._work[model.name] for model in found}

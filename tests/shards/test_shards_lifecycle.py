@@ -1,0 +1,114 @@
+"""More models than devices, on a real cluster of one core: loaded when asked for, making way for one another."""
+
+from __future__ import annotations
+
+import json
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from cluster_lab import ClusterLab, cluster_lab
+from interpose import LanguageModel
+from interpose.config import CONFIG
+from interpose.errors import ModelFailed
+from models import tiny
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(280)]
+
+PROMPT = [1, 2, 3, 4]
+
+
+@pytest.fixture(scope="module")
+def lab(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ClusterLab]:
+    with cluster_lab(tmp_path_factory.mktemp("lifecycle"), 1, hold_s=1) as lab:
+        yield lab
+
+
+@pytest.fixture
+def client(lab: ClusterLab, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    monkeypatch.setenv("INTERPOSE_CACHE", str(tmp_path / "cache"))
+    CONFIG.HOST, CONFIG.API_KEY = lab.host, lab.key
+    yield
+    CONFIG.reset()
+
+
+def last_block(name: str) -> torch.Tensor:
+    model = LanguageModel(name)
+    with model.trace(PROMPT, remote=True):
+        saved: torch.Tensor = model.transformer.h[1].output[0].save()
+    return saved.clone()
+
+
+def right(arch: str) -> torch.Tensor:
+    model = LanguageModel(tiny(arch))
+    with model.trace(PROMPT):
+        saved: torch.Tensor = model.transformer.h[1].output[0].save()
+    return saved.clone()
+
+
+def states(lab: ClusterLab) -> dict[str, str]:
+    found = json.loads(lab.interpose("models", "list", "--json"))["models"]
+    return {model["id"]: model["state"] for model in found}
+
+
+def test_models_take_turns_on_one_device(lab: ClusterLab, client: None) -> None:
+    base = {"source": str(tiny("gpt2")), "replicas": {"min": 0, "max": 1}, "devices": 1}
+    lab.deploy(*({"name": name, **base} for name in ("a", "b")))
+    assert states(lab) == {"a": "cold", "b": "cold"}
+    expected = right("gpt2")
+
+    # Never loaded: what it is isn't known, so the client waits before it can record.
+    began = time.monotonic()
+    torch.testing.assert_close(last_block("a"), expected)
+    print(f"a model that never was loaded gave its first result after {time.monotonic() - began:.1f} s")
+    assert states(lab) == {"a": "ready", "b": "cold"}
+
+    # There is no room beside it, and it is idle.
+    torch.testing.assert_close(last_block("b"), expected)
+    assert states(lab) == {"a": "cold", "b": "ready"}
+    assert "it makes way for b" in lab.interpose("models", "list")
+
+    # Known by now: the job is taken at once, and told why it waits.
+    model = LanguageModel("a")
+    began = time.monotonic()
+    with model.trace(PROMPT, remote=True, blocking=False) as t:
+        saved = model.transformer.h[1].output[0].save()
+    told = {t.job.model_state for _ in iter(lambda: t.job.status.terminal or time.sleep(0.05), True)}
+    t.job.result(timeout=90)
+    print(f"a cold model gave a result after {time.monotonic() - began:.1f} s, one that was idle making way")
+    torch.testing.assert_close(saved, expected)
+    assert told & {"cold", "loading", "draining"}
+
+
+def test_a_pinned_model_stays_and_one_that_cannot_be_loaded_is_told(lab: ClusterLab, client: None) -> None:
+    lab.interpose("models", "pin", "a")
+    lab.interpose("models", "add", "broken", "--source", str(lab.folder / "nowhere"), "--devices", "0.5")
+    lab.interpose("models", "load", "a", "--wait")
+    failures: list[BaseException] = []
+
+    def ask() -> None:
+        try:
+            last_block("broken")
+        except ModelFailed as error:
+            failures.append(error)
+
+    asking = threading.Thread(target=ask)
+    asking.start()
+    asking.join(4)
+    assert asking.is_alive() and states(lab)["a"] == "ready", "a is pinned, so that there is no room"
+    lab.interpose("models", "unpin", "a")
+    asking.join(90)
+    (error,) = failures
+    assert isinstance(error, ModelFailed) and error.details["reason"] == "missing"
+    assert str(lab.folder) not in str(error)
+    assert states(lab)["broken"] == "failed"
+    assert "nowhere" in lab.interpose("models", "list")
+
+    lab.interpose("models", "remove", "broken")
+    ends = time.monotonic() + 60
+    while "broken" in states(lab):
+        assert time.monotonic() < ends
+        time.sleep(0.2)
