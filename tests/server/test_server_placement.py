@@ -6,6 +6,7 @@ import io
 import random
 import subprocess
 import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -13,7 +14,7 @@ from interpose.cli.main import app
 from interpose.errors import ConfigError
 from interpose_server.models.devices import GIB, Devices
 from interpose_server.models.placement import Load, Plan, plan
-from interpose_server.models.planning import figures
+from interpose_server.models.planning import figures, ranges
 from interpose_server.models.ranges import divided
 from interpose_server.models.report import rows, show
 from interpose_server.models.sizes import Part, Sizes
@@ -138,6 +139,29 @@ def test_home_takes_a_part_of_the_first_ranges_device() -> None:
     assert found.home_share == 0.05
     assert found.flight == 4  # a batch for each range
     assert len(found.shards[0].blocks) < len(found.shards[1].blocks)
+
+
+def test_a_range_needs_room_for_what_is_no_block_while_it_is_loaded() -> None:
+    found = plan(model(outside=1024), Devices.parse("8x5GB"), spec(placement="blocks"))
+    assert [shard.loading - shard.weights for shard in found.shards] == [1024 * MB] * len(found.shards)
+    assert max(shard.loading for shard in found.shards) <= found.shards[0].device.usable
+    with pytest.raises(ConfigError, match="GiB while it is loaded"):
+        plan(model(outside=2048), Devices.parse("8x5GB"), spec(placement="blocks"))
+
+
+@pytest.mark.parametrize(("home", "counts"), [(False, [1, 1, 1]), (True, [1, 1, 1])])
+def test_ranges_without_devices_are_of_like_bytes(home: bool, counts: list[int]) -> None:
+    found = ranges(spec(source=str(tiny("llama"))), 3, home=home)
+    assert [len(its) for its in found] == counts
+    assert [path for its in found for path in its] == [f"model.layers.{index}" for index in range(3)]
+    with pytest.raises(ConfigError, match="has 3 blocks, which can't be 4 ranges"):
+        ranges(spec(source=str(tiny("llama"))), 4, home=home)
+
+
+def test_home_beside_a_range_leaves_it_fewer_blocks(smollm2: Path) -> None:
+    its = spec(source=str(smollm2))
+    assert [len(part) for part in ranges(its, 2, home=False)] == [15, 15]
+    assert [len(part) for part in ranges(its, 2, home=True)] == [11, 19]
 
 
 def test_batches_nobody_asked_for_are_made_smaller_before_a_model_is_refused() -> None:

@@ -69,6 +69,7 @@ class Shard:
         blocks: a range of the model's.
         home: whether all that is no block is here, too.
         weights, cache, work, saves: bytes.
+        loading: bytes it holds for a moment when it is loaded: its blocks are measured with what is no block.
         batch_tokens: of one batch, that would fit.
     """
 
@@ -79,6 +80,7 @@ class Shard:
     cache: int
     work: int
     saves: int
+    loading: int
     batch_tokens: int
 
     @property
@@ -89,6 +91,11 @@ class Shard:
     def free(self) -> int:
         """Negative where it doesn't fit."""
         return self.device.usable - self.total
+
+    @property
+    def lack(self) -> int:
+        """Bytes for which there is no room, at first or later."""
+        return max(self.total, self.loading, self.device.usable) - self.device.usable
 
 
 @dataclass(frozen=True)
@@ -117,7 +124,7 @@ class Plan:
     @cached_property
     def lack(self) -> int:
         """Bytes for which there is no room."""
-        return sum(max(-shard.free, 0) for shard in self.shards)
+        return sum(shard.lack for shard in self.shards)
 
     @property
     def fits(self) -> bool:
@@ -208,7 +215,7 @@ def _placed(sizes: Sizes, load: Load, placement: Placement, devices: Sequence[De
     home = _held([sizes.outside], load, flight) + sizes.outside.work_token * load.tokens
     ranges = divided(weigh, home, [device.usable for device in devices])
     shards = tuple(
-        _shard(sizes, load, flight, device, blocks, home=not index)
+        _shard(sizes, load, flight, device, blocks, home=not index, alone=placement is Placement.BLOCKS)
         for index, (device, blocks) in enumerate(zip(devices, ranges, strict=True))
     )
     share = _share(shards[0].total, devices[0]) if placement is Placement.DEVICE else 1.0
@@ -218,7 +225,10 @@ def _placed(sizes: Sizes, load: Load, placement: Placement, devices: Sequence[De
     return Plan(sizes, load, placement, shards, flight, share, home_share)
 
 
-def _shard(sizes: Sizes, load: Load, flight: int, device: Device, blocks: range, *, home: bool) -> Shard:
+def _shard(
+    sizes: Sizes, load: Load, flight: int, device: Device, blocks: range, *, home: bool, alone: bool
+) -> Shard:
+    """`alone`: whether it is a process of its own."""
     parts = [sizes.blocks[index] for index in blocks] + ([sizes.outside] if home else [])
     weights = sum(part.weights for part in parts)
     cache = flight * sum(part.cache(load.rows, load.context) for part in parts)
@@ -226,7 +236,8 @@ def _shard(sizes: Sizes, load: Load, flight: int, device: Device, blocks: range,
     work = widest([*parts, *_stream(sizes)]) * load.tokens
     a_token = max((cache + saves + work) / load.tokens, 1)
     fits = max(int((device.usable - weights) / a_token), 0)
-    return Shard(device, blocks, home, weights, cache, work, saves, fits)
+    loading = weights + (sizes.outside.weights if alone else 0)
+    return Shard(device, blocks, home, weights, cache, work, saves, loading, fits)
 
 
 def _stream(sizes: Sizes) -> list[Part]:
@@ -263,13 +274,20 @@ def _refusal(sizes: Sizes, devices: Devices, spec: ModelSpec | None, load: Load,
     details = {"reason": "too_large", "weights": sizes.weights, "usable": usable}
     if best is None:
         return ConfigError(f"{about} can't be placed{on}: there are not so many devices or blocks", details=details)
-    worst = min(best.shards, key=lambda shard: shard.free)
+    worst = max(best.shards, key=lambda shard: shard.lack)
     return ConfigError(
         f"{about} doesn't fit{on}. At best a device of {_gib(worst.device.usable)} has to hold "
         f"{_gib(worst.total)}: {_gib(worst.weights)} of weights, {_gib(worst.cache)} of cache, "
-        f"{_gib(worst.work)} of activations and {_gib(worst.saves)} of saves. {_remedy(best)}",
+        f"{_gib(worst.work)} of activations and {_gib(worst.saves)} of saves{_at_first(worst)}. "
+        f"{_remedy(best)}",
         details=details,
     )
+
+
+def _at_first(shard: Shard) -> str:
+    if shard.loading <= max(shard.total, shard.device.usable):
+        return ""
+    return f", and {_gib(shard.loading)} while it is loaded"
 
 
 def _remedy(best: Plan) -> str:

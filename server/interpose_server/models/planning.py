@@ -5,8 +5,11 @@ from __future__ import annotations
 from functools import lru_cache
 from pathlib import Path
 
+from interpose.errors import ConfigError
+
 from .devices import Devices
 from .placement import Load, Plan, plan
+from .ranges import divided
 from .sizes import Sizes
 from .spec import ModelSpec
 
@@ -19,6 +22,26 @@ def plan_for(spec: ModelSpec, devices: Devices, load: Load | None = None) -> Pla
         ModelUnavailable: the hub doesn't give it.
     """
     return plan(figures(spec), devices, spec, load)
+
+
+def ranges(spec: ModelSpec, shards: int, *, home: bool) -> tuple[tuple[str, ...], ...]:
+    """Paths of the blocks of each range, the ranges as alike in bytes as can be.
+
+    Args:
+        home: whether what is no block lies with the first range, which then has fewer blocks. Not so where home has
+            a processor of its own.
+
+    Raises:
+        ConfigError: there are not so many blocks. As `plan_for` otherwise.
+        ModelUnavailable: the hub doesn't give it.
+    """
+    sizes = figures(spec)
+    if not 1 <= shards <= len(sizes.blocks):
+        raise ConfigError(f"{spec.name} has {len(sizes.blocks)} blocks, which can't be {shards} ranges")
+    weights = [block.weights for block in sizes.blocks]
+    found = divided(weights, sizes.outside.weights if home else 0, [sizes.weights] * shards)
+    names = [f"{sizes.path}.{index}" if sizes.path else f"{index}" for index in range(len(weights))]
+    return tuple(tuple(names[index] for index in its) for its in found)
 
 
 def figures(spec: ModelSpec) -> Sizes:
