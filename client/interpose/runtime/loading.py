@@ -97,12 +97,16 @@ def load(
     model = at.fetch(lambda: kind.from_pretrained(at.place, config=config, **at.hub, **options))
     if placed is not None and not quantised:
         model.to(placed)
-    try:
-        tokens = AutoTokenizer.from_pretrained(at.place, **at.hub)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, ImportError):
-        tokens = None  # a model without a tokenizer takes ids
-    found = wrap(model, name or (at.folder.name if at.folder else at.place), tokens)
+    found = wrap(model, name or (at.folder.name if at.folder else at.place), tokenizer_of(at))
     return with_adapters(found, adapters or {}, local_files_only=local_files_only)
+
+
+def tokenizer_of(at: Source) -> Any:
+    """The library's tokenizer of a model, None for one without: that takes ids."""
+    try:
+        return AutoTokenizer.from_pretrained(at.place, **at.hub)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, ImportError):
+        return None
 
 
 def with_adapters(loaded: Loaded, sources: Mapping[str, str | Path], *, local_files_only: bool = False) -> Loaded:

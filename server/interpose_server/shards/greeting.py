@@ -25,7 +25,7 @@ class Dialing:
     """The side that dials: send `hello`, feed the answer to `answered`, send what it returns."""
 
     def __init__(self, secret: bytes, site: int, to: int) -> None:
-        self._secret = _checked(secret)
+        self._secret = checked(secret)
         self._to = to
         self.hello = _HELLO.pack(MAGIC, site, to, secrets.token_bytes(32))
 
@@ -43,7 +43,7 @@ class Answering:
     """The side that listens: feed it the hello, send its answer, feed it the proof."""
 
     def __init__(self, secret: bytes, site: int) -> None:
-        self._secret = _checked(secret)
+        self._secret = checked(secret)
         self._site = site
         self._hellos = (b"", b"")
         self._peer = -1
@@ -68,7 +68,8 @@ def _proof(secret: bytes, side: bytes, first: bytes, second: bytes) -> bytes:
     return hmac.digest(secret, side + first + second, "sha256")
 
 
-def _checked(secret: bytes) -> bytes:
+def checked(secret: bytes) -> bytes:
+    """Raises ValueError if it is too short."""
     if len(secret) < SHORTEST:
         raise ValueError(f"a replica's secret has at least {SHORTEST} bytes")
     return secret

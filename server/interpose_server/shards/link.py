@@ -75,7 +75,7 @@ class Link:
         beat_s: float = BEAT_S,
         silence_s: float = SILENCE_S,
     ) -> None:
-        self.sites = dict(sites)
+        self.sites: Mapping[str, int] = dict(sites)
         self._device = device
         self._beat_s, self._silence_s = beat_s, silence_s
         self._calls = itertools.count(1)

@@ -20,11 +20,14 @@ from interpose.wire.tensors import MAX_DIMS, MAX_SIZE
 from interpose.wire.torch_tensors import TORCH, torch_bytes, torch_dtype
 from torch import Tensor
 
-TENSOR, TUPLE, CACHE, MAIL, CALL, VISIT, ARGUMENT = range(1, 8)
+TENSOR, TUPLE, CACHE, MAIL, CALL, VISIT, ARGUMENT, WHOLE = range(1, 9)
 """Kinds of msgpack's extension values."""
 
 SPARSEST = 4
 """A tensor with gaps between its elements keeps them, up to so many times its own size."""
+
+_BITS = 256
+"""Whole numbers that msgpack has no form for, such as a limit that is none."""
 
 _GRADIENT, _DEVICE, _GAPS = 1, 2, 4
 
@@ -55,6 +58,8 @@ def pack(nest: Any) -> Packed:
             if number == len(tensors):
                 tensors.append(value)
             return msgpack.ExtType(TENSOR, msgpack.packb(number))
+        if type(value) is int and value.bit_length() <= _BITS:
+            return msgpack.ExtType(WHOLE, value.to_bytes(_BITS // 8 + 1, "big", signed=True))
         if isinstance(value, tuple):
             return msgpack.ExtType(TUPLE, packed(list(value)))
         if isinstance(value, CacheRef):
@@ -167,6 +172,8 @@ class Opening:
                     if type(number) is not int or not 0 <= number < len(tensors):
                         raise InvalidPayload("a parcel names a tensor that isn't there")
                     return tensors[number]
+                case _ if code == WHOLE and len(data) == _BITS // 8 + 1:
+                    return int.from_bytes(data, "big", signed=True)
                 case _ if code in _MAKERS:
                     return _MAKERS[code](_unpack(data, value))
             raise InvalidPayload(f"a parcel holds something of kind {code}")

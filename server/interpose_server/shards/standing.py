@@ -24,6 +24,7 @@ from interpose.runtime.split.station import Station, Stop
 from .channel import Channel
 from .faults import told
 from .frames import Frame, Kind
+from .greeting import checked
 
 log = logging.getLogger(__name__)
 
@@ -57,7 +58,7 @@ class Standing:
     ) -> None:
         self.site = site
         self.ended = threading.Event()
-        self._secret = secret
+        self._secret = checked(secret)
         self._stop = Stop(site, station)
         self._device = device
         self._silence_s = silence_s

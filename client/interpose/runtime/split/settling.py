@@ -11,14 +11,16 @@ from torch import nn
 
 from .. import attention, named
 from ..attention import READABLE
-from ..feeding import examples, measure_feeding
+from ..feeding import measure_feeding
 from ..inputs import Feeding
-from ..loading import Loaded, described
-from ..pieces import joined
+from ..loading import Loaded, described, trials
 from .merging import merged
 from .route import Nest
+from .sites import Sites
 from .slices import Report
+from .split import Split
 from .stubs import Home
+from .trial import tried
 
 Ask = Callable[[Feeding, Mapping[str, Nest]], Sequence[Report]]
 """How the model is fed and what its blocks return -> what every slice shows."""
@@ -39,8 +41,8 @@ def settled(home: nn.Module, stubs: Home, name: str, tokenizer: Any, ask: Ask) -
     device = next((param.device for param in home.parameters() if not param.is_meta), torch.device("cpu"))
     feeding = measure_feeding(home, device)
     if feeding.works:
-        # One forward that looks at nothing tells what each block returns.
-        home(**feeding.kwargs(joined([examples(home, feeding, [4])], feeding.inputs, device)))
+        # Its first forward tells what each block returns, too.
+        tried(home, trials(home, feeding, device))
     whole = merged(ask(feeding, dict(stubs.outputs)))
     if whole.measured.attention == READABLE:
         attention.adopt(home)
@@ -54,4 +56,5 @@ def settled(home: nn.Module, stubs: Home, name: str, tokenizer: Any, ask: Ask) -
         architecture=manifest.architecture,
         config={**manifest.config, "parameters": whole.parameters},
     )
-    return named.offering(replace(loaded, manifest=manifest), whole.found)
+    found = named.offering(replace(loaded, manifest=manifest), whole.found)
+    return replace(found, split=Split(stubs.route, Sites(stubs.route.sites, found.manifest)))

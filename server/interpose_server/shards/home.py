@@ -1,0 +1,107 @@
+"""A model whose blocks lie on shards: its home, put together from shards that listen."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any
+
+from interpose.graph.manifest import encode_manifest
+from interpose.runtime.inputs import Feeding
+from interpose.runtime.loading import Loaded, tokenizer_of
+from interpose.runtime.sources import Source, torch_device
+from interpose.runtime.split.building import blocks_of, load_home
+from interpose.runtime.split.route import Nest
+from interpose.runtime.split.settling import settled
+from interpose.runtime.split.slices import Report, feeding_nest
+
+from .link import Address, Link
+from .parts import FREE, MEASURE, SERVE
+
+
+@dataclass(frozen=True, eq=False)
+class Home:
+    """Attributes:
+    loaded: the model, ready for an engine.
+    link: the way to its shards.
+    """
+
+    loaded: Loaded
+    link: Link
+
+    def free_bytes(self) -> int:
+        """Of the shards' memory, what the fullest has left."""
+        return int(min(self.link.errand(site, FREE, None) for site in set(self.link.sites.values())))
+
+
+def assemble(
+    name: str,
+    source: str,
+    secret: bytes,
+    addresses: Mapping[int, Address],
+    ranges: Sequence[tuple[int, int]],
+    *,
+    device: str | None = None,
+    dtype: str | None = None,
+    revision: str | None = None,
+    quantization: str | None = None,
+    **timing: float,
+) -> Home:
+    """Load home's part of a model, and have all of it measured.
+
+    Args:
+        name: what the model is served as.
+        addresses: site -> where its shard listens.
+        ranges: of each site from 1 on, which of the model's blocks it holds: (first, behind the last).
+        timing: as of `Link`.
+
+    Raises:
+        ConfigError: it can't be split, or not so.
+        ReplicaLost: a shard is gone.
+        ModelUnavailable: the hub doesn't give it.
+    """
+    blocks = blocks_of(source, revision)
+    sites = {path: site for site, (start, end) in enumerate(ranges, 1) for path in blocks[start:end]}
+    link = Link(secret, addresses, sites, torch_device(device), **timing)
+    try:
+        model, stubs = load_home(
+            source, link, device=device, dtype=dtype, revision=revision, quantization=quantization
+        )
+        ask = _Asked(link, name)
+        loaded = settled(model, stubs, name, tokenizer_of(Source.of(source, revision)), ask)
+        ask.serve(loaded)
+    except BaseException:
+        link.close()
+        raise
+    return Home(loaded, link)
+
+
+class _Asked:
+    """Asks every shard, all at the same time."""
+
+    def __init__(self, link: Link, name: str) -> None:
+        self._link = link
+        self._name = name
+        self._sites = sorted(set(link.sites.values()))
+        self._feeding: Nest = None
+
+    def __call__(self, feeding: Feeding, outputs: Mapping[str, Nest]) -> list[Report]:
+        self._feeding = feeding_nest(feeding)
+        request = {"feeding": self._feeding, "outputs": dict(outputs), "name": self._name}
+        return [Report.of_nest(nest) for nest in self._all(MEASURE, request)]
+
+    def serve(self, loaded: Loaded) -> None:
+        """Have the shards run their parts of graphs from now on."""
+        request = {
+            "feeding": self._feeding,
+            "manifest": encode_manifest(loaded.manifest),
+            "rewritten": [[*place] for place in loaded.rewritten],
+            "first_only": [*loaded.first_only],
+            "sites": dict(self._link.sites),
+        }
+        self._all(SERVE, request)
+
+    def _all(self, name: str, request: Nest) -> list[Any]:
+        with ThreadPoolExecutor(len(self._sites)) as pool:
+            return list(pool.map(lambda site: self._link.errand(site, name, request), self._sites))

@@ -1,0 +1,101 @@
+"""A model over processes: loaded by parts, measured by parts, served as the whole one."""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+import torch
+from interpose import LanguageModel
+from interpose.errors import ReplicaLost
+from interpose.graph.manifest import fingerprint
+from interpose.runtime.engine import Engine
+from interpose.runtime.loading import load
+from interpose_server.shards.shard import stand
+from models import tiny
+from processes import Running, spread
+
+PROMPTS = ["The capital of France is", "When Mary and John went to the store, John gave a drink to"]
+
+
+def language(engine: Engine) -> LanguageModel:
+    model = LanguageModel(str(tiny("gpt2")))
+    model._home.local.engine = engine
+    return model
+
+
+def read(model: LanguageModel) -> dict[str, torch.Tensor]:
+    """Values of every site: read, changed, of gradients, of a generation."""
+    with model.trace(PROMPTS) as t:
+        model.transformer.h[0].output[0][:, -1] *= 2
+        hidden = model.transformer.h[2].output[0].save()
+        logits = model.lm_head.output.save()
+        del t
+    with model.trace(PROMPTS[0]):
+        first = model.transformer.h[0].output[0]
+        first.retain_grad()
+        model.lm_head.output[:, -1].sum().backward()
+        grad = first.grad.save()
+    with model.generate(PROMPTS[0], max_new_tokens=4) as t:
+        ids = t.result.save()
+    return {"hidden": hidden, "logits": logits, "grad": grad, "ids": ids}
+
+
+@pytest.fixture(scope="module")
+def running() -> Iterator[Running]:
+    with spread(tiny("gpt2"), [(0, 1), (1, 3)], beat_s=0.2, silence_s=6.0) as found:
+        yield found
+
+
+@pytest.mark.slow
+def test_it_serves_as_the_whole_model(running: Running) -> None:
+    loaded = running.home.loaded
+    whole = load(tiny("gpt2"), name="tiny", device="cpu")
+    assert fingerprint(loaded.manifest) == fingerprint(whole.manifest)
+    assert not any(param.is_meta for param in loaded.model.parameters()), "home has its own weights and no others"
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # as the shards have it: sums are split by threads
+    try:
+        found, expected = read(language(Engine(loaded))), read(language(Engine(whole)))
+    finally:
+        torch.set_num_threads(threads)
+    for name, value in expected.items():
+        assert torch.equal(found[name].detach(), value.detach()), name
+    assert running.home.free_bytes() > 0
+
+
+@pytest.mark.slow
+def test_lanes_share_one_engine_and_keep_apart(running: Running) -> None:
+    lanes = [language(Engine(running.home.loaded)) for _ in range(3)]
+    alone = [read(lane) for lane in lanes][0]
+    with ThreadPoolExecutor(3) as pool:
+        for found in pool.map(lambda lane: [read(lane) for _ in range(3)][-1], lanes):
+            for name, value in alone.items():
+                assert torch.equal(found[name].detach(), value.detach()), name
+
+
+def test_a_shard_without_a_secret_or_of_no_blocks_is_none() -> None:
+    for secret, blocks, why in ((b"", "0:1", "secret"), (b"s" * 32, "3:3", "none of 3 blocks")):
+        with pytest.raises(ValueError, match=why):
+            stand(1, secret, str(tiny("gpt2")), blocks, device="cpu")
+
+
+@pytest.mark.slow
+def test_a_shard_that_hangs_ends_the_replica(running: Running) -> None:
+    """The last of them: it ends what the others use."""
+    model = language(Engine(running.home.loaded))
+    begun = time.monotonic()
+    os.kill(running.shards[2].pid, signal.SIGSTOP)
+    try:
+        with pytest.raises(ReplicaLost, match="sign of life"):
+            read(model)
+        assert time.monotonic() - begun < 30
+        with pytest.raises(ReplicaLost):
+            running.home.link.check()
+        assert running.shards[1].wait(20) == 0, "it ends with its home"
+    finally:
+        os.kill(running.shards[2].pid, signal.SIGCONT)
