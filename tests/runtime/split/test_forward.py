@@ -31,6 +31,20 @@ def test_bitwise_equal_with_every_hidden_state(arch: str) -> None:
             assert_same(all_states, parts.home(**inputs, output_hidden_states=True))
 
 
+@pytest.mark.parametrize("arch", ["gpt2", "gemma3", "mixtral", "mamba"])
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+@torch.no_grad()
+def test_half_precision_too(arch: str, dtype: str) -> None:
+    model = whole(arch, dtype=dtype)
+    inputs = fed(arch)
+    with split(model, 3) as parts:
+        parts.home(**inputs)
+        found = parts.home(**inputs)
+        if arch != "mamba":  # which goes on in float32
+            assert found.logits.dtype == getattr(torch, dtype)
+        assert_same(model(**inputs), found)
+
+
 @torch.no_grad()
 def test_three_shards_are_visited_once_each_in_order(monkeypatch: pytest.MonkeyPatch) -> None:
     model, inputs = whole("gemma3"), fed("gemma3")
@@ -222,7 +236,7 @@ def test_a_placeholder_tells_its_shape_without_a_journey() -> None:
         def value(self, turn: int) -> torch.Tensor:
             raise AssertionError
 
-    made = placeholders.Placeholder(torch.zeros(2, 3, dtype=torch.float16), Never(), 0)
+    made = placeholders.Placeholder(torch.zeros(2, 3), torch.float16, Never(), 0)
     assert made.shape == (2, 3) and made.size(-1) == 3 and made.ndim == 2 and len(made) == 2
     assert made.dtype == torch.float16 and made.device.type == "cpu" and made.is_floating_point()
     with pytest.raises(AssertionError):

@@ -119,7 +119,7 @@ class Shifts(nn.Module):
         self.layers = nn.ModuleList([Shifted() for _ in range(4)])
 
     def forward(self, hidden: Tensor) -> Tensor:
-        shift = hidden.sin()
+        shift = (hidden + 0).sin()
         for layer in self.layers:
             hidden = layer(hidden, shift)
         return hidden
@@ -131,6 +131,30 @@ def test_of_arguments_that_all_blocks_share() -> None:
     with split(model, 3) as parts:
         parts.home(hidden.detach())
         (found,) = torch.autograd.grad(parts.home(hidden).sum(), hidden)
+        torch.testing.assert_close(found, expected)
+        idle(parts)
+
+
+class Overwriting(Shifts):
+    """Blocks write over what they are given."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList([Doubling() for _ in range(4)])
+
+
+class Doubling(Shifted):
+    def forward(self, hidden: Tensor, shift: Tensor) -> Tensor:
+        hidden += shift * self.scale
+        return hidden
+
+
+def test_blocks_that_write_over_what_they_are_given() -> None:
+    model, hidden = Overwriting(), torch.randn(2, 3, requires_grad=True)
+    (expected,) = torch.autograd.grad(model(hidden * 1).sum(), hidden)
+    with split(model, 2) as parts:
+        parts.home(hidden.detach().clone())
+        (found,) = torch.autograd.grad(parts.home(hidden * 1).sum(), hidden)
         torch.testing.assert_close(found, expected)
         idle(parts)
 

@@ -86,14 +86,24 @@ def layer_nest(layer: Any) -> Nest:
     return {"class": _named(type(layer)), "state": {name: described(value) for name, value in vars(layer).items()}}
 
 
-def _write(layer: Any, nest: Nest, device: torch.device) -> None:
-    vars(layer).update({name: made(value, device) for name, value in nest["state"].items()})
+def _write(layers: Sequence[Any], nest: Nest, device: torch.device) -> None:
+    """Have layers keep what is told."""
+    state = nest["state"]
+    alike = {name: made(value, device) for name, value in state.items() if _fixed(value)}
+    for layer in layers:
+        vars(layer).update(alike)
+        vars(layer).update({name: made(value, device) for name, value in state.items() if name not in alike})
+
+
+def _fixed(nest: Nest) -> bool:
+    """Whether nobody changes it in place, so that layers can share it."""
+    return not isinstance(nest, Mapping) or nest["t"] in ("shape", "dtype", "device")
 
 
 def new_layer(nest: Nest, device: torch.device) -> Any:
     cls = _class(nest["class"], _ROOTS)
     layer = cls.__new__(cls)
-    _write(layer, nest, device)
+    _write([layer], nest, device)
     return layer
 
 
@@ -148,14 +158,17 @@ def new_cache(kind: Nest, device: torch.device) -> Any:
 def update(cache: Any, groups: Nest, device: torch.device) -> set[int]:
     """Bring layers to what another site says of them; returns which."""
     told = by_index(groups)
-    for index in sorted(told):
-        while index >= len(cache.layers):
-            cache.layers.append(_filler(cache, told[index], device))
-        _write(cache.layers[index], told[index], device)
+    for index in range(len(cache.layers), max(told, default=-1) + 1):
+        cache.layers.append(_filler(cache, told.get(index), device))
+    for nest, indices in groups:
+        _write([cache.layers[index] for index in indices], nest, device)
     return {*told}
 
 
 def _filler(cache: Any, nest: Nest, device: torch.device) -> Any:
+    """A layer that isn't there yet: most caches have all from the beginning, some make them as they need them."""
     if cache.layer_class_to_replicate is not None:
         return cache.layer_class_to_replicate()
+    if nest is None:
+        raise InternalError("a cache grew by layers that nobody told of")
     return new_layer(nest, device)

@@ -12,7 +12,7 @@ from torch import Tensor
 from ...errors import InternalError
 from . import caches
 from .parcels import Swapped, mapped
-from .placeholders import Withheld
+from .placeholders import Withheld, settled
 from .route import ArgumentRef, BlockCall, CacheRef, Mail
 from .shard import ARGUMENT
 
@@ -42,12 +42,13 @@ class Call:
 
 
 def taken(place: Place, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Call]:
-    """A call's hidden states, and the rest."""
+    """A call's hidden states, and the rest. A placeholder among that is a value that must be there first."""
+    rest = {name: settled(value) for name, value in kwargs.items() if args or name != place.first}
     if args:
-        return args[0], Call(place, (None, *args[1:]), kwargs)
+        return args[0], Call(place, (None, *map(settled, args[1:])), rest)
     if place.first not in kwargs:
         raise InternalError(f"{place.path} was called without {place.first}")
-    return kwargs[place.first], Call(place, (), {**kwargs, place.first: None})
+    return kwargs[place.first], Call(place, (), {place.first: None, **rest})
 
 
 def leg(calls: Sequence[Call], reach: int) -> list[Call]:

@@ -28,6 +28,7 @@ class Pile:
         self._grad = grad
         self._calls: list[Call] = []
         self._made: list[weakref.ref[Placeholder]] = []
+        self._dtypes: list[torch.dtype | None] = []  # None where it isn't known
         self._values: Mapping[int, Tensor] = {}
         self._failed = ""
         self._done = False
@@ -36,11 +37,20 @@ class Pile:
         """Whether a call on what the call of that turn returned can join."""
         return not self._done and grad == self._grad and turn == len(self._calls) - 1
 
-    def add(self, call: Call) -> Placeholder:
-        made = Placeholder(self._hidden, self, len(self._calls))
+    def add(self, call: Call, dtype: torch.dtype | None) -> Placeholder:
+        """Args: dtype: of what the call returns, None for that of what it is given."""
+        dtype = dtype or (self._dtypes[-1] if self._dtypes else None) or self._hidden.dtype
+        self._dtypes.append(dtype)
+        made = Placeholder(self._hidden, dtype, self, len(self._calls))
         self._calls.append(call)
         self._made.append(weakref.ref(made))
         return made
+
+    def first(self, call: Call) -> Tensor:
+        """What one call returns of which nothing is known yet."""
+        self._dtypes.append(None)
+        self._calls.append(call)
+        return self.value(0)
 
     def value(self, turn: int) -> Tensor:
         """What a call returned; the first time, all calls are made. Raises what that raises."""
@@ -64,10 +74,11 @@ class Pile:
         with _apart(), torch.set_grad_enabled(self._grad):
             self._values = self._go(self._hidden, self._calls, held | {turn, len(self._calls) - 1}, self._grad)
         for index, value in self._values.items():
-            if value.shape != self._hidden.shape or value.dtype != self._hidden.dtype:
+            dtype = self._dtypes[index] or value.dtype
+            if value.shape != self._hidden.shape or value.dtype != dtype:
                 raise InternalError(
                     f"{self._calls[index].place.path} makes {tuple(value.shape)} {value.dtype} of "
-                    f"{tuple(self._hidden.shape)} {self._hidden.dtype}"
+                    f"{tuple(self._hidden.shape)}, not {dtype}"
                 )
 
 

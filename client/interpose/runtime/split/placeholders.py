@@ -36,13 +36,13 @@ class Placeholder(Tensor):
     turn: int
 
     @staticmethod
-    def __new__(cls, like: Tensor, source: Source, turn: int) -> Placeholder:
-        made: Placeholder = Tensor._make_wrapper_subclass(cls, like.shape, dtype=like.dtype, device=like.device)
+    def __new__(cls, like: Tensor, dtype: torch.dtype, source: Source, turn: int) -> Placeholder:
+        made: Placeholder = Tensor._make_wrapper_subclass(cls, like.shape, dtype=dtype, device=like.device)
         made.source = source
         made.turn = turn
         return made
 
-    def __init__(self, like: Tensor, source: Source, turn: int) -> None:
+    def __init__(self, like: Tensor, dtype: torch.dtype, source: Source, turn: int) -> None:
         """All is done where it is made."""
 
     def settled(self) -> Tensor:

@@ -29,7 +29,7 @@ BACK = "back"
 what then comes home, the number behind it."""
 
 HIDDEN = "hidden"
-"""In the description of what a block returns: the hidden states."""
+"""In the description of what a block returns: the hidden states; `hidden:float32` where it changes their dtype."""
 
 _OURS = (caches.ADDRESS, ARGUMENT, BACK)
 
@@ -145,11 +145,10 @@ class Shard:
         else:
             kwargs[self._first[call.path]] = hidden
         output = block(*args, **kwargs)
-        self._note(call.path, output)
+        self._note(call.path, output_kind(call.path, hidden, output))
         return output if isinstance(output, Tensor) else output[0]
 
-    def _note(self, path: str, output: Any) -> None:
-        kind = output_kind(path, output)
+    def _note(self, path: str, kind: Nest) -> None:
         if self._outputs.setdefault(path, kind) != kind:
             raise InternalError(f"{path} returned {kind} and had returned {self._outputs[path]}")
 
@@ -213,16 +212,23 @@ def first_parameter(block: nn.Module) -> str:
     return next(iter(inspect.signature(block.forward).parameters))
 
 
-def output_kind(path: str, output: Any) -> Nest:
-    """What a block returns: `HIDDEN`, or a list of that first, then None and "tensor".
+def output_kind(path: str, hidden: Tensor, output: Any) -> Nest:
+    """What a block returns of some hidden states: `HIDDEN`, or a list of that first, then None and "tensor".
 
     Raises InternalError for anything else.
     """
     if isinstance(output, Tensor):
-        return HIDDEN
+        return HIDDEN if output.dtype == hidden.dtype else f"{HIDDEN}:{str(output.dtype).removeprefix('torch.')}"
     if type(output) is tuple and output and isinstance(output[0], Tensor):
-        return [HIDDEN, *(_further(path, item) for item in output[1:])]
+        return [output_kind(path, hidden, output[0]), *(_further(path, item) for item in output[1:])]
     raise InternalError(f"{path} returns a {type(output).__name__}, not hidden states or a tuple of them first")
+
+
+def hidden_dtype(kind: Nest) -> torch.dtype | None:
+    """Of the hidden states that a block returns, None for that of those it is given."""
+    _, _, name = (kind if isinstance(kind, str) else kind[0]).partition(":")
+    dtype: torch.dtype | None = getattr(torch, name) if name else None
+    return dtype
 
 
 def _further(path: str, item: Any) -> Nest:

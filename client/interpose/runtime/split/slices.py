@@ -26,7 +26,7 @@ from ..loading import described, trials
 from ..probe import probe
 from .caches import is_cache
 from .route import Nest
-from .shard import first_parameter
+from .shard import first_parameter, hidden_dtype
 
 
 @dataclass(frozen=True)
@@ -144,7 +144,9 @@ def _instead(block: nn.Module, kind: Nest, layer: int) -> Any:
         for value in (*args, *kwargs.values()):
             if is_cache(value):
                 _grow(value, layer, hidden)
-        made = hidden.clone()  # a block writes over what it makes, not over what it is given
+        made = hidden.to(
+            hidden_dtype(kind) or hidden.dtype, copy=True
+        )  # a block writes over what it makes, not over what it is given
         if isinstance(kind, str):
             return made
         return (made, *(None if part is None else hidden.new_zeros(0) for part in kind[1:]))

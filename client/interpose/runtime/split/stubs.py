@@ -24,7 +24,7 @@ from .parcels import Swapped, leaf, moved, readdressed
 from .piles import Pile
 from .placeholders import Placeholder, Withheld, settled
 from .route import Carrier, Landing, Mail, Nest, Route, Visit
-from .shard import BACK, OUTPUTS, first_parameter
+from .shard import BACK, OUTPUTS, first_parameter, hidden_dtype
 from .trial import uncollected
 
 
@@ -46,23 +46,20 @@ class Home:
         uncollected()
         hidden, call = taken(place, args, kwargs)
         pile = hidden.source if isinstance(hidden, Placeholder) else None
-        # A placeholder beside the hidden states is a value that must be there first.
-        call = replace(call, args=settled(call.args), kwargs={name: settled(v) for name, v in call.kwargs.items()})
         grad = torch.is_grad_enabled()
         if not isinstance(pile, Pile) or not pile.takes(hidden.turn, grad):
             pile = Pile(self._go, settled(hidden), grad)
-        return self._returned(place, pile.add(call))
-
-    def _returned(self, place: Place, hidden: Placeholder) -> Any:
         kind = self.outputs.get(place.path)
         if kind is None:
             # Before it was measured every block is called at once, as nobody knows what it returns.
-            hidden.settled()
+            made: Tensor = Pile(self._go, settled(hidden), grad).first(call)
             self.outputs.update(self.route.errand(place.site, OUTPUTS, None))
             kind = self.outputs[place.path]
+        else:
+            made = pile.add(call, hidden_dtype(kind))
         if isinstance(kind, str):
-            return hidden
-        return (hidden, *(None if part is None else Withheld(place.path) for part in kind[1:]))
+            return made
+        return (made, *(None if part is None else Withheld(place.path) for part in kind[1:]))
 
     # -- journeys ------------------------------------------------------------------------------------------------
 
