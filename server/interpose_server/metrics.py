@@ -45,6 +45,7 @@ class Metrics:
         self.requeued = self._gauge("interpose_requeued_jobs", "Times a job went back to the queue")
         self.waited = self._gauge("interpose_wait_seconds", "How long jobs waited, from submission to each start")
         self.blob_bytes = Gauge("interpose_blob_bytes", "Bytes in the blob store", registry=self.registry)
+        self.blob_cap = Gauge("interpose_blob_cap_bytes", "Bytes it may hold", registry=self.registry)
 
     def _gauge(self, name: str, help: str, *labels: str) -> Gauge:
         return Gauge(name, help, ["model", *labels], registry=self.registry)

@@ -46,5 +46,6 @@ async def metrics(request: Request) -> Response:
     hosted = await parts.broker.models.list()
     known = [(model, await queue.demand(model.name), await queue.tally(model.name)) for model in hosted]
     parts.metrics.note(known)
+    parts.metrics.blob_cap.set(parts.settings.blob_bytes)
     parts.metrics.blob_bytes.set(await parts.blobs.ask(parts.blobs.used))
     return Response(parts.metrics.text(), media_type="text/plain; version=0.0.4")
