@@ -54,12 +54,13 @@ def start(client: httpx.Client, job: Submission, attempt: int) -> None:
     until(client, job, lambda state: state["status"] == "running" and state["attempt"] == attempt)
 
 
-def until(client: httpx.Client, job: Submission, ready: Any, timeout_s: float = 60) -> dict[str, Any]:
+def until(client: httpx.Client, job: Submission | str, ready: Any, timeout_s: float = 60) -> dict[str, Any]:
+    name = job if isinstance(job, str) else job.id
     ends = time.monotonic() + timeout_s
     while time.monotonic() < ends:
         # The gateway itself may be the part that was killed.
         with suppress(httpx.TransportError):
-            state: dict[str, Any] = client.get(f"/v1/jobs/{job.id}").json()
+            state: dict[str, Any] = client.get(f"/v1/jobs/{name}").json()
             if "attempt" in state and ready(state):
                 return state
         time.sleep(0.02)

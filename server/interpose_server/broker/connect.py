@@ -51,6 +51,13 @@ class Broker:
         await self.redis.aclose()
 
 
+UNREADABLE = (
+    "the Redis URL can't be read: it is redis://[[USER]:PASSWORD@]HOST[:PORT][/NUMBER], the same with rediss:// "
+    "for TLS, or unix://PATH; special characters of a password are written as %XX"
+)
+"""Without what was said: it may hold a password."""
+
+
 def connect(settings: Settings) -> Broker:
     """A broker that connects when it is first used, and rides out a restart of Redis. Raises ConfigError."""
     try:
@@ -61,7 +68,7 @@ def connect(settings: Settings) -> Broker:
             **OPTIONS,
         )
     except ValueError as error:
-        raise ConfigError(f"the Redis URL can't be read: {error}") from error
+        raise ConfigError(UNREADABLE) from error
     redis = Redis.from_pool(pool)
     scripts = Scripts(redis)
     return Broker(

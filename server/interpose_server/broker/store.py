@@ -23,7 +23,7 @@ from redis.retry import Retry
 from ..settings import Settings
 from . import keys
 from .answers import text
-from .connect import OPTIONS
+from .connect import OPTIONS, UNREADABLE
 from .scripts import source
 
 WRITE_MS = 3600_000
@@ -83,7 +83,7 @@ class Store:
                 settings.redis_url, retry=Retry(ExponentialBackoff(cap=0.5, base=0.02), 10), **OPTIONS
             )
         except ValueError as error:
-            raise ConfigError(f"the Redis URL can't be read: {error}") from error
+            raise ConfigError(UNREADABLE) from error
         return cls(Redis.from_pool(pool))
 
     def id(self) -> str:
