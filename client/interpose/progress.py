@@ -18,6 +18,7 @@ _PATIENCE_S = 0.25
 
 LOADING = {
     "cold": "is cold and being loaded",
+    "crowded": "waits for a free device",
     "loading": "is being loaded",
     "draining": "is being moved",
     "failed": "couldn't be loaded; that is tried again",

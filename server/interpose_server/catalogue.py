@@ -62,9 +62,9 @@ class Catalogue:
             await self._specs.wish(name)
         on_its_way = not hosted.wanted or hosted.state is ModelState.LOADING or await self._specs.kept()
         told = "is being loaded" if on_its_way else "is to be loaded, but what loads models here is away"
-        raise ModelLoading(
-            f"{name} {told}; try again", details={"retry_after_s": RETRY_S, "state": str(hosted.state)}
-        )
+        if on_its_way and hosted.crowded:
+            told = "waits until a device is free for it"
+        raise ModelLoading(f"{name} {told}; try again", details={"retry_after_s": RETRY_S, "state": hosted.told})
 
     async def get(self, name: str) -> Hosted:
         """How a model is, or was a moment ago. Raises UnknownModel."""

@@ -96,7 +96,7 @@ class Relay:
         self._apart = wanted.apart
         self._hand_in = hand_in
         self._place: int | None = None
-        self._state = ModelState.READY
+        self._state = str(ModelState.READY)
 
     async def run(self) -> None:
         try:
@@ -165,12 +165,12 @@ class Relay:
         if Loading.type not in self._line.takes:
             return
         try:
-            state = (await self._parts.catalogue.get(model)).state
+            state = (await self._parts.catalogue.get(model)).told
         except UnknownModel:
             return
-        if state is not self._state and not bell.rung:
+        if state != self._state and not bell.rung:
             self._state = state
-            await self._line.send(Loading(self._job, str(state)))
+            await self._line.send(Loading(self._job, state))
 
     async def _send(self, event: Stored) -> JobStatus | None:
         """Send one event, with its bytes. Returns the status it tells of, if it is one."""

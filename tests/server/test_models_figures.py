@@ -94,3 +94,16 @@ async def test_decisions_are_told(broker: Broker, settings: Settings) -> None:
     assert "0 wanted: a copy takes 4 devices" in hosted.note
     assert hosted.failure is not None and hosted.failure.reason == "too_large" and not hosted.copies
     assert (await broker.queue.info(job.user, job.id)).status is JobStatus.FAILED
+
+
+async def test_who_waits_for_room_is_told_so(broker: Broker) -> None:
+    await broker.specs.put(NEW)
+    await broker.specs.put(ModelSpec(name="held", pinned=True))
+    await broker.models.publish("held", "w1", tiny_manifest(), "")
+    await broker.specs.wish("tiny")
+    watch, memory = Watch(broker), Memory()
+    for nodes, told in (((1.0,), "crowded"), ((2.0,), "cold")):
+        wanted = decide(await watch.look(), Room(nodes), 0.0, memory)
+        await watch.tell(wanted)
+        assert (await broker.models.get("tiny")).told == told
+        memory = wanted.memory

@@ -79,7 +79,7 @@ def test_the_least_recently_used_idle_model_makes_way() -> None:
     ]
     wanted = decide([model("a", waiting=1), *held], Room((3,)), NOW, long_loaded("b", "c", "d"))
     assert wanted.copies == {"a": 1, "b": 1, "c": 0, "d": 1}
-    assert wanted.why["c"] == "it makes way for a"
+    assert wanted.why["c"] == "it makes way for a" and not wanted.crowded
 
 
 @pytest.mark.parametrize(
@@ -95,7 +95,7 @@ def test_the_least_recently_used_idle_model_makes_way() -> None:
 )
 def test_what_never_makes_way(holder: Figures) -> None:
     wanted = decide([model("a", waiting=1), holder], ONE, NOW, long_loaded("b"))
-    assert wanted.copies == {"a": 0, "b": 1} and "no room" in wanted.why["a"]
+    assert wanted.copies == {"a": 0, "b": 1} and "no room" in wanted.why["a"] and wanted.crowded == {"a"}
 
 
 def test_a_model_just_loaded_does_not_make_way() -> None:

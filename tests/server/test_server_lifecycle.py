@@ -26,6 +26,12 @@ async def test_a_question_about_a_model_that_never_was_loaded_has_it_loaded(sett
         assert "what loads models here is away" in answer.json()["detail"]
         assert (await gateway.broker.models.get("org/new")).wished
         await gateway.broker.specs.keep()
+        await gateway.broker.models.crowd({"org/new": True})
+        answer = await gateway.client.get("/v1/models/org/new")
+        assert (
+            answer.json()["details"]["state"] == "crowded" and "until a device is free" in answer.json()["detail"]
+        )
+        await gateway.broker.models.crowd({"org/new": False})
         await gateway.broker.models.announce("org/new", "w1", ModelState.LOADING)
         answer = await gateway.client.get("/v1/models/org/new")
         assert answer.json()["details"]["state"] == "loading" and "is being loaded" in answer.json()["detail"]

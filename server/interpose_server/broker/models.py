@@ -20,16 +20,8 @@ from .scripts import Scripts
 from .states import ModelState, derive
 
 FIELDS = (
-    "fingerprint",
-    "revision",
-    "tokenizer",
-    "batches",
-    "jobs",
-    "busy_s",
-    "ready_ms",
-    "wish_ms",
-    "evict",
-    "note",
+    *("fingerprint", "revision", "tokenizer", "batches", "jobs", "busy_s"),
+    *("ready_ms", "wish_ms", "evict", "note", "crowded"),
 )
 
 PLANNED = "(planned)"
@@ -52,6 +44,7 @@ class Hosted:
         wished: somebody asked for it to be loaded, and it hasn't been since.
         evicted: somebody asked for it to go as soon as it has no work.
         note: what was last decided about its copies, and why, for the operator.
+        crowded: somebody waits for it, and there was no room for it when that was last decided.
     """
 
     name: str
@@ -72,6 +65,12 @@ class Hosted:
     wished: bool = False
     evicted: bool = False
     note: str = ""
+    crowded: bool = False
+
+    @property
+    def told(self) -> str:
+        """Why somebody waits for it: its state, or "crowded" where there is no room for it."""
+        return "crowded" if self.crowded and self.state is ModelState.COLD else str(self.state)
 
     def count(self, state: ModelState) -> int:
         """Copies in a state."""
@@ -173,7 +172,7 @@ class Models:
         own = {text(worker): ModelState(text(state)) for worker, state in states.items()}
         live = [text(worker) for worker, at in heard if now_ms - at <= self._silent_ms]
         copies = {worker: own[worker] for worker in live if worker in own}
-        mark, revision, tokenizer, batches, jobs, busy, ready_ms, wish_ms, evict, note = map(text, found)
+        mark, revision, tokenizer, batches, jobs, busy, ready_ms, wish_ms, evict, note, crowded = map(text, found)
         failed = Failure.unpack(failure)
         removed = entry is not None and json.loads(entry)["removed"]
         wanted = entry is not None and not removed
@@ -196,6 +195,7 @@ class Models:
             wished=int(wish_ms or 0) > now_ms,
             evicted=bool(evict),
             note=note,
+            crowded=crowded == "1",
         )
 
     async def manifest(self, name: str) -> bytes:
@@ -215,6 +215,13 @@ class Models:
         async with self._redis.pipeline(transaction=False) as pipe:
             for name, note in notes.items():
                 pipe.hset(_key(name), "note", note)
+            await pipe.execute()
+
+    async def crowd(self, changed: Mapping[str, bool]) -> None:
+        """Of models that are waited for: whether there is no room for them."""
+        async with self._redis.pipeline(transaction=False) as pipe:
+            for name, crowded in changed.items():
+                pipe.hset(_key(name), "crowded", int(crowded))
             await pipe.execute()
 
     async def forget(self, name: str) -> None:

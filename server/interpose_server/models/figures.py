@@ -40,6 +40,7 @@ class Watch:
         self._work: dict[str, deque[tuple[float, float]]] = {}
         """By model: moments of the last minute, and the seconds worked by then."""
         self._noted: dict[str, str] = {}
+        self._crowded: dict[str, bool] = {}
 
     async def look(self, parts: Callable[[ModelSpec], Parts] = lambda spec: (1.0,)) -> list[Figures]:
         """The figures of all models of the catalogue.
@@ -69,6 +70,11 @@ class Watch:
         self._noted |= new
         copies: Mapping[str, int] = wanted.copies
         await self._broker.models.note({name: f"{at} {copies[name]} wanted: {why}" for name, why in new.items()})
+        crowded = {name: name in wanted.crowded for name in copies}
+        await self._broker.models.crowd(
+            {name: now for name, now in crowded.items() if self._crowded.get(name) is not now}
+        )
+        self._crowded = crowded
         for name, why in wanted.impossible.items():
             if not (await self._broker.models.get(name)).barred:
                 await self._broker.models.refuse(name, ModelUnavailable(why, details={"reason": "too_large"}))

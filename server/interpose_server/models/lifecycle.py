@@ -133,11 +133,13 @@ class Wanted:
     """Attributes:
     copies: how many each model should have.
     why: where that differs from before, or from what its users ask for, the reason, for the operator.
+    crowded: models that are waited for, and that there is no room for.
     impossible: models whose copy finds no place even on empty devices, and what it takes.
     """
 
     copies: Mapping[str, int]
     why: Mapping[str, str]
+    crowded: frozenset[str]
     impossible: Mapping[str, str]
     memory: Memory
 
@@ -164,6 +166,7 @@ class _Decision:
         self._copies: dict[str, int] = {}
         self._gone: set[str] = set()
         """Models that make way, this time, for others."""
+        self._crowded: set[str] = set()
         self._why: dict[str, str] = {}
         self._impossible: dict[str, str] = {}
         self._least = {model.name: self._least_of(model) for model in models}
@@ -181,7 +184,7 @@ class _Decision:
         for model in sorted(self._models.values(), key=self._urgency):
             if model.name not in self._gone:
                 self._grow(model, own[model.name])
-        return Wanted(self._copies, self._why, self._impossible, self._remember())
+        return Wanted(self._copies, self._why, frozenset(self._crowded), self._impossible, self._remember())
 
     # -- what a model wants for itself -------------------------------------------------------------------------
 
@@ -268,6 +271,7 @@ class _Decision:
             first = self._copies[name] == 0
             if self._reserved and any(model.parts):
                 self._why.setdefault(name, "another model has waited longer for the room")
+                self._crowded |= {name} if first else set()
                 return
             self._copies[name] += 1
             if self._room.grows or self._fits() or (first and self._make_way(model)):
@@ -275,6 +279,7 @@ class _Decision:
             self._copies[name] -= 1
             if first:
                 self._why[name] = "there is no room for it, and nothing idle that could make way"
+                self._crowded.add(name)
                 self._reserved = model.waiting > 0 and model.oldest_wait_s >= self._rules.turn_s
             return
 

@@ -42,7 +42,7 @@ async def get(request: Request, job: str, user: User) -> dict[str, Any]:
     info = await queue.info(user.user, check_job(job))
     plain = {**info.to_plain(), "position": await queue.place(info)}
     if info.status is JobStatus.QUEUED:
-        plain["model_state"] = str((await parts.broker.models.get(info.model)).state)
+        plain["model_state"] = (await parts.broker.models.get(info.model)).told
     return plain
 
 
