@@ -213,7 +213,10 @@ def main() -> None:
     sound = True
     for part in wanted.parts:
         if part == "faults":
-            found = list(faults(wanted.quick))
+            found = []
+            for one in faults(wanted.quick):
+                print(*one, file=sys.stderr, flush=True)
+                found.append(one)
             rows = [one for one, _ in found]
             sound = all(tally.sound for _, tally in found)
         else:

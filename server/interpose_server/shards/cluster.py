@@ -75,6 +75,10 @@ def _start_serve() -> None:
     serve.start(proxy_location="Disabled")
 
 
+def nodes() -> int:
+    return len(_total())
+
+
 def has_gpus() -> bool:
     """Whether any node has one."""
     return any(has.get("GPU") for has in _total().values())

@@ -8,6 +8,8 @@ import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+from interpose.errors import ConfigError
+
 from ..broker.connect import Broker
 from ..broker.states import ModelState
 from ..datadir import DataDir
@@ -51,6 +53,10 @@ class ClusterSupervisor(Supervisor):
         if self._config.ray is not None:
             say(f"joining Ray at {self._config.ray}")
             cluster.join(self._config.ray)
+            if self._config.redis_url is None and cluster.nodes() > 1:
+                raise ConfigError(
+                    "Ray has several nodes, and only this one would reach a Valkey here; set redis_url"
+                )
             return self._config.ray
         say("starting Ray on this machine")
         self._temp = Path(tempfile.mkdtemp(prefix="interpose-ray-"))
@@ -136,6 +142,10 @@ async def put(specs: Sequence[ModelSpec], broker: Broker, *, alone: bool = True)
 
 async def deploy(specs: Sequence[ModelSpec], settings: Settings, broker: Broker) -> None:
     """Have a cluster that was joined serve models; a keeper that runs on it does so already."""
+    if settings.blobs == "file" and await asyncio.to_thread(cluster.nodes) > 1:
+        say(
+            f"results lie in {settings.blob_dir}: every node has to see that folder, or set blobs: s3://BUCKET/PREFIX"
+        )
     if await asyncio.to_thread(keeper.running):
         await asyncio.to_thread(apps.share, settings)
         return
