@@ -141,14 +141,15 @@ def status(path: Path) -> bool:
 def down(path: Path, models: Sequence[str]) -> None:
     place = Place.of(path)
     _need_ray()
-    asyncio.run(_down(place, models or [spec.name for spec in place.config.models]))
+    asyncio.run(_down(place, models))
 
 
 async def _down(place: Place, models: Sequence[str]) -> None:
     async with place.broker() as broker:
-        for name in models:
+        known = {entry.spec.name for entry in await broker.specs.entries()}
+        left = set(models) or {spec.name for spec in place.config.models if spec.name in known}
+        for name in sorted(left):
             await broker.specs.remove(name)
-        left = set(models)
         while left:
             for name in sorted(left):
                 if await broker.specs.find(name) is None:

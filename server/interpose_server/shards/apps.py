@@ -90,6 +90,10 @@ def share(settings: Settings) -> dict[str, Any]:
     return plain
 
 
+def settings_mark(settings: Settings) -> str:
+    return _digest(settings.model_dump(mode="json"))
+
+
 def remove(models: Sequence[str]) -> None:
     """Take models down: each copy finishes the batch it runs, and gives back the jobs it only claimed."""
     notes = Notes()

@@ -29,6 +29,9 @@ MODELS_NOTE = "models"
 """Model -> a digest of how it is hosted, as Serve takes whatever it is given for something new, and the devices of
 the parts of a copy."""
 
+APPLIED_NOTE = "applied"
+"""The catalogue's revision, and a digest of the settings, that the keeper has seen to."""
+
 ASK_S = 60.0
 
 

@@ -19,7 +19,7 @@ from ..broker.connect import Broker, connect
 from ..settings import Settings
 from ..tasks import end
 from . import apps
-from .cluster import SETTINGS_NOTE, Notes
+from .cluster import APPLIED_NOTE, SETTINGS_NOTE, Notes
 from .orphans import reap_orphans
 
 log = logging.getLogger(__name__)
@@ -62,6 +62,13 @@ def running() -> bool:
     return APP in serve.status().applications
 
 
+async def caught_up(broker: Broker, settings: Settings) -> None:
+    """Return once one has applied the catalogue and the settings as they are now."""
+    wanted = [await broker.specs.revision(), apps.settings_mark(settings)]
+    while await asyncio.to_thread(Notes().read, APPLIED_NOTE) != wanted:  # noqa: ASYNC110 - nobody tells
+        await asyncio.sleep(0.2)
+
+
 def stop() -> None:
     if running():
         serve.delete(APP)
@@ -69,24 +76,29 @@ def stop() -> None:
 
 async def _keep() -> None:
     while True:
-        settings = Settings(**Notes().read(SETTINGS_NOTE))
-        broker = connect(settings)
-        round_ = Round(broker, settings)
         try:
-            while Settings(**Notes().read(SETTINGS_NOTE)) == settings:
-                await round_.go()
-                await asyncio.sleep(EVERY_S)
+            await _follow(Settings(**Notes().read(SETTINGS_NOTE)))
         except (RedisError, OSError) as error:
             log.warning("the broker doesn't answer (%s); trying again", type(error).__name__)
         except Exception:
             log.exception("the catalogue isn't followed; trying again")
-        finally:
-            await broker.close()
         await asyncio.sleep(EVERY_S)
 
 
+async def _follow(settings: Settings) -> None:
+    """Go on until the settings are others, or something fails."""
+    broker = connect(settings)
+    rounds = Rounds(broker, settings)
+    try:
+        while Settings(**Notes().read(SETTINGS_NOTE)) == settings:
+            await rounds.go()
+            await asyncio.sleep(EVERY_S)
+    finally:
+        await broker.close()
+
+
 @dataclass
-class Round:
+class Rounds:
     """One look after another at what is wanted and what there is."""
 
     broker: Broker
@@ -98,11 +110,11 @@ class Round:
         await self.broker.specs.keep()
         revision = await self.broker.specs.revision()
         if revision != self._seen or time.monotonic() - self._applied_at > AGAIN_S:
-            await self._apply()
+            await self._apply(revision)
             self._seen, self._applied_at = revision, time.monotonic()
         await reap_orphans(self.broker)
 
-    async def _apply(self) -> None:
+    async def _apply(self, revision: int) -> None:
         entries = await self.broker.specs.entries()
         specs = [entry.spec for entry in entries if not entry.removed]
         applied = await asyncio.to_thread(apps.apply, specs, self.settings)
@@ -110,6 +122,7 @@ class Round:
             log.warning("deployed anew: %s", ", ".join(applied.changed))
         for name, error in applied.refused.items():
             await self.broker.models.refuse(name, error)
+        Notes().write(APPLIED_NOTE, [revision, apps.settings_mark(self.settings)])
         # One that was taken out of the catalogue finishes its jobs first; then it has no entry any more.
         known = {entry.spec.name for entry in entries}
         gone = [name for name in await asyncio.to_thread(apps.states) if name not in known]

@@ -77,7 +77,8 @@ class ClusterSupervisor(Supervisor):
             await asyncio.gather(*(child.stop(grace_s) for child in stage))
 
     def _leave(self) -> None:
-        if self._reached and self._config.ray is None:
+        own = self._config.ray is None or self._config.redis_url is None
+        if self._reached and own:
             keeper.stop()
             apps.remove(list(apps.states()))
         cluster.leave()
@@ -109,10 +110,21 @@ class Loading:
             if text != self._told[name]:
                 self._told[name] = text
                 self._tell(f"{name}: {text}")
-            if name in self._waiting and hosted.state in (ModelState.READY, ModelState.FAILED):
-                self._waiting.discard(name)
-                self.failed += [name] if hosted.state is ModelState.FAILED else []
+            if name in self._waiting:
+                await self._settle(name, hosted.state)
         return not self._waiting
+
+    async def _settle(self, name: str, state: ModelState) -> None:
+        """Serve knows whether copies of an older version are still there."""
+        if state not in (ModelState.READY, ModelState.FAILED):
+            return
+        serves = (await asyncio.to_thread(apps.states)).get(name)
+        status = serves.status if serves else ""
+        if state is ModelState.FAILED or status in ("DEPLOY_FAILED", "UNHEALTHY"):
+            self.failed.append(name)
+        elif status != "RUNNING":
+            return
+        self._waiting.discard(name)
 
 
 def settings_of(config: ClusterConfig, redis_url: str, data_dir: Path | None) -> Settings:
@@ -148,6 +160,7 @@ async def deploy(specs: Sequence[ModelSpec], settings: Settings, broker: Broker)
         )
     if await asyncio.to_thread(keeper.running):
         await asyncio.to_thread(apps.share, settings)
+        await keeper.caught_up(broker, settings)
         return
     applied = await asyncio.to_thread(apps.apply, specs, settings)
     for name, error in applied.refused.items():
