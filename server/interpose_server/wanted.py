@@ -8,6 +8,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from interpose.errors import ConfigError
+from interpose.graph.adapters import check_name
 
 from .broker.keys import check_model
 
@@ -57,7 +58,7 @@ def with_adapters(models: Sequence[Served], texts: Sequence[str]) -> list[Served
         of = found[model if colon else models[0].name]
         if own in of:
             raise ConfigError(f"--adapter {text!r}: there is an adapter {own!r} already")
-        of[own] = _adapter(text, source)
+        of[check_name(own)] = _adapter(text, source)
     return [replace(model, adapters=found[model.name]) for model in models]
 
 

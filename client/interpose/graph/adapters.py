@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import difflib
 import hashlib
+import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from ..errors import UnknownAdapter, UnknownModel
+from ..errors import ConfigError, UnknownAdapter, UnknownModel
 
 if TYPE_CHECKING:
     from .manifest import Manifest
     from .model import Run
+
+_NAMED = re.compile(r"[A-Za-z0-9][\w.\-]{0,127}", re.ASCII)
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,6 +35,13 @@ class AdapterInfo:
     modules: int
     revision: str
     refused: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
+
+
+def check_name(name: str) -> str:
+    """The name of an adapter. Raises ConfigError for what is none."""
+    if not _NAMED.fullmatch(name):
+        raise ConfigError(f"an adapter is named by letters, digits, '.', '-' and '_', not {name!r}")
+    return name
 
 
 def check_adapter(name: str | None, manifest: Manifest) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import re
 import warnings
 from dataclasses import asdict
 from pathlib import Path
@@ -15,15 +14,13 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from ..errors import ConfigError, ModelUnavailable
-from ..graph.adapters import AdapterInfo
+from ..graph.adapters import AdapterInfo, check_name
 from .adapters import NAME, Adapter, attach, undisturbed
 
 _MARK = "lora_"
 """What every weight of such a layer has in its name."""
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
-
-_NAMED = re.compile(r"[A-Za-z0-9][\w.\-]{0,127}")
 
 _PLAIN = frozenset(
     {
@@ -49,8 +46,7 @@ def load(
         ConfigError: no such folder, not a LoRA adapter that can stand beside a model, or not one of this model.
         ModelUnavailable: the hub doesn't give it.
     """
-    if not _NAMED.fullmatch(name):
-        raise ConfigError(f"an adapter is named by letters, digits, '.', '-' and '_', not {name!r}")
+    check_name(name)
     try:
         import peft
     except ModuleNotFoundError as error:

@@ -9,6 +9,7 @@ from typing import Any, TypeVar
 
 import yaml
 from interpose.errors import ConfigError, InvalidPayload
+from interpose.graph.adapters import check_name as check_adapter_name
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from ..broker.keys import check_model
@@ -101,6 +102,16 @@ class ModelSpec(Plain):
         for text in windows:
             Window.parse(text)
         return windows
+
+    @field_validator("adapters")
+    @classmethod
+    def _adapters(cls, value: Mapping[str, str]) -> Mapping[str, str]:
+        try:
+            for name in value:
+                check_adapter_name(name)
+        except ConfigError as error:
+            raise ValueError(error.message) from error
+        return value
 
     @model_validator(mode="after")
     def _sound(self) -> ModelSpec:
