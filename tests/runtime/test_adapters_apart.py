@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import cache
 from itertools import pairwise
 from pathlib import Path
@@ -21,6 +22,7 @@ from interpose.runtime.engine import Engine, EngineJob
 from interpose.runtime.loading import load, with_adapters
 from interpose.runtime.lora import CONFIG, WEIGHTS
 from interpose.runtime.prepared import Preparation
+from interpose.runtime.split.split import Split
 from lora import lora, stock
 from models import tiny
 from recording import Kept
@@ -281,3 +283,15 @@ def test_revisions_are_of_what_a_graph_uses() -> None:
         check_revision(of_a, chosen, other)
     with pytest.raises(UnknownAdapter, match="it has none at all"):
         check_revision(of_a, chosen, loaded.manifest)
+
+
+def test_models_that_lie_elsewhere_refuse_them() -> None:
+    loaded = engine().loaded
+    split = replace(loaded, split=Split(None, None))  # type: ignore[arg-type]
+    with pytest.raises(ConfigError, match="lies in several processes"):
+        with_adapters(split, {"c": lora("llama")})
+    assert with_adapters(split, {}) is split
+    away = load(tiny("llama"))
+    away.model.get_submodule(OUT).to("meta")
+    with pytest.raises(ConfigError, match=f"the weights of {OUT} aren't in this process's memory"):
+        with_adapters(away, {"c": lora("llama")})

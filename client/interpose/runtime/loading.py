@@ -12,6 +12,7 @@ import torch
 from torch import nn
 from transformers import AutoTokenizer
 
+from ..errors import ConfigError
 from ..graph.manifest import Manifest
 from . import attention, describe, independence, lora, named
 from .adapters import Adapter
@@ -114,6 +115,8 @@ def with_adapters(loaded: Loaded, sources: Mapping[str, str | Path], *, local_fi
 
     Raises ConfigError, ModelUnavailable.
     """
+    if sources and loaded.split is not None:
+        raise ConfigError(f"{loaded.manifest.model} lies in several processes, where adapters can't be chosen yet")
     for name, source in sources.items():
         adapter = lora.load(loaded.model, name, source, local_files_only=local_files_only)
         loaded = replace(loaded, adapters={**loaded.adapters, name: adapter})
