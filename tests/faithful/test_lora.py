@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import pickle
 from functools import cache
 from typing import Any
 
@@ -210,4 +211,5 @@ def test_a_model_that_is_loaded_already(kind: str = "llama") -> None:
     assert torch.equal(found, by_hand(kind, "model.layers.0", ROW)[1])
     assert not any("lora" in name for name, _ in module.named_modules())
     assert torch.equal(module(torch.tensor([ROW])).logits, before), "used by itself, it is the plain model"
-    assert torch.equal(copy.deepcopy(module)(torch.tensor([ROW])).logits, before)
+    for other in (copy.deepcopy(module), pickle.loads(pickle.dumps(module))):  # noqa: S301
+        assert torch.equal(other(torch.tensor([ROW])).logits, before)

@@ -77,7 +77,14 @@ class _Choosing:
 
     def __init__(self, module: nn.Module) -> None:
         self.module = module
-        self.plain = module.forward
+        self._set = vars(module).get("forward")
+        """What was set on it alone, as accelerate's hooks are. Its class's isn't kept: copies have their own."""
+
+    def plain(self, *args: Any, **kwargs: Any) -> Any:
+        """The module's own forward."""
+        if self._set is not None:
+            return self._set(*args, **kwargs)
+        return type(self.module).forward(self.module, *args, **kwargs)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         layer = (_CHOSEN.get() or {}).get(self.module)

@@ -52,7 +52,9 @@ class LocalModel:
         from ..runtime.loading import with_adapters
 
         with self._turn:
-            return LocalModel(with_adapters(self.loaded, {name: source}))
+            made = LocalModel(with_adapters(self.loaded, {name: source}))
+        made._turn = self._turn  # who runs the one still waits for who runs the other
+        return made
 
     @property
     def manifest(self) -> Manifest:
