@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import huggingface_hub
 import pytest
 import torch
 from interpose.errors import ConfigError, ModelUnavailable
@@ -203,6 +204,31 @@ def test_only_files_of_the_part_are_opened(tmp_path: Path) -> None:
     for file in set(index.values()) - needed:
         (folder / file).unlink()
     assert there(load_part(folder, inside(["model.layers.1"])))
+
+
+def test_from_the_hubs_cache_only_the_parts_files_are_needed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As a node has it that has fetched its part: of the other files there is nothing."""
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
+    commit = "0123456789abcdef0123456789abcdef01234567"
+    folder = tmp_path / "models--org--tiny" / "snapshots" / commit
+    in_files(tiny("llama"), folder, "60KB")
+    (folder.parent.parent / "refs").mkdir()
+    (folder.parent.parent / "refs" / "main").write_text(commit)
+    expected = whole(tiny("llama"))
+    index = json.loads((folder / "model.safetensors.index.json").read_text())["weight_map"]
+    needed = {file for name, file in index.items() if name.startswith("model.layers.1.")}
+    for file in set(index.values()) - needed:
+        (folder / file).unlink()
+    part = load_part("org/tiny", inside(["model.layers.1"]), local_files_only=True)
+    assert there(part) and all(same(tensors(part)[name], tensors(expected)[name]) for name in there(part))
+    with pytest.raises(ModelUnavailable, match="find them in the cached files"):
+        load_part("org/tiny", inside(["model.layers.0"]), local_files_only=True)
+    for file in folder.glob("*.safetensors*"):
+        file.unlink()
+    with pytest.raises(ModelUnavailable, match="no weights of org/tiny are kept on this machine"):
+        load_part("org/tiny", inside(["model.layers.1"]), local_files_only=True)
 
 
 def test_a_quantised_model_that_this_device_cant_run_is_refused(tmp_path: Path) -> None:

@@ -13,13 +13,14 @@ import torch
 from interpose.errors import ConfigError
 from interpose.runtime.blocklists import main_list
 from interpose.runtime.loading import load
+from interpose.runtime.parts import outline
 from interpose.runtime.sources import Source, auto_class
 from interpose_server.models.dryrun import _caches, dry_run
 from interpose_server.models.sizes import Part
 from interpose_server.models.sizing import estimated, of_config, sizes
 from models import tiny
 from published import CONFIGS, PARAMETERS, written
-from transformers import AutoConfig, DeepseekV3Config
+from transformers import AutoConfig, DeepseekV3Config, LlamaConfig, SwinConfig
 
 TRUE = ("Llama-3.1-70B", "Llama-3.1-405B", "Mixtral-8x22B", "DeepSeek-R1")
 ARCHITECTURES = ("gpt2", "llama", "gemma3", "mistral", "bloom", "mamba", "mamba2", "mixtral", "qwen2_moe", "falcon")
@@ -100,6 +101,17 @@ def test_estimates_are_near_where_a_model_needs_data(arch: str) -> None:
     for part, work, output, kept in zip(found.blocks, guessed.work, guessed.output, guessed.cache, strict=True):
         assert (output, kept.token) == (part.output_token, part.cache_token)
         assert 0.4 < work / part.work_token < 2.5
+
+
+def test_what_the_library_cant_make_is_refused() -> None:
+    with pytest.raises(ConfigError, match="no model can be made of this config"):
+        outline(LlamaConfig(hidden_size=64, num_attention_heads=4, hidden_act="nobody's"))
+
+
+def test_stages_of_other_widths_are_estimated() -> None:
+    model = outline(SwinConfig())
+    found = estimated(model, main_list(model))
+    assert len(found.work) == 4 and all(found.work) and not found.cache
 
 
 def test_a_model_that_needs_data_is_estimated() -> None:

@@ -26,9 +26,9 @@ from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 from transformers.utils.generic import ContextManagers
 from transformers.utils.hub import cached_file
 
-from ..errors import ConfigError
+from ..errors import ConfigError, ModelUnavailable
 from .quantized import scheme
-from .sources import Source, model_class, torch_device, torch_dtype
+from .sources import Source, first_line, model_class, torch_device, torch_dtype
 
 Keep = Callable[[str], bool]
 """Whether a parameter or buffer, by its full name, is wanted."""
@@ -61,8 +61,11 @@ def outline(config: PretrainedConfig, dtype: torch.dtype | None = None) -> PreTr
         ConfigError: the library can't make it.
     """
     config = copy.deepcopy(config)
-    _set_dtype(config, dtype or _as_dtype(config.dtype) or torch.float32)
-    return _built(config, None, None)
+    try:
+        _set_dtype(config, dtype or _as_dtype(config.dtype) or torch.float32)
+        return _built(config, None, None)
+    except (ValueError, KeyError, AttributeError, TypeError, ImportError, RuntimeError) as error:
+        raise ConfigError(f"no model can be made of this config: {first_line(error)}") from error
 
 
 def load_part(
@@ -142,6 +145,11 @@ class Weights:
         if _path(source, SAFE_WEIGHTS_NAME, missing=True) is not None:
             return cls(source, None, {})
         index = _path(source, SAFE_WEIGHTS_INDEX_NAME, missing=True)
+        if index is None and source.folder is None and source.hub["local_files_only"]:
+            raise ModelUnavailable(
+                f"no weights of {source.place} are kept on this machine, and no network may be asked for them",
+                details={"reason": "network"},
+            )
         if index is None:
             raise ConfigError(
                 f"{source.place} has no weights in safetensors, and others can't be read by parts: load it once "

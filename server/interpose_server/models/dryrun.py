@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import weakref
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -85,7 +86,8 @@ def _given(model: Any, length: int) -> dict[str, Any]:
         given["decoder_input_ids"] = ids
     if model.can_generate():
         given["use_cache"] = True
-    return given
+    accepted = inspect.signature(model.forward).parameters
+    return {name: value for name, value in given.items() if name in accepted}
 
 
 _Layer = tuple[int, int | None]

@@ -10,7 +10,6 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
 from interpose.errors import ConfigError
@@ -143,20 +142,25 @@ def _modules(model: nn.Module, its: BlockList | None) -> list[nn.Module]:
 
 def estimated(model: PreTrainedModel, its: BlockList | None) -> Dry:
     """The same, guessed from widths: of a block four of the widest product, in and out; whole keys and values."""
-    text: Any = model.config.get_text_config()
     size = next(model.parameters()).dtype.itemsize
-    hidden = getattr(text, "hidden_size", 0) * size
-    heads = getattr(text, "num_attention_heads", 0) or 0
-    grouped = getattr(text, "num_key_value_heads", None) or heads
-    head = getattr(text, "head_dim", None) or (getattr(text, "hidden_size", 0) // heads if heads else 0)
+    width, heads = _figure(model, "hidden_size"), _figure(model, "num_attention_heads")
+    hidden = width * size
+    grouped = _figure(model, "num_key_value_heads") or heads
+    head = _figure(model, "head_dim") or (width // heads if heads else 0)
     blocks = _modules(model, its)
     keeps = model.can_generate()
     return Dry(
         work=tuple(4 * _widest(block) * size for block in blocks),
         output=tuple(hidden for _ in blocks),
-        outside=2 * (getattr(text, "vocab_size", 0) or 0) * size if keeps else 0,
+        outside=2 * _figure(model, "vocab_size") * size if keeps else 0,
         cache=tuple(Kept(2 * grouped * head * size) for _ in blocks) if keeps else (),
     )
+
+
+def _figure(model: PreTrainedModel, name: str) -> int:
+    """Of the config; 0 where it has none, or one for each stage."""
+    found = getattr(model.config.get_text_config(), name, None)
+    return found if isinstance(found, int) else 0
 
 
 def _widest(block: nn.Module) -> int:
