@@ -31,7 +31,7 @@ from .prepared import Preparation, Prepared
 from .refusals import Refused
 from .restart import Restart
 from .sink import Sink
-from .split.away import Away
+from .split.away import Away, over
 from .split.route import HOME
 from .split.sites import divide
 from .stages import Member, staged
@@ -145,8 +145,12 @@ class Engine:
             if begun:
                 with self._buffers, self.adapter(begun[0][0], 0):
                     Generation(self.loaded, self._tail, hosting).run(begun)
+        except ReplicaLost:
+            raise
         except Exception as error:  # noqa: BLE001 - whatever a model raises for all, each has its own run next
             log.warning("a shared generation failed (%s); its jobs run apart", type(error).__name__)
+        finally:
+            hosting.close()
         return hosting.left
 
     def prepare(self, job: EngineJob) -> EngineJob:
@@ -191,12 +195,10 @@ class Engine:
             running = [job for job in started if isinstance(job, Interpreter)]
             try:
                 self._runs(running, pace)
-                for job in running:
-                    if job.away is not None:
-                        job.away.settle()
-            finally:
-                for job in running:
-                    self.close(job)
+            except BaseException:
+                self.close(running)
+                raise
+            self.finish(running)
         except ReplicaLost:
             raise
         except Exception as error:
@@ -219,11 +221,21 @@ class Engine:
             return error
         return run.error
 
-    def close(self, job: Interpreter) -> None:
-        """A job is over: what was kept for it goes."""
-        job.gradients.close()
-        if job.away is not None:
-            job.away.over()
+    def finish(self, jobs: Sequence[Interpreter]) -> None:
+        """Jobs have run: what shards still have to say of them is heard, and what was kept for them goes."""
+        try:
+            for job in jobs:
+                if job.away is not None:
+                    job.away.settle()
+        finally:
+            self.close(jobs)
+
+    def close(self, jobs: Sequence[Interpreter]) -> None:
+        """What was kept for jobs goes."""
+        for job in jobs:
+            job.gradients.close()
+        if self.loaded.split is not None:
+            over([job.away for job in jobs if job.away is not None], self.loaded.split.route)
 
     def start(self, job: EngineJob) -> Interpreter | InterposeError:
         try:

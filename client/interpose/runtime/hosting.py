@@ -42,8 +42,10 @@ class Hosting:
                 if isinstance(started, InterposeError):
                     self._company.ended(job, started)
                 elif started.error is not None or started.plan.idle(0):
+                    self._engine.close([started])
                     self._company.ended(job, started.error)
                 elif self._by_itself(started):
+                    self._engine.close([started])
                     self._left.append(job)
                 else:
                     self._adapter = (started.plan.graph.runs[0].adapter,)
@@ -70,9 +72,16 @@ class Hosting:
         return [] if self._left else self.begin(self._company.arrivals())
 
     def refused(self, begun: Sequence[Begun]) -> None:
-        self._left += [self._jobs.pop(job) for job, _, _ in begun if job in self._jobs]
+        jobs = [job for job, _, _ in begun if job in self._jobs]
+        self._engine.close(jobs)
+        self._left += map(self._jobs.pop, jobs)
+
+    def close(self) -> None:
+        """No more comes of those whose end nobody was told."""
+        self._engine.close([*self._jobs])
 
     def ended(self, job: Interpreter) -> None:
+        self._engine.finish([job])
         self._company.ended(self._jobs.pop(job), job.error)
 
 

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Sequence
-from functools import partial
+from functools import cached_property, partial
 from typing import TYPE_CHECKING, Any
 
 from ...errors import InternalError
 from ...graph.codec import encode_graph
 from .letters import deliver, error_from_nest, letters
-from .route import HOME, Mail, Nest
+from .route import HOME, Mail, Nest, Route
 from .sites import EVERY, Division
 from .split import Split
 
@@ -29,6 +29,7 @@ class Away:
 
     Attributes:
         number: its name among the sites.
+        begun: the shards that know of it.
     """
 
     def __init__(self, job: Interpreter, graph: Graph, split: Split, division: Division, owner: str) -> None:
@@ -39,7 +40,7 @@ class Away:
         self._route = split.route
         self._sites = split.sites
         self._owner = owner
-        self._begun: set[int] = set()
+        self.begun: set[int] = set()
         self._outbox: dict[int, list[Mail]] = {}
 
     def begin(self) -> None:
@@ -49,19 +50,23 @@ class Away:
 
     def told(self, site: int) -> Nest:
         """What a shard must know of the job, if it doesn't yet."""
-        if site in self._begun:
+        if site in self.begun:
             return None
-        self._begun.add(site)
+        self.begun.add(site)
         job = self._job
         return {
             "number": self.number,
-            "graph": encode_graph(self._graph),
+            "graph": self._encoded,
             "limits": job.limits.as_dict(),
             "owner": self._owner,
             "exclusive": job.exclusive,
             "gone": sorted(job.saves.gone),
             "address": getattr(job.sink, "address", None),
         }
+
+    @cached_property
+    def _encoded(self) -> Nest:
+        return encode_graph(self._graph)
 
     def mail(self, site: int) -> list[Mail]:
         """What waits to be sent to a shard."""
@@ -105,7 +110,7 @@ class Away:
             node.id for node in plan.nodes("save") if node.run == run and plan.template_of(node.id) is not None
         )
         for site in sorted({self.division.site[node] for node in saves} - {HOME}):
-            if site in self._begun:
+            if site in self.begun:
                 self._errand(site, "end_run", {"number": self.number, "run": run})
 
     def settle(self) -> None:
@@ -123,12 +128,6 @@ class Away:
             self._job.fail(
                 InternalError(f"{len(missing)} of its saves were never made").at(first.id, first.op, first.source)
             )
-
-    def over(self) -> None:
-        """The shards may forget the job."""
-        for site in self._begun:
-            self._route.errand(site, "over", {"number": self.number})
-        self._begun.clear()
 
     def stops(self, run: int, step: int, after: int) -> list[int]:
         """The shards beyond `after` behind which home has something to do in one step of a run."""
@@ -159,3 +158,11 @@ class Away:
         reply = self._route.errand(site, name, request)
         self.receive([Mail(to, (self.number, node), value) for to, node, value in reply["mail"]])
         self.hear(reply["told"])
+
+
+def over(jobs: Sequence[Away], route: Route) -> None:
+    """The shards may forget jobs."""
+    for site in sorted(set[int]().union(*(job.begun for job in jobs))):
+        route.errand(site, "over", {"numbers": [job.number for job in jobs if site in job.begun]})
+    for job in jobs:
+        job.begun.clear()

@@ -246,9 +246,10 @@ class Graphs:
         }
 
     def _over(self, request: Nest) -> Nest:
-        part = self._parts.pop(request["number"], None)
-        if part is not None:
-            part.job.gradients.close()
+        for number in request["numbers"]:
+            part = self._parts.pop(number, None)
+            if part is not None:
+                part.job.gradients.close()
         return None
 
     def _parameter(self, request: Nest) -> Nest:
