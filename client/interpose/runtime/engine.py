@@ -31,7 +31,7 @@ from .prepared import Preparation, Prepared
 from .refusals import Refused
 from .restart import Restart
 from .sink import Sink
-from .split.away import Away, over
+from .split.away import Away, over, settle
 from .split.route import HOME
 from .split.sites import divide
 from .stages import Member, staged
@@ -224,9 +224,8 @@ class Engine:
     def finish(self, jobs: Sequence[Interpreter]) -> None:
         """Jobs have run: what shards still have to say of them is heard, and what was kept for them goes."""
         try:
-            for job in jobs:
-                if job.away is not None:
-                    job.away.settle()
+            if self.loaded.split is not None:
+                settle([job.away for job in jobs if job.away is not None], self.loaded.split.route)
         finally:
             self.close(jobs)
 

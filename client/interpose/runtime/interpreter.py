@@ -86,6 +86,8 @@ class Interpreter:
         self._waits = list(map(len, plan.needs))
         self._uses = [len(users) for users in self.own.users]
         self._ready: list[int] = []
+        self._stepping: set[int] = set()
+        """The bodies of steps whose turn has come."""
 
     def begin(self) -> None:
         """Run what needs nothing from the model."""
@@ -110,6 +112,7 @@ class Interpreter:
         """Make the bodies of "steps" that hold this step ready to run once more; `ended` is of the run's rows."""
         self.absences.begin_step(run, ended)
         for control in self.own.active(run, step):
+            self._stepping.add(control)
             body = self.own.templates[control]
             inside = {node.id for node in self.plan.templates[control]}
             for ref in inside:
@@ -294,8 +297,13 @@ class Interpreter:
                 self.held.add(value)
         for user in users:
             self._waits[user] -= 1
-            if not self._waits[user] and self.own.startable(self.nodes[user]):
+            if not self._waits[user] and self.own.startable(self.nodes[user]) and self._due(user):
                 heapq.heappush(self._ready, user)
+
+    def _due(self, node: int) -> bool:
+        """Whether it is a node's turn: those of a body of steps have theirs at each step."""
+        body = self.plan.template_of(node)
+        return body is None or body in self._stepping
 
     def check_wanted(self) -> None:
         """Raises JobCancelled, or the sink's own error, if the job is to end here."""

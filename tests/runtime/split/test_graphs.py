@@ -269,3 +269,64 @@ def test_several_jobs_generate_together() -> None:
     ]
     for job, found in zip(jobs, run(shards("gpt2"), jobs), strict=True):
         close(found, run(whole("gpt2"), [job])[0])
+
+
+def test_a_generation_is_steered_each_step_by_what_earlier_runs_made() -> None:
+    def use(model: LanguageModel) -> Sequence[Any]:
+        h = model.transformer.h
+        with model.session():
+            means = []
+            for row in (ROW, ROW[::-1]):
+                with model.trace(row):
+                    means.append(h[1].output[:, -1].mean(0))
+            steer = (means[0] - means[1]).save()
+            with model.generate(ROW, max_new_tokens=3) as t:
+                with t.all():
+                    h[1].output[:, -1] += steer * 2
+                tokens = t.result.save()
+        return steer, tokens
+
+    both(use)
+
+
+def test_a_gradient_decides_what_a_later_shard_is_written() -> None:
+    def use(model: LanguageModel) -> Sequence[Any]:
+        h = model.transformer.h
+        with model.trace(ROW, batching="exclusive"):
+            early = h[0].output
+            with h[1].output.norm().backward():
+                push = early.grad
+            h[2].output[:] = h[2].output + push
+            logits = model.logits.save()
+        return [logits]
+
+    both(use)
+
+
+def test_a_value_meets_one_of_another_run_on_a_shard_that_has_nothing_else_to_do() -> None:
+    def use(model: LanguageModel) -> Sequence[Any]:
+        h = model.transformer.h
+        with model.session():
+            with model.trace(ROW):
+                late = h[2].output
+            with model.trace(ROW):
+                early = h[0].output
+                h[2].output[:] = late + early
+                end = model.logits.save()
+        return [end]
+
+    both(use)
+
+
+def test_attached_values_come_to_their_shards() -> None:
+    def use(model: LanguageModel) -> Sequence[Any]:
+        h = model.transformer.h
+        vector = torch.linspace(-1, 1, 64)
+        with model.edit() as edited:
+            h[2].output[:, -1] += vector
+        with edited.trace(ROW):
+            h[0].output[:, 0] = vector
+            found = h[2].output.save()
+        return [found]
+
+    both(use)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import itertools
 from collections.abc import Sequence
 from functools import cached_property, partial
@@ -66,7 +67,8 @@ class Away:
 
     @cached_property
     def _encoded(self) -> Nest:
-        return encode_graph(self._graph)
+        names = {name: hashlib.sha256(name.encode()).hexdigest() for name in self._graph.attachments}
+        return encode_graph(self._graph.renamed(names))
 
     def mail(self, site: int) -> list[Mail]:
         """What waits to be sent to a shard."""
@@ -113,21 +115,28 @@ class Away:
             if site in self.begun:
                 self._errand(site, "end_run", {"number": self.number, "run": run})
 
-    def settle(self) -> None:
-        """Deliver what is still under way; no forward comes any more."""
-        while self._job.error is None:
-            self._collect()
-            if not any(self._outbox.values()):
-                break
-            site = next(site for site, mail in self._outbox.items() if mail)
-            mail = [(one.address[1], one.value) for one in self._outbox.pop(site)]
-            self._errand(site, "settle", {"number": self.number, "told": self.told(site), "mail": mail})
+    def check(self) -> None:
+        """Nothing is under way any more. A save that is missing fails the job: silence would pass for an answer."""
         if self._job.error is None and (missing := self._job.saves.missing(self._job.plan)):
-            # Silence would pass for an answer.
             first = missing[0]
             self._job.fail(
                 InternalError(f"{len(missing)} of its saves were never made").at(first.id, first.op, first.source)
             )
+
+    @property
+    def sites(self) -> frozenset[int]:
+        """The shards that know of the job, or have mail for it."""
+        return self.division.used
+
+    @property
+    def waiting(self) -> frozenset[int]:
+        """The shards for which mail waits."""
+        self._collect()
+        return frozenset(self._outbox) if self._job.error is None else frozenset()
+
+    @property
+    def over(self) -> bool:
+        return self._job.error is not None
 
     def stops(self, run: int, step: int, after: int) -> list[int]:
         """The shards beyond `after` behind which home has something to do in one step of a run."""
@@ -155,14 +164,33 @@ class Away:
         return call(self._route, self._sites.of(path), path, value, self._job.limits)
 
     def _errand(self, site: int, name: str, request: Nest) -> None:
-        reply = self._route.errand(site, name, request)
+        self.answer(self._route.errand(site, name, request))
+
+    def answer(self, reply: Nest) -> None:
+        """A shard's word of the job."""
         self.receive([Mail(to, (self.number, node), value) for to, node, value in reply["mail"]])
         self.hear(reply["told"])
 
 
+def settle(jobs: Sequence[Away], route: Route) -> None:
+    """No forward comes any more: deliver what is under way, and hear what shards still have to say."""
+    asked = set[int]().union(*(job.begun for job in jobs))
+    while sites := sorted(asked | set[int]().union(*(job.waiting for job in jobs))):
+        for site in sites:
+            own = [job for job in jobs if not job.over and (site in job.begun or site in job.waiting)]
+            request = {
+                "jobs": [told for job in own if (told := job.told(site)) is not None],
+                "mail": [(*one.address, one.value) for job in own for one in job.mail(site)],
+                "numbers": [job.number for job in own],
+            }
+            for job, reply in zip(own, route.errand(site, "settle", request) if own else (), strict=True):
+                job.answer(reply)
+        asked = set()
+    for job in jobs:
+        job.check()
+
+
 def over(jobs: Sequence[Away], route: Route) -> None:
     """The shards may forget jobs."""
-    for site in sorted(set[int]().union(*(job.begun for job in jobs))):
-        route.errand(site, "over", {"numbers": [job.number for job in jobs if site in job.begun]})
-    for job in jobs:
-        job.begun.clear()
+    for site in sorted(set[int]().union(*(job.sites for job in jobs))):
+        route.errand(site, "over", {"numbers": [job.number for job in jobs if site in job.sites]})

@@ -131,12 +131,17 @@ class Graphs:
         self._prepare = Preparation(loaded.manifest)
         self._world = World(loaded.modules, torch.device(loaded.device), loaded.manifest)
         self._parts: dict[int, Part] = {}
+        self._early: dict[int, list[Mail]] = {}
+        """Mail of jobs that have nothing to do here yet."""
 
     # -- forwards ----------------------------------------------------------------------------------------------
 
     def visit(
         self, work: Nest, mail: Sequence[Mail], run: Callable[[], Tensor]
     ) -> tuple[Tensor | None, Nest, Sequence[Mail]]:
+        if work is None:
+            hidden: Tensor | None = run()
+            return hidden, *self._answers(self._deliver(mail))
         for told in work["jobs"]:
             self._begin(told)
         placed = [self._placed(part) for part in work["parts"]]
@@ -144,11 +149,11 @@ class Graphs:
         for own, part in zip(placed, work["parts"], strict=True):
             if part["ended"] is not None:
                 own.job.begin_step(own.run, own.step, part["ended"])
-        self._deliver(mail)
+        others = self._deliver(mail)
         forward = Forward(self._loaded, placed, Span(*work["whole"]), complete=work["through"])
-        hidden: Tensor | None = forward.serve(run)
+        hidden = forward.serve(run)
         forward.finish()
-        return hidden, *self._answers(parts)
+        return hidden, *self._answers([*parts, *others])
 
     def _placed(self, part: Nest) -> Placed:
         own = self._parts[part["number"]]
@@ -158,11 +163,18 @@ class Graphs:
             own.job, part["run"], Span(*part["span"]), invokes, part["step"], part["since"], part["until"]
         )
 
-    def _deliver(self, mail: Sequence[Mail], *, backward: bool = False) -> None:
+    def _deliver(self, mail: Sequence[Mail], *, backward: bool = False) -> list[Part]:
+        """Give jobs what came for them; that of jobs not yet known here waits. Returns who got something."""
+        found = []
         for number, letters_ in by_job(mail).items():
-            job = self._parts[number].job
+            part = self._parts.get(number)
+            if part is None:
+                self._early.setdefault(number, []).extend(letters_)
+                continue
+            found.append(part)
             for one in letters_:
-                deliver(job, one, job.plan.upstream if backward else None)
+                deliver(part.job, one, part.job.plan.upstream if backward else None)
+        return found
 
     def _answers(self, parts: Sequence[Part]) -> tuple[Nest, Sequence[Mail]]:
         own = list(dict.fromkeys(parts))
@@ -220,6 +232,7 @@ class Graphs:
         self._parts[part.number] = part
         part.start()
         job.begin()
+        self._deliver(self._early.pop(part.number, ()))
         return part
 
     def _begun(self, told: Nest) -> Nest:
@@ -231,13 +244,10 @@ class Graphs:
         return self._answer(part)
 
     def _settle(self, request: Nest) -> Nest:
-        if request["told"] is not None:
-            self._begin(request["told"])
-        part = self._parts[request["number"]]
-        part.start()
-        for node, value in request["mail"]:
-            deliver(part.job, Mail(self._site, (part.number, node), value))
-        return self._answer(part)
+        for told in request["jobs"]:
+            self._begin(told)
+        self._deliver([Mail(self._site, (number, node), value) for number, node, value in request["mail"]])
+        return [self._answer(self._parts[number]) for number in request["numbers"]]
 
     def _answer(self, part: Part) -> Nest:
         return {
@@ -247,6 +257,7 @@ class Graphs:
 
     def _over(self, request: Nest) -> Nest:
         for number in request["numbers"]:
+            self._early.pop(number, None)
             part = self._parts.pop(number, None)
             if part is not None:
                 part.job.gradients.close()

@@ -128,7 +128,8 @@ class Shard:
                 return run(), None, ()
         if self.guest is None:
             raise InternalError(f"site {self.site} serves no graphs")
-        return self.guest.visit(visit.work, mail, run)
+        with self._attention(visit) if visit.work is None else nullcontext():
+            return self.guest.visit(visit.work, mail, run)
 
     @staticmethod
     def _attention(visit: Visit) -> AbstractContextManager[Any]:

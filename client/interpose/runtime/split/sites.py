@@ -158,6 +158,8 @@ class _Divider:
         for node in reversed(self.nodes):
             if node.id in self.plan.live and (node.op in ops or node.id in found):
                 found |= self.plan.needs[node.id]
+                if node.op in ("grad", "set_grad"):
+                    found |= {node.args[0].id, node.args[1].id}
         return found
 
     def _loops(self) -> dict[int, tuple[Node, list[Node]]]:
@@ -196,7 +198,8 @@ class _Divider:
         if node.op in ("grad", "set_grad"):
             return self._gradient(node)
         when, site, runs = self._latest(node)
-        if self.plan.template_of(node.id) is not None and when[1] < EVERY:
+        body = self.plan.template_of(node.id)
+        if body is not None and all(self.plan.template_of(need) != body for need in self.plan.needs[node.id]):
             return (level, EVERY, 1), HOME, own  # it runs once a step, of what was there before
         if node.op == "param" and not self.plan.needs[node.id]:
             site = self.sites.of(node.args[0])
