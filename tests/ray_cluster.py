@@ -29,6 +29,7 @@ class RayCluster:
             "RAY_AUTH_MODE": "token",
             "RAY_AUTH_TOKEN_PATH": str(self.folder / "token"),
             "RAY_USAGE_STATS_ENABLED": "0",
+            "RAY_worker_niceness": "0",
         }
         (self.folder / "ray").mkdir()
         (self.folder / "token").write_text("0123456789abcdef" * 4)

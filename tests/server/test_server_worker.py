@@ -306,3 +306,28 @@ async def test_a_small_job_is_reported_in_one_trip_and_a_save_waits_only_a_momen
                     later.set()
                 await ended(gateway, job)
     assert reports == [["save", "end"], ["save", ""], ["end"]]
+
+
+async def test_an_operation_that_does_not_end_is_told_of(settings: Settings) -> None:
+    goes_on = threading.Event()
+
+    def step(job: EngineJob) -> None:
+        goes_on.wait(10)
+
+    short = settings.changed({"limits": {"wall_s": 0.05}})
+    async with run_gateway(short) as gateway:
+        worker = Worker("tiny", "w1", Obedient(step), gateway.broker, gateway.blobs, short)
+        stop = asyncio.Event()
+        task = asyncio.create_task(worker.run(stop))
+        assert worker.stuck(0) is None
+        await gateway.post(submission())
+        for _ in range(500):
+            if worker.stuck(0):
+                break
+            await asyncio.sleep(0.01)
+        assert "over the time a job has" in (worker.stuck(0) or "")
+        assert worker.stuck() is None
+        goes_on.set()
+        stop.set()
+        await asyncio.wait_for(task, 10)
+        assert worker.stuck(0) is None

@@ -24,6 +24,9 @@ def prepare(folder: Path, *, own: bool) -> None:
             for them to say.
     """
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    if own:
+        # By default Ray's processes stand behind all others of a machine: on a busy one, jobs lost their leases.
+        os.environ.setdefault("RAY_worker_niceness", "0")
     if (
         not own
         or "RAY_AUTH_MODE" in os.environ
