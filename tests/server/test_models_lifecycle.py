@@ -329,7 +329,7 @@ def clusters(draw: st.DrawFn) -> Cluster:
     return Cluster(models, nodes, draw(st.sampled_from([0.5, 3.0, 30.0])), draw(st.sampled_from([0.5, 4.0])))
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=60, deadline=None)
 @given(clusters(), st.data())
 def test_nothing_with_work_goes_nor_anything_pinned_and_all_fits(cluster: Cluster, data: st.DataObject) -> None:
     names = sorted(cluster.models)
@@ -338,7 +338,7 @@ def test_nothing_with_work_goes_nor_anything_pinned_and_all_fits(cluster: Cluste
         cluster.step(arrivals, data.draw(st.sampled_from([1.0, 7.0, 100.0])))
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=60, deadline=None)
 @given(clusters(), st.data())
 def test_whoever_waits_is_served_in_the_end(cluster: Cluster, data: st.DataObject) -> None:
     """Each job is run, unless what holds the room is there to stay, or the room was never enough."""
@@ -358,7 +358,7 @@ def test_whoever_waits_is_served_in_the_end(cluster: Cluster, data: st.DataObjec
         assert not played.jobs or not packs([*staying, played.parts], cluster.room.nodes or ())
 
 
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=10, deadline=None)
 @given(st.integers(0, 2**32), st.sampled_from([0.5, 5.0]))
 def test_two_models_that_want_one_device_take_turns_no_faster_than_the_hold(seed: int, load_s: float) -> None:
     cluster = Cluster([Played(spec("a"), (1.0,)), Played(spec("b"), (1.0,))], (1.0,), load_s, 0.5)

@@ -165,8 +165,9 @@ async def test_a_copy_that_dies_while_it_loads_has_failed(broker: Broker) -> Non
     await broker.models.announce("tiny", "w1", LOADING)
     assert await broker.models.bury() == []
     await broker.redis.zadd(keys.HEARD.format(model="tiny"), {"w1": 1})
-    assert await broker.models.bury() == ["w1"]
+    assert sorted(await asyncio.gather(broker.models.bury(), broker.models.bury())) == [[], ["w1"]]
     hosted = await broker.models.get("tiny")
+    assert hosted.failure is not None and hosted.failure.tries == 1, "whoever looks, it failed once"
     assert hosted.state is FAILED and hosted.failure is not None and hosted.failure.reason == "crashed"
     assert await broker.models.bury() == []
 
@@ -194,6 +195,16 @@ async def test_the_catalogue(broker: Broker) -> None:
     for verb in (broker.specs.load, broker.specs.evict, broker.specs.remove, broker.specs.get):
         with pytest.raises(UnknownModel, match="there is org/tiny"):
             await verb("other")
+
+
+async def test_changes_at_once_undo_none_of_one_another(broker: Broker) -> None:
+    for _ in range(10):
+        await broker.specs.put(ModelSpec(name="tiny"))
+        changes = [broker.specs.pin("tiny", True), broker.specs.remove("tiny"), broker.specs.pin("tiny", False)]
+        done = await asyncio.gather(*changes, return_exceptions=True)
+        assert all(one is None or isinstance(one, UnknownModel) for one in done)
+        entry = await broker.specs.find("tiny")
+        assert entry is not None and entry.removed, "who came after it was removed was told so"
 
 
 async def test_a_failure_is_forgiven_on_request_and_by_a_new_entry(broker: Broker) -> None:

@@ -104,12 +104,21 @@ class Models:
         self._ttl_ms = int(settings.result_ttl_s * 1000)
         self._retry_s = settings.load_retry_s
 
-    async def announce(self, name: str, worker: str, state: ModelState, why: BaseException | None = None) -> bool:
+    async def announce(
+        self,
+        name: str,
+        worker: str,
+        state: ModelState,
+        why: BaseException | None = None,
+        *,
+        since: ModelState | None = None,
+    ) -> bool:
         """A worker says what it is doing; stopped is its last word. Ready counts only after `publish`.
 
         Args:
             why: what loading raised, of one that failed. Jobs that wait for the model end with it where no other
                 copy is left and trying again by itself is in vain.
+            since: the state it must be in so far; None for any.
 
         Returns:
             Whether its copy may be in this state: one that was told to drain isn't ready again.
@@ -123,8 +132,9 @@ class Models:
             failure = failed.pack()
             problem = msgpack.packb(failed.error(name, failed.at_ms).to_wire()) if failed.final else b""
         allowed, _ = await self._run(
-            "announce", keys.check_model(name), worker, str(state), self._silent_ms, failure, problem, self._ttl_ms
-        )
+            "announce", keys.check_model(name), worker, str(state), self._silent_ms, failure, problem, self._ttl_ms,
+            str(since or ""),
+        )  # fmt: skip
         return bool(allowed)
 
     async def publish(
@@ -253,9 +263,10 @@ class Models:
             for worker, state in ((text(worker), text(state)) for worker, state in states.items()):
                 if state == ModelState.LOADING and worker not in hosted.copies:
                     why = InternalError(f"{worker} died while it loaded {hosted.name}")
-                    await self.announce(hosted.name, worker, ModelState.FAILED, why)
-                    await self.announce(hosted.name, worker, ModelState.STOPPED)
-                    buried.append(worker)
+                    # Others may be at it, too, and it failed only once.
+                    if await self.announce(hosted.name, worker, ModelState.FAILED, why, since=ModelState.LOADING):
+                        await self.announce(hosted.name, worker, ModelState.STOPPED)
+                        buried.append(worker)
         return buried
 
     async def list(self) -> list[Hosted]:

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from interpose.errors import ConfigError, ModelUnavailable, UnknownModel
 from redis.asyncio import Redis
+from redis.asyncio.client import Pipeline
+from redis.exceptions import WatchError
 
 from ..models.spec import ModelSpec
 from ..settings import Settings
@@ -75,12 +78,11 @@ class Specs:
 
     async def remove(self, name: str) -> None:
         """Take no more jobs for a model. It goes once those it has are over. Raises UnknownModel."""
-        await self._write(Entry(await self.get(name), removed=True))
+        await self._change(name, lambda spec: Entry(spec, removed=True))
 
     async def pin(self, name: str, pinned: bool) -> None:
         """Whether a model that is loaded stays so. Raises UnknownModel."""
-        spec = await self.get(name)
-        await self._write(Entry(spec.model_copy(update={"pinned": pinned})))
+        await self._change(name, lambda spec: Entry(spec.model_copy(update={"pinned": pinned})))
 
     @staticmethod
     def gone(name: str) -> ModelUnavailable:
@@ -136,12 +138,30 @@ class Specs:
         await self._redis.hset(_key(name), "wish_ms", until)
 
     async def _write(self, entry: Entry) -> None:
-        plain = {"spec": entry.spec.model_dump(mode="json"), "removed": entry.removed}
         async with self._redis.pipeline(transaction=True) as pipe:
-            pipe.sadd(keys.MODELS, entry.spec.name)
-            pipe.hset(keys.SPECS, entry.spec.name, json.dumps(plain))
-            pipe.incr(keys.SPECS_CHANGED)
+            _queue(pipe, entry)
             await pipe.execute()
+
+    async def _change(self, name: str, change: Callable[[ModelSpec], Entry]) -> None:
+        """Make another entry of the one there is, whoever else is changing it. Raises UnknownModel."""
+        async with self._redis.pipeline(transaction=True) as pipe:
+            while True:
+                await pipe.watch(keys.SPECS)
+                entry = change(await self.get(name))
+                pipe.multi()  # type: ignore[no-untyped-call]
+                _queue(pipe, entry)
+                try:
+                    await pipe.execute()
+                    return
+                except WatchError:
+                    continue
+
+
+def _queue(pipe: Pipeline, entry: Entry) -> None:
+    plain = {"spec": entry.spec.model_dump(mode="json"), "removed": entry.removed}
+    pipe.sadd(keys.MODELS, entry.spec.name)
+    pipe.hset(keys.SPECS, entry.spec.name, json.dumps(plain))
+    pipe.incr(keys.SPECS_CHANGED)
 
 
 def _entry(raw: bytes | str) -> Entry:

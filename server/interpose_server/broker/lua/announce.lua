@@ -1,10 +1,12 @@
--- ARGV: model worker state silent_ms failure problem ttl_ms. A copy of a model says what it is doing. Returns
+-- ARGV: model worker state silent_ms failure problem ttl_ms from. A copy of a model says what it is doing. Returns
 -- whether it may; and the refs of the jobs that ended with `problem`, if nothing is left that could run them.
--- `failure`: the model's from now on, '' for what it is. `problem`: '' if those who wait go on waiting.
+-- `failure`: the model's from now on, '' for what it is. `problem`: '' if those who wait go on waiting. `from`: the
+-- state the copy must be in so far, '' for any.
 local model, worker, state, time = ARGV[1], ARGV[2], ARGV[3], now()
 local states, heard = STATES(model), HEARD(model)
 local old = redis.call('HGET', states, worker)
 if old and not MODEL_WAYS[old][state] then return {0, {}} end
+if ARGV[8] ~= '' and old ~= ARGV[8] then return {0, {}} end
 redis.call('SADD', MODELS, model)
 for _, other in ipairs(redis.call('ZRANGEBYSCORE', heard, '-inf', time - 86400000)) do
     redis.call('ZREM', heard, other)
