@@ -72,7 +72,7 @@ async def test_a_models_life_over_http(settings: Settings) -> None:
         ({"colour": "red"}, "colour"),
         ({"replicas": {"min": 4, "max": 1}}, "can't both be"),
         ({"schedule": ["always"]}, "no time of the week"),
-        ({"settings": {"redis_url": "redis://elsewhere"}}, "can't be set for one model"),
+        ({"settings": {"redis_url": "redis://elsewhere"}}, "'redis_url' can't be set"),
     ],
 )
 async def test_wrong_entries_are_refused(settings: Settings, changes: dict[str, Any], words: str) -> None:
