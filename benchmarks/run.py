@@ -29,6 +29,7 @@ import local  # noqa: E402
 import memory  # noqa: E402
 import startup  # noqa: E402
 import steering  # noqa: E402
+import storage  # noqa: E402
 import sweep  # noqa: E402
 import throughput  # noqa: E402
 import torch  # noqa: E402
@@ -42,6 +43,7 @@ PARTS = {
     "memory": memory,
     "latency": latency,
     "transfer": transfer,
+    "storage": storage,
     "startup": startup,
     "early": early,
     "steering": steering,
