@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 import asyncio
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
-from interpose.errors import ConfigError
+from interpose.errors import ConfigError, ReplicaLost
 from interpose_server.broker.connect import Broker
 from interpose_server.broker.states import ModelState
 from interpose_server.models.spec import ModelSpec
 from interpose_server.settings import Settings
+from interpose_server.worker import hosting
+from interpose_server.worker.engines import engine_for
 from interpose_server.worker.hosting import Host
 from models import tiny
+from rig import run_gateway, submission, tiny_graph
+from test_server_worker import ended
 
 
 def spec(**changes: Any) -> ModelSpec:
@@ -62,4 +67,43 @@ async def test_a_model_that_is_not_there_fails(settings: Settings, broker: Broke
     with pytest.raises(ConfigError, match=r"config\.json"):
         await host.load()
     assert (await broker.models.get("tiny")).state is ModelState.FAILED
+    await host.close()
+
+
+async def test_several_batches_are_under_way_at_once(settings: Settings, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As many as the engine has use for, each worker with leases of its own; the copy is one all the same."""
+    monkeypatch.setattr(hosting, "engine_for", lambda *args: replace(engine_for(*args), lanes=3))
+    host, stop = Host(spec(settings={"measure_s": 0, "batch_jobs": 1}), "w1", settings), asyncio.Event()
+    async with run_gateway(settings) as gateway:
+        await host.load()
+        running = asyncio.create_task(host.run(stop))
+        jobs = [submission(tiny_graph("transformer.h.0")) for _ in range(9)]
+        for job in jobs:
+            assert (await gateway.post(job)).status_code == 202
+        ends = [(await ended(gateway, job))[-1].body["status"] for job in jobs]
+        workers = {worker._name for worker in host._workers}
+        assert dict((await gateway.broker.models.get("tiny")).copies) == {"w1": ModelState.READY}
+        stop.set()
+        await asyncio.wait_for(running, 20)
+    assert ends == ["completed"] * 9
+    assert workers == {"w1", "w1+1", "w1+2"}
+    await host.close()
+
+
+async def test_a_lane_that_breaks_ends_the_host_and_its_jobs_wait_again(
+    settings: Settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def lost() -> None:
+        raise ReplicaLost("a shard is gone")
+
+    monkeypatch.setattr(hosting, "engine_for", lambda *args: replace(engine_for(*args), lanes=2, check=lost))
+    host = Host(spec(), "w1", settings)
+    async with run_gateway(settings) as gateway:
+        await host.load()
+        job = submission(tiny_graph("transformer.h.0"))
+        running = asyncio.create_task(host.run(asyncio.Event()))
+        await gateway.post(job)
+        with pytest.raises(ReplicaLost):
+            await asyncio.wait_for(running, 20)
+        assert (await gateway.broker.queue.info("ada", job.id)).status == "queued"
     await host.close()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import torch
@@ -24,6 +25,8 @@ class Ready:
         device: where tensors that come with jobs go.
         tokenizer: its file's bytes, None without one.
         allowed: what a batch may hold.
+        lanes: how many batches are best under way at once; each may hold its share of the memory.
+        check: raises if the model can't go on in this process; called after every batch.
     """
 
     engine: Engine
@@ -32,6 +35,13 @@ class Ready:
     tokenizer: bytes | None
     allowed: Budget
     measured: Measured
+    lanes: int = 1
+    check: Callable[[], None] = lambda: None
+
+    @property
+    def lane(self) -> Budget:
+        """What the batch of one lane may hold."""
+        return replace(self.allowed, memory_bytes=self.allowed.memory_bytes // self.lanes)
 
 
 def engine_for(spec: ModelSpec, settings: Settings, device: str | None = None) -> Ready:

@@ -11,6 +11,7 @@ import logging
 import os
 import sys
 import time
+from collections.abc import Callable
 from contextlib import suppress
 from functools import partial
 
@@ -65,7 +66,8 @@ class Host:
         self.broker = connect(self.settings)
         self._device = device
         self._blobs = open_blobs(self.settings)
-        self._worker: Worker | None = None
+        self._workers: list[Worker] = []
+        """One for each batch that is under way at once."""
 
     async def load(self) -> None:
         """Return once gateways know that it runs jobs.
@@ -73,8 +75,6 @@ class Host:
         Raises:
             InterposeError: it can't; the broker knows why, too.
         """
-        # A worker of this name that died holds leases on jobs nobody runs.
-        await self.broker.queue.reap(self.name)
         await self.announce(ModelState.LOADING)
         start = time.monotonic()
         say(f"{self.spec.name}: loading from {self.spec.place}")
@@ -100,18 +100,35 @@ class Host:
 
         Raises whatever leaves this process unable to go on, as a broken device does: another has to be started.
         """
-        assert self._worker is not None, "it isn't loaded"
+        assert self._workers, "it isn't loaded"
         leaving = asyncio.create_task(self._leave(stop))
         try:
-            await self._worker.run(stop)
+            await self._work(stop)
         except Exception:
             # Its jobs needn't wait for their leases to end.
             with suppress(RedisError, OSError):
-                await self.broker.queue.reap(self.name)
+                await self._reap(len(self._workers))
             raise
         finally:
             await end([leaving])
         await self.announce(ModelState.STOPPED)
+
+    async def _work(self, stop: asyncio.Event) -> None:
+        tasks = [asyncio.create_task(worker.run(stop)) for worker in self._workers]
+        try:
+            for done in asyncio.as_completed(tasks):
+                await done
+        finally:
+            await end(tasks)
+
+    async def _reap(self, lanes: int) -> None:
+        """Have jobs requeued that are leased under this host's names and that nobody runs."""
+        for lane in range(lanes):
+            await self.broker.queue.reap(self._lane(lane))
+
+    def _lane(self, number: int) -> str:
+        """The name under which one of its workers has its leases."""
+        return f"{self.name}+{number}" if number else self.name
 
     async def _leave(self, stop: asyncio.Event) -> None:
         await stop.wait()
@@ -122,7 +139,7 @@ class Host:
 
     def ill(self) -> str | None:
         """Why this process should be ended and another started; None while it is well."""
-        return self._worker.stuck() if self._worker is not None else None
+        return next((why for worker in self._workers if (why := worker.stuck())), None)
 
     async def close(self) -> None:
         await self.broker.close()
@@ -143,11 +160,17 @@ class Host:
             data, tokenizer = ready.tokenizer, hashlib.sha256(ready.tokenizer).hexdigest()
             key = blob_keys.tokenizer(tokenizer)
             await self._blobs.run(lambda: self._blobs.put(key, [data], FOREVER_S))
-        # The worker comes first: one that can't be made is never told of.
-        self._worker = Worker(
-            self.spec.name, self.name, ready.engine, self.broker, self._blobs, self.settings,
-            partial(_placed, ready.device), _check, budget=ready.allowed, prepare=ready.engine.prepare,
-        )  # fmt: skip
+        # One that died under this name holds leases on jobs nobody runs.
+        await self._reap(ready.lanes)
+        # The workers come first: one that can't be made is never told of.
+        self._workers = [
+            Worker(
+                self.spec.name, self._lane(lane), ready.engine, self.broker, self._blobs, self.settings,
+                partial(_placed, ready.device), partial(_check, ready.check), budget=ready.lane,
+                prepare=ready.engine.prepare, copy=self.name, lanes=ready.lanes,
+            )
+            for lane in range(ready.lanes)
+        ]  # fmt: skip
         manifest: Manifest = ready.manifest
         budget = told(ready.allowed, ready.measured)
         await self.broker.models.publish(self.spec.name, self.name, manifest, tokenizer, budget)
@@ -162,8 +185,9 @@ def _placed(device: torch.device, tensor: torch.Tensor) -> torch.Tensor:
     return tensor.to(device)
 
 
-def _check() -> None:
-    """Raises if the GPU was left broken, which only a new process can mend: its jobs are then tried again."""
+def _check(model: Callable[[], None]) -> None:
+    """Raises if model or GPU was left broken, which only a new process can mend: its jobs are then tried again."""
+    model()
     if torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
         torch.cuda.synchronize()
 

@@ -69,6 +69,8 @@ class Worker:
         give_up: ends the process, where an operation doesn't end.
         budget: what may run together; by default what the settings say, with nothing measured.
         prepare: does beforehand what the engine would do first.
+        copy: under which name the copy of the model is known that it works for; its own by default.
+        lanes: how many workers work for that copy.
     """
 
     def __init__(
@@ -84,9 +86,13 @@ class Worker:
         give_up: Callable[[], None] = lambda: os._exit(70),
         budget: Budget | None = None,
         prepare: Callable[[EngineJob], EngineJob] = lambda job: job,
+        copy: str = "",
+        lanes: int = 1,
     ) -> None:
         self._model = model
         self._name = name
+        self._copy = copy or name
+        self._lanes = lanes
         self._runner = runner
         self._broker = broker
         self._settings = settings
@@ -368,7 +374,7 @@ class Worker:
             held = {sink.claim.ref: sink for sink in self._held}
             try:
                 (ran, self._ran), (busy_s, self._busy_s) = (self._ran, (0, 0)), (self._busy_s, 0.0)
-                await self._broker.models.beat(self._model, self._name, *ran, busy_s)
+                await self._broker.models.beat(self._model, self._copy, *ran, busy_s / self._lanes)
                 pairs = [(ref, sink.claim.attempt) for ref, sink in held.items()]
                 for ref in await self._broker.queue.heartbeat(self._name, pairs) if pairs else ():
                     held[ref].lose()
