@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 from interpose.cli.main import app
 from interpose.errors import ConfigError
+from interpose.runtime.parts import inside, load_part, outside
 from interpose_server.models.devices import GIB, Devices
 from interpose_server.models.placement import Load, Plan, plan
 from interpose_server.models.planning import figures, ranges
@@ -22,6 +23,7 @@ from interpose_server.models.spec import ModelSpec, Placement
 from models import tiny
 from published import written
 from rich.console import Console
+from torch import nn
 from typer.testing import CliRunner
 
 MB = 1 << 20
@@ -162,6 +164,20 @@ def test_home_beside_a_range_leaves_it_fewer_blocks(smollm2: Path) -> None:
     its = spec(source=str(smollm2))
     assert [len(part) for part in ranges(its, 2, home=False)] == [15, 15]
     assert [len(part) for part in ranges(its, 2, home=True)] == [11, 19]
+
+
+@pytest.mark.parametrize("arch", ["gpt2", "llama", "mixtral", "gemma3", "mamba", "bert"])
+def test_processes_hold_the_weights_that_were_planned(arch: str) -> None:
+    """Each range, loaded by itself, and home with all else."""
+    found = plan(figures(spec(source=str(tiny(arch)))), Devices.parse("3x24GB"), spec(placement="blocks", shards=3))
+    paths = [[f"{found.sizes.path}.{index}" for index in shard.blocks] for shard in found.shards]
+    held = [_held(load_part(tiny(arch), inside(its), device="cpu")) for its in paths]
+    held[0] += _held(load_part(tiny(arch), outside([path for its in paths for path in its]), device="cpu"))
+    assert held == [shard.weights for shard in found.shards]
+
+
+def _held(part: nn.Module) -> int:
+    return sum(tensor.nbytes for tensor in (*part.parameters(), *part.buffers()) if not tensor.is_meta)
 
 
 def test_batches_nobody_asked_for_are_made_smaller_before_a_model_is_refused() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +17,10 @@ from interpose.runtime.loading import load
 from interpose.runtime.parts import outline
 from interpose.runtime.sources import Source, auto_class
 from interpose_server.models.dryrun import _caches, dry_run
-from interpose_server.models.sizes import Part
+from interpose_server.models.planning import figures
+from interpose_server.models.sizes import Part, Sizes
 from interpose_server.models.sizing import estimated, of_config, sizes
+from interpose_server.models.spec import ModelSpec
 from models import tiny
 from published import CONFIGS, PARAMETERS, written
 from transformers import AutoConfig, DeepseekV3Config, LlamaConfig, SwinConfig
@@ -26,13 +29,19 @@ TRUE = ("Llama-3.1-70B", "Llama-3.1-405B", "Mixtral-8x22B", "DeepSeek-R1")
 ARCHITECTURES = ("gpt2", "llama", "gemma3", "mistral", "bloom", "mamba", "mamba2", "mixtral", "qwen2_moe", "falcon")
 
 
-def whole(folder: Path) -> Any:
-    return auto_class(Source.of(folder).config()).from_pretrained(folder)
+@cache
+def whole(arch: str) -> Any:
+    return auto_class(Source.of(tiny(arch)).config()).from_pretrained(tiny(arch))
+
+
+@cache
+def sized(arch: str) -> Sizes:
+    return sizes(tiny(arch))
 
 
 @pytest.mark.parametrize("arch", [*ARCHITECTURES, "bert", "vit", "llava"])
 def test_weights_are_those_of_the_loaded_model(arch: str) -> None:
-    found, model = sizes(tiny(arch)), whole(tiny(arch))
+    found, model = sized(arch), whole(arch)
     its = main_list(model)
     assert its is not None and its.path == found.path
     assert found.parameters == sum(param.numel() for param in model.parameters())
@@ -47,7 +56,7 @@ def test_weights_are_those_of_the_loaded_model(arch: str) -> None:
 @pytest.mark.parametrize("context", [5, 11, 40])
 def test_a_cache_is_what_the_library_keeps(arch: str, context: int) -> None:
     """Grouped heads, windows and states included."""
-    found, model = sizes(tiny(arch)), whole(tiny(arch))
+    found, model = sized(arch), whole(arch)
     with torch.no_grad():
         output = model(input_ids=torch.ones(2, context, dtype=torch.long), use_cache=True)
     kept = sum(size for size, _ in _caches(output)[0])
@@ -73,7 +82,7 @@ def test_a_compressed_cache_is_what_the_library_keeps() -> None:
 @pytest.mark.parametrize("arch", ["gpt2", "llama", "gemma3", "bert", "mixtral", "qwen2_moe"])
 def test_what_a_forward_makes_is_about_what_one_really_makes(arch: str) -> None:
     """The same bookkeeping over a real forward."""
-    found, model = sizes(tiny(arch)), whole(tiny(arch))
+    found, model = sized(arch), whole(arch)
     its = main_list(model)
     assert its is not None
     real = dry_run(model, [model.get_submodule(path) for path in its.blocks], device="cpu")
@@ -87,17 +96,17 @@ def test_the_workers_own_estimate_is_of_the_same_order() -> None:
     from interpose_server.models.sizes import widest
     from interpose_server.worker.measure import estimate
 
-    found = sizes(tiny("llama"))
+    found = sized("llama")
     token_bytes, _ = estimate(load(tiny("llama")).manifest)
     assert 0.5 < widest([found.outside, *found.blocks]) / token_bytes < 2
 
 
 @pytest.mark.parametrize("arch", ["gpt2", "llama", "bloom"])
 def test_estimates_are_near_where_a_model_needs_data(arch: str) -> None:
-    model = whole(tiny(arch))
+    model = whole(arch)
     its = main_list(model)
     assert its is not None
-    guessed, found = estimated(model, its), sizes(tiny(arch))
+    guessed, found = estimated(model, its), sized(arch)
     for part, work, output, kept in zip(found.blocks, guessed.work, guessed.output, guessed.cache, strict=True):
         assert (output, kept.token) == (part.output_token, part.cache_token)
         assert 0.4 < work / part.work_token < 2.5
@@ -121,8 +130,8 @@ def test_a_model_that_needs_data_is_estimated() -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", TRUE)
-def test_parameters_at_true_size(name: str, tmp_path: Path) -> None:
-    found = sizes(written(name, tmp_path))
+def test_parameters_at_true_size(name: str) -> None:
+    found = figures(ModelSpec(name=name, source=str(written(name))))
     # The biases of DeepSeek's routers, 256 in each of 58 blocks, are buffers in the library.
     buffers = 58 * 256 if name == "DeepSeek-R1" else 0
     assert found.parameters + buffers == PARAMETERS[name]
