@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import shutil
 from collections.abc import Sequence
@@ -11,6 +12,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+import peft
 import pytest
 import torch
 from interpose.errors import ConfigError, InterposeError, OutOfMemory, UnknownAdapter, UnknownModel
@@ -21,11 +23,13 @@ from interpose.runtime import adapters
 from interpose.runtime.engine import Engine, EngineJob
 from interpose.runtime.loading import load, with_adapters
 from interpose.runtime.lora import CONFIG, WEIGHTS
+from interpose.runtime.lora import load as load_lora
 from interpose.runtime.prepared import Preparation
 from interpose.runtime.split.split import Split
 from lora import lora, stock
 from models import tiny
 from recording import Kept
+from transformers import ViTConfig, ViTForImageClassification
 
 SOURCES = {"a": lora("llama", targets=["q_proj", "o_proj", "lm_head"]), "b": lora("llama", 1)}
 NAMES = (None, "a", "b")
@@ -295,3 +299,26 @@ def test_models_that_lie_elsewhere_refuse_them() -> None:
     away.model.get_submodule(OUT).to("meta")
     with pytest.raises(ConfigError, match=f"the weights of {OUT} aren't in this process's memory"):
         with_adapters(away, {"c": lora("llama")})
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning")
+@torch.no_grad()
+def test_layers_of_other_kinds(tmp_path: Path) -> None:
+    """A convolution, beside linear layers, of a model that reads images."""
+    sizes = {"hidden_size": 48, "num_hidden_layers": 1, "num_attention_heads": 3, "intermediate_size": 80}
+    torch.manual_seed(0)
+    model = ViTForImageClassification(ViTConfig(image_size=24, patch_size=8, **sizes)).eval()
+    config = peft.LoraConfig(r=2, target_modules=["projection", "dense"], init_lora_weights=False)
+    theirs = peft.get_peft_model(copy.deepcopy(model), config).eval()
+    theirs.save_pretrained(tmp_path)
+    images = torch.randn(2, 3, 24, 24)
+    plain = model(images).logits
+    found = load_lora(model, "a", tmp_path)
+    assert "projection" in found.info.targets and torch.equal(model(images).logits, plain)
+    conv = model.get_submodule("vit.embeddings.patch_embeddings.projection")
+    with adapters.chosen({"a": found}, "a"):
+        assert torch.equal(model(images).logits, theirs(images).logits)
+        weight, bias = adapters.adapted(conv, "weight"), adapters.adapted(conv, "bias")
+        made = torch.nn.functional.conv2d(images, weight, conv.bias, stride=8)
+        torch.testing.assert_close(conv(images), made, rtol=0, atol=1e-5)
+    assert bias is None and adapters.adapted(conv, "weight") is None
