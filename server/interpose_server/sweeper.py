@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import time
 from collections.abc import Mapping, Sequence
 from functools import partial
 
-from interpose.errors import StorageUnavailable
+from interpose.errors import ConfigError, StorageUnavailable
 from redis.exceptions import RedisError
 
 from .blobs import Blobs
@@ -18,27 +19,44 @@ from .settings import Settings
 
 log = logging.getLogger(__name__)
 
+CALM_S = 5.0
+"""So long after the broker was away, at least, nobody is taken for dead: calls are retried for three seconds."""
+
 
 async def sweep_forever(settings: Settings, broker: Broker, blobs: Blobs) -> None:
     """Reap leases every second, sweep jobs and blobs every `sweep_s`. Any number of processes may do so."""
     every = min(1.0, settings.lease_s / 3)
-    due = 0.0
+    due = calm = 0.0
     while True:
         try:
-            for ref, status in await broker.queue.reap():
-                log.warning("job %s lost its worker; now %s", ref.partition("/")[2], status)
+            # While the broker was away nobody could say that they live: first they are given time to.
+            trusted = time.monotonic() > calm
+            await (_reap(broker) if trusted else broker.reach())
             due -= every
             if due <= 0:
                 due = settings.sweep_s
-                for worker in await broker.models.bury():
-                    log.warning("%s died while it loaded its model", worker)
-                for name in await retire(broker):
-                    log.info("%s is gone from the catalogue", name)
+                if trusted:
+                    await _bury(broker)
                 gone = await broker.queue.sweep()
                 await blobs.run(partial(_drop, blobs, gone))
-        except (RedisError, OSError, StorageUnavailable) as error:
+        except (RedisError, OSError, ConfigError) as error:
+            calm = time.monotonic() + max(settings.lease_s, CALM_S)
             log.warning("the sweep failed (%s); again soon", type(error).__name__)
+        except StorageUnavailable:
+            log.warning("the blob store can't be swept; again soon")
         await asyncio.sleep(every)
+
+
+async def _reap(broker: Broker) -> None:
+    for ref, status in await broker.queue.reap():
+        log.warning("job %s lost its worker; now %s", ref.partition("/")[2], status)
+
+
+async def _bury(broker: Broker) -> None:
+    for worker in await broker.models.bury():
+        log.warning("%s died while it loaded its model", worker)
+    for name in await retire(broker):
+        log.info("%s is gone from the catalogue", name)
 
 
 async def retire(broker: Broker) -> list[str]:
