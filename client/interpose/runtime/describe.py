@@ -15,6 +15,7 @@ from transformers import DynamicCache, PretrainedConfig
 from .independence import rope_settings
 from .inputs import Feeding, text_config
 from .layouts import dtype_name
+from .offloaded import brought
 
 _FIGURES = {
     "type": "model_type",
@@ -120,13 +121,19 @@ def about(model: nn.Module) -> str:
 
 
 def weight_marks(model: nn.Module) -> dict[str, tuple[str, bytes]]:
-    """Name of a weight -> its form, and what stands for its content; nothing for one on meta."""
+    """Name of a weight -> its form, and what stands for its content; nothing for one that isn't here."""
     weights = dict(_weights(model))
     whole = sum(value.nbytes for value in weights.values()) <= _SUMMED_BYTES
     return {
-        name: (f"{tuple(value.shape)} {value.dtype}", _content(value, whole=whole))
+        name: (f"{tuple(value.shape)} {value.dtype}", _content(_brought(model, name, value), whole=whole))
         for name, value in weights.items()
     }
+
+
+def _brought(model: nn.Module, name: str, value: Tensor) -> Tensor:
+    """A weight with its numbers, where only its module knows how to get them."""
+    path, _, own = name.rpartition(".")
+    return brought(model.get_submodule(path), own, value) if value.is_meta else value
 
 
 def _weights(model: nn.Module) -> Iterator[tuple[str, Tensor]]:

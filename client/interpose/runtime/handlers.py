@@ -16,6 +16,7 @@ from .calls import called, check_call
 from .hooks import no_hooks
 from .kernels import described
 from .loops import truth
+from .offloaded import parameter
 from .plan import ACCESSES, GIVEN, MOMENTS
 from .skipped import ABSENT, LATER, SKIPPED
 from .slots import assign
@@ -46,7 +47,7 @@ def param(job: Interpreter, node: Node, args: tuple[Any, ...]) -> Any:
     if job.away is not None and job.away.owns(path):
         return job.away.parameter(path, name)
     module = job.world.modules[path]
-    own = module.get_parameter(name).detach()
+    own = parameter(module, name)
     with job.adapter(node):
         changed = adapted(module, name)
     if changed is None:

@@ -18,6 +18,7 @@ from ...graph.model import Point
 from ...graph.named import View, perform, sized
 from .. import kernels
 from ..hooks import no_hooks
+from ..offloaded import brought
 from .block import Block, Heads, factor
 from .sheet import Name
 
@@ -199,9 +200,10 @@ class Bench:
         return [self.call(self.block.family.out, v["z"].flatten(2))]
 
     def summed(self, v: Values) -> Sequence[Tensor]:
-        bias = getattr(self.block.module(self.block.family.out), "bias", None)
+        out = self.block.module(self.block.family.out)
+        bias = getattr(out, "bias", None)
         total = v["head_out"].sum(2)
-        return [total if bias is None else total + bias]
+        return [total if bias is None else total + brought(out, "bias", bias)]
 
     def attn_out(self, v: Values) -> Sequence[Tensor]:
         return self._added(v["attn_out_raw"], self.block.family.attn_post)
@@ -241,7 +243,9 @@ class Bench:
     def router(self, v: Values) -> Sequence[Tensor]:
         router = self.block.module(self.block.first(self.block.family.router))
         weight = getattr(router, "weight", None)
-        return [nn.functional.linear(v["mlp_in"], weight)] if isinstance(weight, Tensor) else []
+        if not isinstance(weight, Tensor):
+            return []
+        return [nn.functional.linear(v["mlp_in"], brought(router, "weight", weight))]
 
     def chosen(self, v: Values) -> Sequence[Tensor]:
         count = self.block.leaf(self.block.named["expert_ids"].point).dims[-1]

@@ -13,6 +13,7 @@ from ...graph.manifest import Leaf, ModuleInfo
 from ...graph.model import Point
 from ...graph.named import Named
 from ..hooks import no_hooks
+from ..offloaded import parameter
 from ..pieces import Piece
 from .block import factor
 from .checks import Identity
@@ -141,7 +142,7 @@ class _Start:
         path = next(path for path in self.loaded.modules if path.endswith(self.family.embed_norm))
         types = self.loaded.modules.get(f"{path.rpartition('.')[0]}.token_type_embeddings")
         if isinstance(types, nn.Embedding):
-            total = total + types.weight[0]
+            total = total + parameter(types, "weight")[0]
         return [_quiet(self.loaded.modules[path], total)]
 
 

@@ -17,6 +17,7 @@ from ..forward import Forward, Placed
 from ..hooks import no_hooks
 from ..interpreter import Interpreter
 from ..loading import Loaded
+from ..offloaded import parameter
 from ..prepared import Preparation
 from ..rows import Span
 from ..world import World
@@ -264,7 +265,7 @@ class Graphs:
         return None
 
     def _parameter(self, request: Nest) -> Nest:
-        return self._loaded.modules[request["path"]].get_parameter(request["name"]).detach()
+        return parameter(self._loaded.modules[request["path"]], request["name"])
 
     def _call(self, request: Nest) -> Nest:
         path, value, gradient = request["path"], request["value"], request.get("gradient")
