@@ -59,13 +59,13 @@ COPY --from=wheel /wheel /opt/wheel
 
 FROM base AS client
 COPY --from=client-packages /opt/interpose /opt/interpose
-RUN pip install -q --no-deps --no-index --find-links /opt/wheel interpose
+RUN pip install -q --no-cache-dir --no-deps --no-index --find-links /opt/wheel interpose
 USER 10001:10001
 CMD ["python"]
 
 FROM base AS worker
 COPY --from=worker-packages /opt/interpose /opt/interpose
-RUN pip install -q --no-deps --no-index --find-links /opt/wheel interpose
+RUN pip install -q --no-cache-dir --no-deps --no-index --find-links /opt/wheel interpose
 USER 10001:10001
 COPY --chmod=755 deploy/ray-head /opt/interpose/bin/interpose-ray-head
 # Threads of torch that spin while they wait for one another stall on a busy machine.
@@ -74,7 +74,7 @@ CMD ["interpose", "--help"]
 
 FROM base AS gateway
 COPY --from=gateway-packages /opt/interpose /opt/interpose
-RUN pip install -q --no-deps --no-index --find-links /opt/wheel interpose
+RUN pip install -q --no-cache-dir --no-deps --no-index --find-links /opt/wheel interpose
 USER 10001:10001
 EXPOSE 8000
 HEALTHCHECK --interval=10s --timeout=5s --start-period=20s --retries=3 \

@@ -16,6 +16,7 @@ import urllib.error
 import urllib.parse
 import urllib.request
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -40,11 +41,12 @@ def timed(text: str, work: Callable[[], Any]) -> Any:
     return found
 
 
-def fetch(path: str, root: Path) -> tuple[int, str]:
+def fetch(path: str, root: Path, key: str = "") -> tuple[int, str]:
     """Status and body of a GET through the proxy."""
     try:
         context = ssl.create_default_context(cafile=str(root))
-        with urllib.request.urlopen(SERVER + path, context=context, timeout=30) as answer:
+        asked = urllib.request.Request(SERVER + path, headers={"Authorization": f"Bearer {key}"} if key else {})
+        with urllib.request.urlopen(asked, context=context, timeout=30) as answer:
             return answer.status, answer.read().decode()
     except urllib.error.HTTPError as error:
         return error.code, ""
@@ -97,6 +99,14 @@ def use(stack: Stack) -> None:
     assert same([kept[job] for job in submitted], ids) == 3
     say("after another restart of Redis: the key works, 3 of 3 earlier results are fetched from it")
 
+    before = stack.backup()
+    late = stack.exec("gateway", "interpose", "keys", "create", "--user", "bob").strip().splitlines()[-1]
+    stack.restore(before)
+    until("a model", lambda: fetch("/readyz", root)[0] == 200, 600)
+    assert (fetch("/v1/me", root, key)[0], fetch("/v1/me", root, late)[0]) == (200, 401)
+    assert stack.asked(key, "load", "3")["ended"] == {"completed": 3}
+    say(f"a backup of {before.stat().st_size / 1e6:.1f} MB was restored: keys are those of its time, jobs run")
+
     query = "sum by (outcome) (interpose_ended_jobs)"
     figures = until_scraped(stack, query)
     say(f"Prometheus has {query}: {figures}")
@@ -145,6 +155,10 @@ def main() -> int:
     parser.add_argument(
         "--torch-index", default="", help="for the worker's image; the CPU build's, if it can be reached"
     )
+    parser.add_argument(
+        "--bucket", action="store_true", help="uploads and results in the S3 store of the profile s3"
+    )
+    parser.add_argument("--skip-build", action="store_true", help="with the images of the last time")
     parser.add_argument("--keep", action="store_true", help="leave the stack up")
     wanted = parser.parse_args()
     if lacks := machine.missing():
@@ -155,19 +169,20 @@ def main() -> int:
     machine.configure(folder)
     compose, mounts = machine.compose_command(folder), machine.pip_mounts(folder)
     timed("base image", images.base)
-    for image, seconds, size in images.build("try", wanted.torch_index, mounts):
+    for image, seconds, size in () if wanted.skip_build else images.build("try", wanted.torch_index, mounts):
         say(f"built {image}, {size / 1e6:.0f} MB", seconds)
     others = timed("images of others", lambda: images.others(mounts))
     for variable, image in others.items():
         say(f"  {variable} can't be pulled here: {image} stands in")
 
-    stack = Stack(compose, folder, wanted.models, "try", others)
+    stack = Stack(compose, folder, wanted.models, "try", others, bucket=wanted.bucket)
+    services = (*SERVICES, "store") if wanted.bucket else SERVICES
     stack.down()
     try:
-        timed("podman-compose up", lambda: stack.up(SERVICES))
+        timed("podman-compose up", lambda: stack.up(services))
         for service in SERVICES:
             if service != "prometheus":
-                say(f"  {service} is healthy after", until(service, lambda: stack.healthy(service), 300))  # noqa: B023
+                say(f"  {service} is healthy after", until(service, partial(stack.healthy, service), 300))
         use(stack)
     except BaseException:
         for service in SERVICES:

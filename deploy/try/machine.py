@@ -9,7 +9,7 @@ import shutil
 import subprocess
 import sys
 import venv
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -77,7 +77,7 @@ def pip_mounts(folder: Path) -> list[str]:
     return [part for mount in mounts for part in ("--volume", mount)]
 
 
-def _folders(values: Sequence[str] | Mapping[str, str] | object) -> list[str]:
+def _folders(values: Iterable[str]) -> list[str]:
     """Folders of this machine that pip's settings name."""
-    words = [word.removeprefix("file://") for value in list(values) for word in value.split()]  # type: ignore[call-overload]
+    words = [word.removeprefix("file://") for value in values for word in value.split()]
     return [word for word in words if re.match(r"/[^/]+/[^/]+", word) and Path(word).is_dir()]

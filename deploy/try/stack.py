@@ -8,8 +8,9 @@ import re
 import signal
 import subprocess
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from machine import ROOT, run
 
@@ -31,7 +32,9 @@ models:
 class Stack:
     """Containers of a project of its own, from an environment file with secrets of its own."""
 
-    def __init__(self, compose: Path, folder: Path, models: Path, version: str, others: Mapping[str, str]) -> None:
+    def __init__(
+        self, compose: Path, folder: Path, models: Path, version: str, others: Mapping[str, str], *, bucket: bool
+    ) -> None:
         self.folder = folder
         self._compose = compose
         self._version = version
@@ -43,20 +46,38 @@ class Stack:
         changes = {
             **{"MODELS_DIR": models, "CLUSTER_FILE": cluster, "VERSION": version, "SHM_SIZE": "512m"},
             **{"OBJECT_STORE_BYTES": 200_000_000, "HTTP_PORT": HTTP_PORT, "HTTPS_PORT": HTTPS_PORT},
+            **({"BLOBS": "s3://interpose/blobs"} if bucket else {}),
             **others,
         }
         with self._env.open("a") as file:
             file.writelines(f"{name}={value}\n" for name, value in changes.items())
 
-    def compose(self, *arguments: str, check: bool = True) -> str:
+    @property
+    def command(self) -> list[str]:
+        """The compose command, for this project."""
         files = [part for name in FILES for part in ("-f", name)]
-        return run(self._compose, "-p", PROJECT, "--env-file", self._env, *files, *arguments, check=check)
+        profiles = ["--profile", "monitoring", "--profile", "s3"]
+        return [*map(str, (self._compose, "-p", PROJECT, "--env-file", self._env)), *files, *profiles]
 
     def up(self, services: Sequence[str]) -> None:
-        self.compose("--profile", "monitoring", "up", "-d", "--no-build", *services)
+        run(*self.command, "up", "-d", "--no-build", *services)
 
     def down(self) -> None:
-        self.compose("--profile", "monitoring", "down", "-v", "-t", "5", check=False)
+        run(*self.command, "down", "-v", "-t", "5", check=False)
+
+    def backup(self) -> Path:
+        path = self.folder / "backup.tar"
+        with path.open("wb") as file:
+            self._script("backup", stdout=file)
+        return path
+
+    def restore(self, path: Path) -> None:
+        with path.open("rb") as file:
+            self._script("restore", stdin=file)
+
+    def _script(self, name: str, **streams: Any) -> None:
+        env = os.environ | {"COMPOSE": " ".join(self.command)}
+        subprocess.run([ROOT / "deploy" / name], env=env, check=True, **streams)
 
     def name(self, service: str) -> str:
         return f"{PROJECT}_{service}_1"
@@ -75,7 +96,7 @@ class Stack:
         done = subprocess.run(
             ["podman", "logs", "--tail", "40", self.name(service)], capture_output=True, check=False
         )
-        return (done.stdout + done.stderr).decode(errors="replace")
+        return str(done.stdout + done.stderr, errors="replace")
 
     def kill(self, service: str) -> None:
         """As a crash does: podman would take its own `kill` for our wish that it stay down."""
@@ -119,9 +140,8 @@ class Stack:
         return answer
 
 
-def until(what: str, ready: object, limit_s: float) -> float:
+def until(what: str, ready: Callable[[], object], limit_s: float) -> float:
     """Seconds until a callable says yes. Raises SystemExit beyond the limit."""
-    assert callable(ready)
     begun = time.monotonic()
     while not ready():
         if time.monotonic() - begun > limit_s:
