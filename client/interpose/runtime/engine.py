@@ -22,7 +22,6 @@ from .adapters import chosen
 from .generation import Generation
 from .gradients import run_backwards
 from .hosting import Hosting, Resting
-from .independence import Buffers
 from .interpreter import Interpreter
 from .loading import Loaded
 from .pieces import check_given, pieces
@@ -32,6 +31,7 @@ from .refusals import Refused
 from .restart import Restart
 from .sink import Sink
 from .split.away import Away, over, settle
+from .split.remembering import Remembered
 from .split.route import HOME
 from .split.sites import divide
 from .stages import Member, staged
@@ -110,7 +110,7 @@ class Engine:
         self.tokens = tokens
         self.manifest = loaded.manifest
         self._world = World(loaded.modules, torch.device(loaded.device), loaded.manifest, loaded.adapters)
-        self._buffers = Buffers(loaded.model)
+        self._buffers = Remembered(loaded)
         self._tail: Tail | None = measure(loaded)
         self._restart = Restart(loaded)
         self._prefix = Prefix(loaded, self._tail)
@@ -169,9 +169,12 @@ class Engine:
         if not breaks.due():
             breaks.pause(joinable=joinable)
             return
-        state = Buffers(self.loaded.model)
-        breaks.pause(joinable=joinable)
-        state.restore()
+        state = Remembered(self.loaded)
+        try:
+            breaks.pause(joinable=joinable)
+            state.restore()
+        finally:
+            state.forget()
 
     def _together(self, jobs: Sequence[EngineJob], pace: _Pace) -> list[InterposeError | None]:
         found = self._attempt(jobs, pace)

@@ -48,9 +48,7 @@ class Buffers:
     """
 
     def __init__(self, model: nn.Module) -> None:
-        self._modules = [
-            _State(module) for module in model.modules() if module._buffers or _REMEMBERS & {*vars(module)}
-        ]
+        self._modules = [_State(module) for module in model.modules() if _stateful(module)]
 
     def restore(self) -> None:
         for module in self._modules:
@@ -64,6 +62,15 @@ class Buffers:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.restore()
+
+
+def remembers(model: nn.Module) -> bool:
+    """Whether there is anything that a model might change for later forwards."""
+    return any(map(_stateful, model.modules()))
+
+
+def _stateful(module: nn.Module) -> bool:
+    return bool(module._buffers) or bool(_REMEMBERS & {*vars(module)})
 
 
 class _State:

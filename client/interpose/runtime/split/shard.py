@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import itertools
 from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
@@ -14,7 +15,7 @@ from torch import Tensor, nn
 from ...errors import InternalError
 from .. import nests
 from ..hooks import hooked, no_hooks
-from ..independence import Buffers
+from ..independence import Buffers, remembers
 from . import caches
 from .parcels import Swapped, given, mapped, moved, readdressed
 from .route import HOME, ArgumentRef, BlockCall, CacheRef, Guest, Mail, Nest, Visit
@@ -33,8 +34,12 @@ HIDDEN = "hidden"
 
 _OURS = (caches.ADDRESS, ARGUMENT, BACK)
 
-OUTPUTS, RESTORE = "blocks.outputs", "blocks.restore"
-"""Errands that a shard does itself: what its blocks return, and putting back what they remember."""
+OUTPUTS = "blocks.outputs"
+"""Errand that a shard does itself: what its blocks return."""
+
+HOLD, RESTORE, FORGET = "blocks.hold", "blocks.restore", "blocks.forget"
+"""Errands for what blocks remember from one forward to the next: note it, which gives a number, None if there is
+nothing; put it back as it was under that number; never mind the number. Done while no forward is under way."""
 
 
 class _Looking:
@@ -77,7 +82,9 @@ class Shard:
         self._outputs: dict[str, Nest] = {}
         self._caches = ShardCaches(site, device)
         self._kept: dict[int, _Kept] = {}
-        self._buffers = [Buffers(block) for block in blocks.values()]
+        self._remembering = any(map(remembers, blocks.values()))
+        self._held: dict[int, list[Buffers]] = {}
+        self._numbers = itertools.count(1)
 
     # -- forwards ------------------------------------------------------------------------------------------------
 
@@ -193,13 +200,25 @@ class Shard:
         """Answer for the blocks, or have the guest do it."""
         if name == OUTPUTS:
             return dict(self._outputs)
+        if name == HOLD:
+            return self._hold()
         if name == RESTORE:
-            for buffers in self._buffers:
+            for buffers in self._held[request]:
                 buffers.restore()
+            return None
+        if name == FORGET:
+            self._held.pop(request, None)
             return None
         if self.guest is None:
             raise InternalError(f"site {self.site} serves no graphs")
         return self.guest.errand(name, request)
+
+    def _hold(self) -> int | None:
+        if not self._remembering:
+            return None
+        number = next(self._numbers)
+        self._held[number] = [Buffers(block) for block in self._blocks.values()]
+        return number
 
     def drop(self, numbers: Collection[int], caches: Collection[int]) -> None:
         """Forget forwards and caches."""
