@@ -68,12 +68,14 @@ class Shard:
     Attributes:
         blocks: a range of the model's.
         home: whether all that is no block is here, too.
+        usable: bytes of the device that the libraries of its processes leave.
         weights, cache, work, saves: bytes.
         loading: bytes it holds for a moment when it is loaded: its blocks are measured with what is no block.
         batch_tokens: of one batch, that would fit.
     """
 
     device: Device
+    usable: int
     blocks: range
     home: bool
     weights: int
@@ -90,12 +92,12 @@ class Shard:
     @property
     def free(self) -> int:
         """Negative where it doesn't fit."""
-        return self.device.usable - self.total
+        return self.usable - self.total
 
     @property
     def lack(self) -> int:
         """Bytes for which there is no room, at first or later."""
-        return max(self.total, self.loading, self.device.usable) - self.device.usable
+        return max(self.total, self.loading, self.usable) - self.usable
 
 
 @dataclass(frozen=True)
@@ -213,20 +215,23 @@ def _placed(sizes: Sizes, load: Load, placement: Placement, devices: Sequence[De
     flight = max(READY, len(devices)) if placement is Placement.BLOCKS else READY
     weigh = [_held([block], load, flight) for block in sizes.blocks]
     home = _held([sizes.outside], load, flight) + sizes.outside.work_token * load.tokens
-    ranges = divided(weigh, home, [device.usable for device in devices])
+    rooms = [device.usable for device in devices]
+    if placement is Placement.BLOCKS:
+        rooms[0] = max(rooms[0] - CONTEXT, 0)  # home's process is one more
+    ranges = divided(weigh, home, rooms)
     shards = tuple(
-        _shard(sizes, load, flight, device, blocks, home=not index, alone=placement is Placement.BLOCKS)
-        for index, (device, blocks) in enumerate(zip(devices, ranges, strict=True))
+        _shard(sizes, load, flight, device, room, blocks, home=not index, alone=placement is Placement.BLOCKS)
+        for index, (device, room, blocks) in enumerate(zip(devices, rooms, ranges, strict=True))
     )
     share = _share(shards[0].total, devices[0]) if placement is Placement.DEVICE else 1.0
     home_share = 0.0
     if placement is Placement.BLOCKS:
-        home_share = min(_steps(home / max(devices[0].usable, 1)), HALF)
+        home_share = min(_steps((home + CONTEXT) / (devices[0].usable + CONTEXT)), HALF)
     return Plan(sizes, load, placement, shards, flight, share, home_share)
 
 
 def _shard(
-    sizes: Sizes, load: Load, flight: int, device: Device, blocks: range, *, home: bool, alone: bool
+    sizes: Sizes, load: Load, flight: int, device: Device, room: int, blocks: range, *, home: bool, alone: bool
 ) -> Shard:
     """`alone`: whether it is a process of its own."""
     parts = [sizes.blocks[index] for index in blocks] + ([sizes.outside] if home else [])
@@ -235,9 +240,9 @@ def _shard(
     saves = sum(part.output_token for part in parts) * load.tokens
     work = widest([*parts, *_stream(sizes)]) * load.tokens
     a_token = max((cache + saves + work) / load.tokens, 1)
-    fits = max(int((device.usable - weights) / a_token), 0)
+    fits = max(int((room - weights) / a_token), 0)
     loading = weights + (sizes.outside.weights if alone else 0)
-    return Shard(device, blocks, home, weights, cache, work, saves, loading, fits)
+    return Shard(device, room, blocks, home, weights, cache, work, saves, loading, fits)
 
 
 def _stream(sizes: Sizes) -> list[Part]:
@@ -276,7 +281,7 @@ def _refusal(sizes: Sizes, devices: Devices, spec: ModelSpec | None, load: Load,
         return ConfigError(f"{about} can't be placed{on}: there are not so many devices or blocks", details=details)
     worst = max(best.shards, key=lambda shard: shard.lack)
     return ConfigError(
-        f"{about} doesn't fit{on}. At best a device of {_gib(worst.device.usable)} has to hold "
+        f"{about} doesn't fit{on}. At best a device of {_gib(worst.usable)} has to hold "
         f"{_gib(worst.total)}: {_gib(worst.weights)} of weights, {_gib(worst.cache)} of cache, "
         f"{_gib(worst.work)} of activations and {_gib(worst.saves)} of saves{_at_first(worst)}. "
         f"{_remedy(best)}",
@@ -285,7 +290,7 @@ def _refusal(sizes: Sizes, devices: Devices, spec: ModelSpec | None, load: Load,
 
 
 def _at_first(shard: Shard) -> str:
-    if shard.loading <= max(shard.total, shard.device.usable):
+    if shard.loading <= max(shard.total, shard.usable):
         return ""
     return f", and {_gib(shard.loading)} while it is loaded"
 
