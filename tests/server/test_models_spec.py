@@ -27,6 +27,7 @@ def test_a_name_alone_is_a_model(tmp_path: Path) -> None:
         ("models: [{name: 'a b'}]", "models.0.name"),
         ("models: [{name: a, device: 2}]", "models.0.device"),
         ("models: [{name: a, devices: 1.5}]", "devices come whole"),
+        ("models: [{name: a, placement: blocks, adapters: {b: /x}}]", "adapters can't be chosen yet"),
         ("models: [{name: a, adapters: {'my one': /x}}]", "models.0.adapters: an adapter is named by"),
         ("models: [{name: a, replicas: {min: 3, max: 2}}]", "can't both be"),
         ("models: [", "no YAML"),
