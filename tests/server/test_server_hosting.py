@@ -9,12 +9,12 @@ from typing import Any
 
 import pytest
 from interpose.errors import ConfigError, ReplicaLost
+from interpose.runtime.loading import load
 from interpose_server.broker.connect import Broker
 from interpose_server.broker.states import ModelState
 from interpose_server.models.spec import ModelSpec
 from interpose_server.settings import Settings
-from interpose_server.worker import hosting
-from interpose_server.worker.engines import engine_for
+from interpose_server.worker.engines import engine_for, ready
 from interpose_server.worker.hosting import Host
 from models import tiny
 from rig import run_gateway, submission, tiny_graph
@@ -70,10 +70,11 @@ async def test_a_model_that_is_not_there_fails(settings: Settings, broker: Broke
     await host.close()
 
 
-async def test_several_batches_are_under_way_at_once(settings: Settings, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_several_batches_are_under_way_at_once(settings: Settings) -> None:
     """As many as the engine has use for, each worker with leases of its own; the copy is one all the same."""
-    monkeypatch.setattr(hosting, "engine_for", lambda *args: replace(engine_for(*args), lanes=3))
-    host, stop = Host(spec(settings={"measure_s": 0, "batch_jobs": 1}), "w1", settings), asyncio.Event()
+    one_by_one = spec(settings={"measure_s": 0, "batch_jobs": 1})
+    host = Host(one_by_one, "w1", settings, make=lambda *args: replace(engine_for(*args), lanes=3))
+    stop = asyncio.Event()
     async with run_gateway(settings) as gateway:
         await host.load()
         running = asyncio.create_task(host.run(stop))
@@ -90,14 +91,11 @@ async def test_several_batches_are_under_way_at_once(settings: Settings, monkeyp
     await host.close()
 
 
-async def test_a_lane_that_breaks_ends_the_host_and_its_jobs_wait_again(
-    settings: Settings, monkeypatch: pytest.MonkeyPatch
-) -> None:
+async def test_a_lane_that_breaks_ends_the_host_and_its_jobs_wait_again(settings: Settings) -> None:
     def lost() -> None:
         raise ReplicaLost("a shard is gone")
 
-    monkeypatch.setattr(hosting, "engine_for", lambda *args: replace(engine_for(*args), lanes=2, check=lost))
-    host = Host(spec(), "w1", settings)
+    host = Host(spec(), "w1", settings, make=lambda *args: replace(engine_for(*args), lanes=2, check=lost))
     async with run_gateway(settings) as gateway:
         await host.load()
         job = submission(tiny_graph("transformer.h.0"))
@@ -107,3 +105,12 @@ async def test_a_lane_that_breaks_ends_the_host_and_its_jobs_wait_again(
             await asyncio.wait_for(running, 20)
         assert (await gateway.broker.queue.info("ada", job.id)).status == "queued"
     await host.close()
+
+
+def test_a_model_that_remembers_is_given_one_batch_at_a_time(settings: Settings) -> None:
+    scaled = {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 10000.0}
+    settings = settings.changed({"measure_s": 0})
+    assert ready(load(tiny("llama", rope_parameters=scaled), name="tiny"), settings, lanes=3).lanes == 1
+    found = ready(load(tiny("llama"), name="tiny"), settings, room=30 << 20, lanes=3)
+    assert found.lanes == 3
+    assert 3 * found.lane.memory_bytes <= found.allowed.memory_bytes < 30 << 20

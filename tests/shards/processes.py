@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from interpose.runtime.split.building import blocks_of
 from interpose_server.shards.home import Home, assemble
 from interpose_server.shards.shard import SECRET
 
@@ -49,7 +50,9 @@ def spread(source: Path, ranges: Sequence[tuple[int, int]], **timing: float) -> 
             assert shard.stdout is not None
             told = json.loads(shard.stdout.readline())
             addresses[site] = told["host"], told["port"]
-        home = assemble("tiny", str(source), secret, addresses, ranges, device="cpu", **timing)
+        blocks = blocks_of(source)
+        parts = [blocks[first:end] for first, end in ranges]
+        home = assemble("tiny", str(source), secret, addresses, parts, device="cpu", **timing)
         try:
             yield Running(home, shards)
         finally:

@@ -79,9 +79,9 @@ def test_lanes_share_one_engine_and_keep_apart(running: Running) -> None:
 
 
 def test_a_shard_without_a_secret_or_of_no_blocks_is_none() -> None:
-    for secret, blocks, why in ((b"", "0:1", "secret"), (b"s" * 32, "3:3", "none of 3 blocks")):
+    for secret, own, why in ((b"", ["transformer.h.0"], "secret"), (b"s" * 32, [], "a block")):
         with pytest.raises(ValueError, match=why):
-            stand(1, secret, str(tiny("gpt2")), blocks, device="cpu")
+            stand(1, secret, str(tiny("gpt2")), own, ["transformer.h.0"], device="cpu")
 
 
 @pytest.mark.slow

@@ -83,8 +83,11 @@ def tokenizer(tokens: Any) -> tuple[bytes | None, dict[str, Any]]:
             config[f"{name}_token"] = str(token)
             config[f"{name}_token_id"] = getattr(tokens, f"{name}_token_id")
     # What the tokenizer does counts; flags of that name are often wrong, as the file's own rules do the adding.
+    ids = tokens("a").input_ids
+    if not ids:
+        return None, {}  # the library makes an empty one for a folder without
     for name, place in (("bos", 0), ("eos", -1)):
-        config[f"add_{name}_token"] = tokens("a").input_ids[place] == config.get(f"{name}_token_id")
+        config[f"add_{name}_token"] = ids[place] == config.get(f"{name}_token_id")
     if getattr(tokens, "chat_template", None) is not None:
         config["chat_template"] = tokens.chat_template
     if isinstance(tokens.model_max_length, int) and tokens.model_max_length < 1 << 40:

@@ -113,6 +113,13 @@ def _plain(value: Any) -> bool:
     return value is None or isinstance(value, (bool, int, float, Tensor))
 
 
+def leaves_no_trace(model: nn.Module) -> bool:
+    """Whether a forward keeps nothing in the model that another one reads, so that several may be under way."""
+    if length_bound(getattr(model, "config", None)):
+        return False
+    return not any(_REMEMBERS & {*vars(module)} for module in model.modules())
+
+
 def rope_settings(config: Any) -> list[Mapping[str, Any]]:
     """Every set of rotary parameters a config holds: one, or one for each type of layer, or none."""
 

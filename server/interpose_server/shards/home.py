@@ -11,7 +11,7 @@ from interpose.graph.manifest import encode_manifest
 from interpose.runtime.inputs import Feeding
 from interpose.runtime.loading import Loaded, tokenizer_of
 from interpose.runtime.sources import Source, torch_device
-from interpose.runtime.split.building import blocks_of, load_home
+from interpose.runtime.split.building import load_home
 from interpose.runtime.split.route import Nest
 from interpose.runtime.split.settling import settled
 from interpose.runtime.split.slices import Report, feeding_nest
@@ -40,7 +40,7 @@ def assemble(
     source: str,
     secret: bytes,
     addresses: Mapping[int, Address],
-    ranges: Sequence[tuple[int, int]],
+    parts: Sequence[Sequence[str]],
     *,
     device: str | None = None,
     dtype: str | None = None,
@@ -53,7 +53,7 @@ def assemble(
     Args:
         name: what the model is served as.
         addresses: site -> where its shard listens.
-        ranges: of each site from 1 on, which of the model's blocks it holds: (first, behind the last).
+        parts: of each site from 1 on, the paths of its blocks.
         timing: as of `Link`.
 
     Raises:
@@ -61,8 +61,7 @@ def assemble(
         ReplicaLost: a shard is gone.
         ModelUnavailable: the hub doesn't give it.
     """
-    blocks = blocks_of(source, revision)
-    sites = {path: site for site, (start, end) in enumerate(ranges, 1) for path in blocks[start:end]}
+    sites = {path: site for site, own in enumerate(parts, 1) for path in own}
     link = Link(secret, addresses, sites, torch_device(device), **timing)
     try:
         model, stubs = load_home(

@@ -12,7 +12,7 @@ import ray
 
 from .. import logs
 from ..broker.states import ModelState
-from ..models.spec import ModelSpec
+from ..models.spec import ModelSpec, Placement
 from ..settings import Settings
 from .naming import worker_name
 
@@ -38,15 +38,17 @@ class Replica:
 
     async def __init__(self, spec: Mapping[str, Any], settings: Mapping[str, Any]) -> None:  # type: ignore[misc]
         # Torch is for replicas alone: who deploys them has no need of it.
+        from ..worker.engines import engine_for
         from ..worker.hosting import Host, prepare_process
+        from .actors import split_engine
 
         wanted = ModelSpec.model_validate(spec)
         logs.setup(f"replica {wanted.name}")
         self._stop = asyncio.Event()
         self._running: asyncio.Task[None] | None = None
-        self._host: Host = Host(
-            wanted, worker_name(ray.get_runtime_context().get_actor_id() or ""), Settings(**settings)
-        )
+        name = worker_name(ray.get_runtime_context().get_actor_id() or "")
+        make = split_engine if wanted.placement is Placement.BLOCKS else engine_for
+        self._host: Host = Host(wanted, name, Settings(**settings), make=make)
         prepare_process(self._host.settings)
         try:
             await self._host.load()

@@ -49,11 +49,15 @@ def main(argv: Sequence[str] | None = None) -> None:
     if wanted.threads:
         torch.set_num_threads(wanted.threads)
     try:
+        secret = checked(bytes.fromhex(os.environ.pop(SECRET, "")))
+        blocks = blocks_of(wanted.source, wanted.revision)
+        first, _, end = wanted.blocks.partition(":")
         standing = stand(
             wanted.site,
-            bytes.fromhex(os.environ.pop(SECRET, "")),
+            secret,
             wanted.source,
-            wanted.blocks,
+            blocks[int(first) : int(end)],
+            blocks,
             host=wanted.host,
             port=wanted.port,
             device=wanted.device,
@@ -74,7 +78,8 @@ def stand(
     site: int,
     secret: bytes,
     source: str,
-    blocks: str,
+    own: Sequence[str],
+    blocks: Sequence[str],
     *,
     host: str = "127.0.0.1",
     port: int = 0,
@@ -84,20 +89,21 @@ def stand(
     quantization: str | None = None,
     exit_: Exit | None = None,
 ) -> Standing:
-    """Load a part of a model, and listen. `blocks` is a range, as "0:8"; `exit_` as of `Part`.
+    """Load a part of a model, and listen.
+
+    Args:
+        own, blocks: paths of its blocks, and of all.
+        exit_: as of `Part`.
 
     Raises:
         ConfigError, ModelUnavailable: as `load_part` does.
-        ValueError: no range, or no secret.
+        ValueError: no blocks, or no secret.
     """
     checked(secret)
-    paths = blocks_of(source, revision)
-    start, _, end = blocks.partition(":")
-    own = paths[int(start) : int(end)]
     if not own:
-        raise ValueError(f"{blocks} names none of {len(paths)} blocks")
+        raise ValueError("a shard holds a block at least")
     part = load_part_of(
-        site, source, own, paths, exit_, device=device, dtype=dtype, revision=revision, quantization=quantization
+        site, source, own, blocks, exit_, device=device, dtype=dtype, revision=revision, quantization=quantization
     )
     return Standing(site, secret, part, host, port, device=part.device)
 

@@ -8,7 +8,8 @@ from dataclasses import dataclass, replace
 import torch
 from interpose.graph.manifest import Manifest
 from interpose.runtime.engine import Engine
-from interpose.runtime.loading import load
+from interpose.runtime.independence import leaves_no_trace
+from interpose.runtime.loading import Loaded, load
 
 from ..models.spec import ModelSpec, Placement
 from ..settings import Settings
@@ -64,8 +65,19 @@ def engine_for(spec: ModelSpec, settings: Settings, device: str | None = None) -
         quantization=spec.quantization,
         adapters=spec.adapters,
     )
-    measured = measure(loaded, settings.measure_s)
-    allowed = budget(measured, settings, shared=loaded.manifest.row_independent)
+    return ready(loaded, settings)
+
+
+def ready(loaded: Loaded, settings: Settings, *, room: int | None = None, lanes: int = 1) -> Ready:
+    """A loaded model, measured, and the engine for it.
+
+    Args:
+        room: bytes free on devices that this process doesn't see.
+        lanes: of `Ready`; one, whatever is asked, where a forward changes what the next one computes.
+    """
+    shared = loaded.manifest.row_independent
+    measured = measure(loaded, settings.measure_s, room)
+    allowed = budget(measured, settings, shared=shared)
     return Ready(
         engine=Engine(loaded, allowed.most),
         manifest=replace(loaded.manifest, limits=settings.limits.as_dict()),
@@ -73,6 +85,7 @@ def engine_for(spec: ModelSpec, settings: Settings, device: str | None = None) -
         tokenizer=loaded.tokenizer_bytes,
         allowed=allowed,
         measured=measured,
+        lanes=lanes if shared and leaves_no_trace(loaded.model) else 1,
     )
 
 

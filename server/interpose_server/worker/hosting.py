@@ -14,6 +14,7 @@ import time
 from collections.abc import Callable
 from contextlib import suppress
 from functools import partial
+from typing import TypeAlias
 
 import torch
 import transformers
@@ -34,6 +35,8 @@ from .loop import Worker
 
 log = logging.getLogger(__name__)
 
+Make: TypeAlias = Callable[[ModelSpec, Settings, str | None], Ready]
+
 FOREVER_S = 10 * 365 * 86_400.0
 
 
@@ -53,9 +56,12 @@ class Host:
         name: under which its jobs are leased; no other live worker's.
         settings: of the server; the spec's own are applied on top, and one that can't be fails the loading.
         device: overrides where the spec puts it.
+        make: makes the engine; called on a thread of its own.
     """
 
-    def __init__(self, spec: ModelSpec, name: str, settings: Settings, device: str | None = None) -> None:
+    def __init__(
+        self, spec: ModelSpec, name: str, settings: Settings, device: str | None = None, make: Make = engine_for
+    ) -> None:
         self.spec = spec
         self.name = name
         self._fault: ConfigError | None = None
@@ -65,6 +71,7 @@ class Host:
             self.settings, self._fault = settings, error
         self.broker = connect(self.settings)
         self._device = device
+        self._make = make
         self._blobs = open_blobs(self.settings)
         self._workers: list[Worker] = []
         """One for each batch that is under way at once."""
@@ -149,7 +156,7 @@ class Host:
             raise self._fault
         try:
             async with asyncio.timeout(self.spec.load_s):
-                return await asyncio.to_thread(engine_for, self.spec, self.settings, self._device)
+                return await asyncio.to_thread(self._make, self.spec, self.settings, self._device)
         except TimeoutError:
             why = f"{self.spec.name} wasn't loaded after {self.spec.load_s:g} s"
             raise ModelUnavailable(why, details={"reason": "timeout"}) from None

@@ -86,12 +86,17 @@ class Measured:
 
 
 @torch.no_grad()
-def measure(loaded: Loaded, seconds: float) -> Measured:
-    """Time forwards for about so many seconds; with 0, or a model nobody knows how to run, none."""
+def measure(loaded: Loaded, seconds: float, room: int | None = None) -> Measured:
+    """Time forwards for about so many seconds; with 0, or a model nobody knows how to run, none.
+
+    Args:
+        room: bytes free on devices that this process doesn't see.
+    """
     start = time.perf_counter()
     device = torch.device(loaded.device)
     token_bytes, kept_bytes = estimate(loaded.manifest)
-    room = int(free_bytes(loaded.model) * PART)
+    free = free_bytes(loaded.model)
+    room = int((free if room is None else min(free, room)) * PART)
     if not loaded.feeding.works or seconds <= 0:
         return Measured(None, room, Cost(token_bytes=token_bytes, kept_bytes=kept_bytes))
     trial = _Trial(loaded, device, start + seconds)

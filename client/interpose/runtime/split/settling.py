@@ -11,9 +11,10 @@ from torch import nn
 
 from .. import attention, named
 from ..attention import READABLE
-from ..feeding import measure_feeding
+from ..feeding import examples, measure_feeding
 from ..inputs import Feeding
-from ..loading import Loaded, described, trials
+from ..loading import Loaded, described
+from ..pieces import joined
 from .merging import merged
 from .route import Nest
 from .sites import Sites
@@ -42,7 +43,8 @@ def settled(home: nn.Module, stubs: Home, name: str, tokenizer: Any, ask: Ask) -
     feeding = measure_feeding(home, device)
     if feeding.works:
         # Its first forward tells what each block returns, too.
-        tried(home, trials(home, feeding, device))
+        rows = [examples(home, feeding, lengths) for lengths in ([5], [6, 4])]
+        tried(home, [feeding.kwargs(joined([row], feeding.inputs, device)) for row in rows])
     whole = merged(ask(feeding, dict(stubs.outputs)))
     if whole.measured.attention == READABLE:
         attention.adopt(home)

@@ -1,0 +1,65 @@
+"""A model in block ranges on a Ray cluster of two nodes: served as any other; a shard that dies costs time only."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+
+import pytest
+from cluster_lab import ClusterLab, Load, cluster_lab
+from interpose.graph.manifest import decode_manifest
+from interpose.runtime.loading import load as load_whole
+from models import tiny
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(280)]
+
+SPLIT = {
+    "name": "org/split",
+    "source": str(tiny("gpt2")),
+    "placement": "blocks",
+    "shards": 2,
+    "replicas": {"min": 1},
+}
+
+
+@pytest.fixture(scope="module")
+def lab(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ClusterLab]:
+    with cluster_lab(tmp_path_factory.mktemp("blocks"), 2, 2) as lab:
+        lab.deploy(SPLIT)
+        lab.until_copies("org/split", 1)
+        yield lab
+
+
+def test_its_manifest_is_the_whole_models(lab: ClusterLab) -> None:
+    with lab.client() as client:
+        answer = client.get("/v1/models/org/split", headers={"Accept": "application/json"})
+    plain = answer.json()
+    found = decode_manifest(plain.get("manifest", plain))
+    assert found.revision == load_whole(tiny("gpt2"), device="cpu").manifest.revision
+    print(sorted(" ".join(p.cmdline()).strip()[:60] for p in lab.ray.processes("")))
+    assert len(lab.ray.processes("Shard")) == 2
+
+
+def test_a_shard_that_dies_under_load_costs_time_only(lab: ClusterLab) -> None:
+    with Load(lab, "org/split", tiny("gpt2")) as load:
+        load.until_running()
+        time.sleep(1)
+        before = {shard.pid for shard in lab.ray.processes("Shard")}
+        lab.ray.processes("Shard")[1].kill()
+        began = time.monotonic()
+        lab.until_copies("org/split", 0)
+        lab.until_copies("org/split", 1, 150)
+        print(f"back after {time.monotonic() - began:.1f} s")
+        assert not before & {shard.pid for shard in lab.ray.processes("Shard")}, "all shards of a copy end with it"
+    tally = load.finish()
+    print(tally)
+    assert tally.sound
+    assert tally.requeued
+
+
+def test_shards_end_with_their_copy(lab: ClusterLab) -> None:
+    lab.interpose("deploy", "down", lab.config(SPLIT), "org/split")
+    began = time.monotonic()
+    while lab.ray.processes("Shard"):
+        assert time.monotonic() - began < 30
+        time.sleep(0.1)
