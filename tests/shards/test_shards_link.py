@@ -73,6 +73,15 @@ def test_mail_finds_its_site_and_what_is_for_those_behind_comes_home() -> None:
         assert torch.equal(landing.mail[0].value["v"], first * 2)
 
 
+def test_letters_of_one_address_may_hold_any_tensors() -> None:
+    with linked(2) as (link, _):
+        sent = [Mail(1, ("a",), {"v": torch.full((WIDTH,), float(n))}) for n in range(3)]
+        landing = link.forward(1, X, visits(1, 2), [*sent, Mail(HOME, ("a",), X), Mail(HOME, ("a",), X + 1)])
+        assert landing.hidden is not None
+        assert torch.allclose(landing.hidden, expected(expected(X, 1) + 3, 2))
+        assert len(landing.mail) == 2
+
+
 def test_gradients_come_back_by_hidden_states_and_by_mail() -> None:
     with linked(3) as (link, stations):
         hidden, extra = X.clone().requires_grad_(), torch.full((WIDTH,), 0.3, requires_grad=True)

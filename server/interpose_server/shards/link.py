@@ -111,8 +111,9 @@ class Link:
     def forward(self, number: int, hidden: Tensor, visits: Sequence[Visit], mail: Sequence[Mail]) -> Landing:
         route = [visit.site for visit in visits]
         # What asks for gradients goes from site to site, as they come back; the rest needn't.
-        along = [letter for letter in mail if letter.to not in route or tracked(None, [letter])]
-        straight = [letter for letter in mail if letter not in along]
+        along, straight = list[Mail](), list[Mail]()
+        for letter in mail:
+            (along if letter.to not in route or tracked(None, [letter]) else straight).append(letter)
         if not route:
             return Landing(hidden, tuple(mail))
         with self._call(number) as (call, inbox):

@@ -33,6 +33,8 @@ Task: TypeAlias = Callable[[], None]
 SILENCE_S = 60.0
 """Home asks for a sign of life every second. One that is silent for so long is gone."""
 _REMEMBERED = 4096
+_AT_ONCE = 64
+"""Connections that haven't proved yet whose they are."""
 
 
 class Standing:
@@ -65,6 +67,7 @@ class Standing:
         self._listener = socket.create_server((host, port), backlog=16)
         self.address: tuple[str, int] = self._listener.getsockname()[:2]
         self._lock = threading.Lock()
+        self._greeting = threading.Semaphore(_AT_ONCE)
         self._channels: dict[int, Channel] = {}
         self._addresses: dict[int, tuple[str, int]] = {}
         self._halves: dict[int, dict[Kind, Frame]] = {}
@@ -104,7 +107,10 @@ class Standing:
             except OSError:
                 return
             # Each greets on a thread of its own: a stranger who keeps still holds up nobody.
-            threading.Thread(target=self._greet, args=(sock,), name="greet", daemon=True).start()
+            if self._greeting.acquire(blocking=False):
+                threading.Thread(target=self._greet, args=(sock,), name="greet", daemon=True).start()
+            else:
+                sock.close()
 
     def _greet(self, sock: socket.socket) -> None:
         try:
@@ -112,6 +118,8 @@ class Standing:
         except (OSError, Unauthorized) as error:
             log.warning("a stranger was turned away: %s", error)
             return
+        finally:
+            self._greeting.release()
         self._welcome(channel)
 
     def _welcome(self, channel: Channel) -> None:
