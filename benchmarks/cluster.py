@@ -127,6 +127,7 @@ def faults(quick: bool) -> Iterator[tuple[Row, Tally]]:
         "nothing dies": lambda lab: quiet(),
         "one of two copies": lambda lab: kill_copies(lab, 1),
         "both copies": lambda lab: kill_copies(lab, COPIES),
+        "a copy hangs": hang,
         "Serve's controller": kill_controller,
         "a rolling update": lambda lab: update(lab, spec),
         "a node with a copy": kill_node,
@@ -159,6 +160,12 @@ def kill_copies(lab: ClusterLab, number: int) -> float:
     return back(lab, COPIES - number)
 
 
+def hang(lab: ClusterLab) -> float:
+    """It doesn't die, it just does nothing any more: for Serve to notice."""
+    lab.ray.processes("ServeReplica:interpose-org-tiny")[0].suspend()
+    return back(lab, COPIES - 1)
+
+
 def kill_controller(lab: ClusterLab) -> float:
     (old,) = lab.ray.processes("ServeController")
     began = time.monotonic()
@@ -174,7 +181,7 @@ def kill_node(lab: ClusterLab) -> float:
     began = time.monotonic()
     while len(lab.ray.processes("ServeReplica:interpose-org-tiny")) < COPIES:
         time.sleep(0.1)
-    lab.until_copies("org/tiny", COPIES)
+    lab.until_copies("org/tiny", COPIES, 200)
     return time.monotonic() - began
 
 
@@ -192,7 +199,7 @@ def back(lab: ClusterLab, fallen_to: int) -> float:
     """Seconds until all copies run again, counted from the kill."""
     began = time.monotonic()
     lab.until_copies("org/tiny", fallen_to)
-    lab.until_copies("org/tiny", COPIES)
+    lab.until_copies("org/tiny", COPIES, 200)
     return time.monotonic() - began
 
 

@@ -39,6 +39,9 @@ SETTINGS = {"measure_s": 0, "lease_s": 6, "max_attempts": 8}
 
 BLOCK = "transformer.h.1"
 
+WAITING = 30
+"""So many jobs at most wait at a time, or a slow machine would never be done with them."""
+
 
 @dataclass
 class ClusterLab:
@@ -82,17 +85,21 @@ class ClusterLab:
     def copies(self, model: str) -> int:
         """That run jobs."""
         with self.client() as client:
-            found = {one["id"]: one["copies"] for one in client.get("/v1/models").json()["models"]}
-        return int(found.get(model, 0))
+            return self._copies(client, model)
 
     def until_copies(self, model: str, number: int, timeout_s: float = 90) -> float:
         """Returns how long it took, in seconds."""
         began = time.monotonic()
-        while self.copies(model) != number:
-            if time.monotonic() - began > timeout_s:
-                raise TimeoutError(f"{self.copies(model)} copies of {model} run, not {number}")
-            time.sleep(0.1)
+        with self.client() as client:
+            while (found := self._copies(client, model)) != number:
+                if time.monotonic() - began > timeout_s:
+                    raise TimeoutError(f"{found} copies of {model} run, not {number}")
+                time.sleep(0.1)
         return time.monotonic() - began
+
+    def _copies(self, client: httpx.Client, model: str) -> int:
+        found = {one["id"]: one["copies"] for one in client.get("/v1/models").json()["models"]}
+        return int(found.get(model, 0))
 
 
 @contextmanager
@@ -201,8 +208,11 @@ class Load:
         return self.tally
 
     def _submit(self) -> None:
-        with self._lab.client() as client:
+        with self._lab.client() as client, redis.Redis.from_url(self._lab.valkey.url) as broker:
             while not self._stop.wait(self._pause_s) and len(self._jobs) < self._most:
+                waiting: Any = broker.get(keys.TOTAL)
+                if int(waiting or 0) > WAITING:
+                    continue
                 forwards = 100 if len(self._jobs) % 4 == 0 else 1
                 prompts = [tuple(self._random.choices(range(1, 100), k=24)) for _ in range(forwards)]
                 body = encode_submission(job := _job(self._model, prompts))
