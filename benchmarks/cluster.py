@@ -12,7 +12,7 @@ import os
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
@@ -120,23 +120,25 @@ def client(name: str, lab: Served) -> LanguageModel:
 COPIES = 2
 
 
-def faults(quick: bool) -> Iterator[tuple[Row, Tally]]:
+def faults(quick: bool, only: Sequence[str] = ()) -> Iterator[tuple[Row, Tally]]:
     folder = benches.tiny()
     spec = model("org/tiny", folder, COPIES)
     cases: Mapping[str, Callable[[ClusterLab], float]] = {
         "nothing dies": lambda lab: quiet(),
+        "a rolling update": lambda lab: update(lab, spec),
+        "Serve's controller": kill_controller,
         "one of two copies": lambda lab: kill_copies(lab, 1),
         "both copies": lambda lab: kill_copies(lab, COPIES),
-        "a copy hangs": hang,
-        "Serve's controller": kill_controller,
-        "a rolling update": lambda lab: update(lab, spec),
         "a node with a copy": kill_node,
+        "a copy hangs": hang,
     }
     with tempfile.TemporaryDirectory(prefix="b-") as scratch, cluster_lab(Path(scratch), 2, 2) as lab:
         lab.deploy(spec)
         lab.until_copies("org/tiny", COPIES)
         for what, case in cases.items():
-            with Load(lab, "org/tiny", folder, pause_s=0.03) as load:
+            if only and not any(word in what for word in only):
+                continue
+            with Load(lab, "org/tiny", folder, pause_s=0.1 if quick else 0.03) as load:
                 load.until_running()
                 took_s = case(lab)
             tally = load.finish()
@@ -215,13 +217,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("parts", nargs="*", default=["start", "cost", "faults"])
     parser.add_argument("--quick", action="store_true")
+    parser.add_argument("--only", nargs="*", default=[], help="of the faults, those with such a word in their name")
     wanted = parser.parse_args()
     CONFIG.progress = False
     sound = True
     for part in wanted.parts:
         if part == "faults":
             found = []
-            for one in faults(wanted.quick):
+            for one in faults(wanted.quick, wanted.only):
                 print(*one, file=sys.stderr, flush=True)
                 found.append(one)
             rows = [one for one, _ in found]
