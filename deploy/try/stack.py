@@ -77,7 +77,10 @@ class Stack:
 
     def _script(self, name: str, **streams: Any) -> None:
         env = os.environ | {"COMPOSE": " ".join(self.command)}
-        subprocess.run([ROOT / "deploy" / name], env=env, check=True, **streams)
+        streams = {"stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE} | streams
+        done = subprocess.run([ROOT / "deploy" / name], env=env, check=False, text=True, **streams)
+        if done.returncode:
+            raise SystemExit(f"try: deploy/{name} failed\n{done.stderr[-4000:]}")
 
     def name(self, service: str) -> str:
         return f"{PROJECT}_{service}_1"
