@@ -117,7 +117,7 @@ class ModelSpec(Plain):
     def _sound(self) -> ModelSpec:
         if self.devices is not None and self.devices > 1 and self.devices != int(self.devices):
             raise ValueError("beyond one, devices come whole")
-        if self.adapters and self.placement is Placement.BLOCKS:
+        if self.adapters and (self.placement is Placement.BLOCKS or (self.shards or 1) > 1):
             raise ValueError("adapters can't be chosen yet where blocks lie in several processes")
         return self
 
