@@ -263,7 +263,7 @@ class Queue:
         return [name.decode() for name in names]
 
     async def reap(self, worker: str = "") -> list[tuple[str, JobStatus]]:
-        """Requeue or fail jobs whose lease ended, or, with a name, all that a dead worker held."""
+        """Requeue or fail jobs whose lease ended, or, with a name, all that a dead worker and its lanes held."""
         most = self._settings.max_attempts
         error = JobPoisoned(
             f"the worker died each of the {most} times it ran this job; the job is the likely cause",

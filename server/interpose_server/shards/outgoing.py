@@ -48,11 +48,15 @@ class Outgoing:
             return {"value": value}
         name = f"{address['id']}/{address['attempt']}/{node}"
         self._backlog.add(size, lambda: False)
-        key, parts = blob_keys.result(address["user"], name), tuple(map(leave, tensors))
-        token = next(self._tokens)
-        self._leaving[token] = self._pool.submit(self._store, key, parts, size)
-        while len(self._leaving) > REMEMBERED:
-            del self._leaving[next(iter(self._leaving))]
+        try:
+            key, parts = blob_keys.result(address["user"], name), tuple(map(leave, tensors))
+            token = next(self._tokens)
+            self._leaving[token] = self._pool.submit(self._store, key, parts, size)
+        except BaseException:
+            self._backlog.remove(size)
+            raise
+        if len(self._leaving) > REMEMBERED:
+            self._forget()
         return {
             "tree": tree,
             "tensors": [encode_spec(spec) for spec in specs],
@@ -76,6 +80,12 @@ class Outgoing:
             log.error("a result can't be stored", exc_info=error)
             error = InternalError("the server couldn't store a result")
         return {"error": error.to_wire()}
+
+    def _forget(self) -> None:
+        """Let go of the oldest saves that are stored."""
+        over = len(self._leaving) - REMEMBERED
+        for token in [token for token, future in [*self._leaving.items()] if future.done()][:over]:
+            self._leaving.pop(token, None)
 
     def close(self) -> None:
         self._pool.shutdown(wait=False, cancel_futures=True)

@@ -114,7 +114,7 @@ class Host:
         except Exception:
             # Its jobs needn't wait for their leases to end.
             with suppress(RedisError, OSError):
-                await self._reap(len(self._workers))
+                await self.broker.queue.reap(self.name)
             raise
         finally:
             await end([leaving])
@@ -127,11 +127,6 @@ class Host:
                 await done
         finally:
             await end(tasks)
-
-    async def _reap(self, lanes: int) -> None:
-        """Have jobs requeued that are leased under this host's names and that nobody runs."""
-        for lane in range(lanes):
-            await self.broker.queue.reap(self._lane(lane))
 
     def _lane(self, number: int) -> str:
         """The name under which one of its workers has its leases."""
@@ -168,7 +163,7 @@ class Host:
             key = blob_keys.tokenizer(tokenizer)
             await self._blobs.run(lambda: self._blobs.put(key, [data], FOREVER_S))
         # One that died under this name holds leases on jobs nobody runs.
-        await self._reap(ready.lanes)
+        await self.broker.queue.reap(self.name)
         # The workers come first: one that can't be made is never told of.
         self._workers = [
             Worker(
