@@ -187,6 +187,13 @@ def test_what_is_larger_than_all_devices_is_told_if_that_lasts() -> None:
     assert decide([big], Room(None), NOW).copies == {"a": 1}
 
 
+def test_jobs_of_a_model_that_was_loaded_before_wait_for_a_node_that_is_away() -> None:
+    big = replace(model(waiting=1, parts=(2.0,) * 3), loaded=True)
+    memory = decide([big], Room((4, 1)), NOW).memory
+    then = decide([big], Room((4, 1)), NOW + 100 * OUTGROWN_S, memory)
+    assert not then.impossible and then.crowded == {"a"}
+
+
 def test_a_copy_that_finds_no_room_has_another_make_way() -> None:
     both = [model("a", waiting=1), model("b", ready=1, idle_s=100)]
     memory = replace(long_loaded("b"), asked={"a": 1, "b": 1}, pending_s={"a": NOW - RULES.stuck_s})

@@ -108,6 +108,7 @@ def figures_of(
         oldest_wait_s=max(wait_ms, 0) / 1000,
         idle_s=max(hosted.now_ms - used_ms, 0) / 1000 if used_ms else math.inf,
         busy=busy,
+        loaded=hosted.ready_ms > 0,
         wished=hosted.wished and not ready,
         evicted=hosted.evicted,
         failed=hosted.barred,

@@ -36,6 +36,7 @@ class Figures:
         failed: loading it failed, and it isn't time to try again.
         draining: it is being taken out of the catalogue.
         parts: what one copy takes.
+        loaded: it has been ready before.
     """
 
     spec: ModelSpec
@@ -51,6 +52,7 @@ class Figures:
     failed: bool = False
     draining: bool = False
     parts: Parts = (1.0,)
+    loaded: bool = False
 
     @property
     def name(self) -> str:
@@ -259,8 +261,10 @@ class _Decision:
         if wanted and name in self._outgrown:
             self._copies[name] = 0
             self._why[name] = f"a copy takes {_shown(model.parts)}, more than there are"
-            # A node may be away for a moment.
-            if self._lasted(self._outgrown, model, OUTGROWN_S):
+            # A node may be away: for long, where the model has been loaded before.
+            if model.loaded:
+                self._crowded.add(name)
+            elif self._lasted(self._outgrown, model, OUTGROWN_S):
                 self._impossible[name] = self._why[name]
             return
         if self._copies[name] and not model.held and self._lasted(self._pending, model, self._rules.stuck_s):
