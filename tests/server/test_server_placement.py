@@ -161,6 +161,13 @@ def test_ranges_without_devices_are_of_like_bytes(home: bool, counts: list[int])
         ranges(spec(source=str(tiny("llama"))), 4, home=home)
 
 
+def test_ranges_are_those_of_a_plan_on_devices_of_one_size(smollm2: Path) -> None:
+    for devices, count in [("2x24GB", 2), ("5x80GB", 5), ("3x8GB+4x8GB", 7)]:
+        its = spec(source=str(smollm2), placement="blocks", shards=count)
+        planned = plan(figures(its), Devices.parse(devices), its).shards
+        assert [len(shard.blocks) for shard in planned] == [len(part) for part in ranges(its, count, home=True)]
+
+
 def test_home_beside_a_range_leaves_it_fewer_blocks(smollm2: Path) -> None:
     its = spec(source=str(smollm2))
     assert [len(part) for part in ranges(its, 2, home=False)] == [15, 15]
@@ -232,9 +239,8 @@ TABLES = {
     ("Llama-3.1-70B", "4x80GB"): (
         "devices",
         [
-            "0-23 42.2 1.5 2.6 3.0",
-            "24-51 44.6 1.8 2.3 3.5",
-            "52-79 44.6 1.8 2.3 3.5",
+            "0-38 66.1 2.4 2.6 4.9",
+            "39-79 65.3 2.6 2.3 5.1",
         ],
     ),
     ("Mixtral-8x22B", "8x80GB"): (

@@ -17,7 +17,7 @@ come.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -216,12 +216,10 @@ def _anywhere(devices: Devices, number: int) -> Iterator[Sequence[Device]]:
 def _placed(sizes: Sizes, load: Load, placement: Placement, devices: Sequence[Device]) -> Plan:
     """A model on these very devices, whether or not it fits."""
     flight = max(READY, len(devices)) if placement is Placement.BLOCKS else READY
-    weigh = [_held([block], load, flight) for block in sizes.blocks]
-    home = _held([sizes.outside], load, flight) + sizes.outside.work_token * load.tokens
     rooms = [device.usable for device in devices]
+    ranges = division(sizes, rooms, home=True)
     if placement is Placement.BLOCKS:
         rooms[0] = max(rooms[0] - CONTEXT, 0)  # home's process is one more
-    ranges = divided(weigh, home, rooms)
     shards = tuple(
         _shard(sizes, load, flight, device, room, blocks, home=not index, alone=placement is Placement.BLOCKS)
         for index, (device, room, blocks) in enumerate(zip(devices, rooms, ranges, strict=True))
@@ -229,8 +227,19 @@ def _placed(sizes: Sizes, load: Load, placement: Placement, devices: Sequence[De
     share = _share(shards[0].total, devices[0]) if placement is Placement.DEVICE else 1.0
     home_share = 0.0
     if placement is Placement.BLOCKS:
-        home_share = min(_steps((home + CONTEXT) / (devices[0].usable + CONTEXT)), HALF)
+        home = sizes.outside.weights + sizes.outside.work_token * load.tokens + CONTEXT
+        home_share = min(_steps(home / (devices[0].usable + CONTEXT)), HALF)
     return Plan(sizes, load, placement, shards, flight, share, home_share)
+
+
+def division(sizes: Sizes, rooms: Sequence[int], *, home: bool) -> list[range]:
+    """Blocks divided by their weights, to which what else they take is about in proportion.
+
+    Args:
+        rooms: bytes; only how they compare matters.
+        home: whether what is no block lies with the first range.
+    """
+    return divided([block.weights for block in sizes.blocks], sizes.outside.weights if home else 0, rooms)
 
 
 def _shard(
@@ -251,14 +260,6 @@ def _shard(
 def _stream(sizes: Sizes) -> list[Part]:
     """The hidden states pass wherever there is no block, too."""
     return [Part(0, output_token=max((block.output_token for block in sizes.blocks), default=0))]
-
-
-def _held(parts: Iterable[Part], load: Load, flight: int) -> int:
-    """Bytes that each part adds: all but what a forward makes on the way."""
-    return sum(
-        part.weights + flight * part.cache(load.rows, load.context) + part.output_token * load.tokens
-        for part in parts
-    )
 
 
 def _share(total: int, device: Device) -> float:

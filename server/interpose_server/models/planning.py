@@ -8,8 +8,7 @@ from pathlib import Path
 from interpose.errors import ConfigError
 
 from .devices import Devices
-from .placement import Load, Plan, plan
-from .ranges import divided
+from .placement import Load, Plan, division, plan
 from .sizes import Sizes
 from .spec import ModelSpec
 
@@ -25,7 +24,7 @@ def plan_for(spec: ModelSpec, devices: Devices, load: Load | None = None) -> Pla
 
 
 def ranges(spec: ModelSpec, shards: int, *, home: bool) -> tuple[tuple[str, ...], ...]:
-    """Paths of the blocks of each range, the ranges as alike in bytes as can be.
+    """Paths of the blocks of each range, the ranges as alike in bytes as can be: a plan's, on devices of one size.
 
     Args:
         home: whether what is no block lies with the first range, which then has fewer blocks. Not so where home has
@@ -38,9 +37,8 @@ def ranges(spec: ModelSpec, shards: int, *, home: bool) -> tuple[tuple[str, ...]
     sizes = figures(spec)
     if not 1 <= shards <= len(sizes.blocks):
         raise ConfigError(f"{spec.name} has {len(sizes.blocks)} blocks, which can't be {shards} ranges")
-    weights = [block.weights for block in sizes.blocks]
-    found = divided(weights, sizes.outside.weights if home else 0, [sizes.weights] * shards)
-    names = [f"{sizes.path}.{index}" if sizes.path else f"{index}" for index in range(len(weights))]
+    found = division(sizes, [1] * shards, home=home)
+    names = [f"{sizes.path}.{index}" if sizes.path else f"{index}" for index in range(len(sizes.blocks))]
     return tuple(tuple(names[index] for index in its) for its in found)
 
 
