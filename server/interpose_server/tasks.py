@@ -1,4 +1,4 @@
-"""Ending background tasks."""
+"""Background tasks: waiting beside them, ending them."""
 
 from __future__ import annotations
 
@@ -21,3 +21,16 @@ async def end(tasks: Iterable[asyncio.Task[Any]]) -> None:
             if not task.cancelled():
                 # Asked for, or the loop complains that nobody did.
                 task.exception()
+
+
+async def either(bell: asyncio.Task[None], event: asyncio.Event, timeout_s: float | None) -> bool:
+    """Return when the bell has rung, the event is set, or time is up: whether it rang. Raises what the bell raised.
+    An unrung bell stays."""
+    waiting = asyncio.create_task(event.wait())
+    try:
+        await asyncio.wait([bell, waiting], timeout=timeout_s, return_when=asyncio.FIRST_COMPLETED)
+        if bell.done():
+            bell.result()
+        return bell.done()
+    finally:
+        await end([waiting])

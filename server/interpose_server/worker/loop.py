@@ -23,7 +23,7 @@ from ..broker.connect import Broker
 from ..broker.queue import Claim
 from ..broker.waiting import Waiting
 from ..settings import Settings
-from ..tasks import end
+from ..tasks import either, end
 from .budget import unmeasured
 from .company import Company, Ready
 from .desk import Desk
@@ -174,7 +174,7 @@ class Worker:
             if not await self._look() and not stop.is_set():
                 company = self._desk.company
                 wait_s = company.look_in() if company else None
-                self._waiting |= await _either(self._bell(), self._changed, wait_s)
+                self._waiting |= await either(self._bell(), self._changed, wait_s)
         except (RedisError, OSError) as error:
             log.warning("the broker doesn't answer (%s); trying again", type(error).__name__)
             await asyncio.sleep(0.2)
@@ -415,16 +415,3 @@ class Worker:
         self._held.pop(sink, None)
         if not self._held:
             self._empty.set()
-
-
-async def _either(bell: asyncio.Task[None], event: asyncio.Event, timeout_s: float | None) -> bool:
-    """Return when the bell has rung, the event is set, or time is up: whether it rang. Raises what the bell raised.
-    An unrung bell stays."""
-    waiting = asyncio.create_task(event.wait())
-    try:
-        await asyncio.wait([bell, waiting], timeout=timeout_s, return_when=asyncio.FIRST_COMPLETED)
-        if bell.done():
-            bell.result()
-        return bell.done()
-    finally:
-        await end([waiting])
