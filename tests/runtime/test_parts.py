@@ -6,6 +6,7 @@ import importlib.util
 import json
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -286,8 +287,16 @@ MEMORY_BEYOND = 300 << 20
 """Of address space, for threads' stacks and arenas; what is resident beyond the part stays under a third of it."""
 
 
+@pytest.fixture
+def gigabyte(tmp_path: Path) -> Iterator[Path]:
+    """A llama of 16 blocks of 67 MB, a file for every other block; gone after the test."""
+    _gigabyte(tmp_path)
+    yield tmp_path
+    for file in tmp_path.glob("*.safetensors"):
+        file.unlink()
+
+
 def _gigabyte(folder: Path) -> None:
-    """A llama of 16 blocks of 67 MB, a file for every other block."""
     config = LlamaConfig(
         **{"vocab_size": 512, "hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 16},
         **{"num_attention_heads": 8, "num_key_value_heads": 8, "architectures": ["LlamaForCausalLM"]},
@@ -307,11 +316,10 @@ def _gigabyte(folder: Path) -> None:
 
 @pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="the kernel's figures are read from /proc")
-def test_a_process_takes_the_memory_of_its_part(tmp_path: Path) -> None:
+def test_a_process_takes_the_memory_of_its_part(gigabyte: Path) -> None:
     """A model of 1 GB in four processes, each limited to its part and a little: none may hold the whole."""
-    _gigabyte(tmp_path)
     script = Path(__file__).with_name("part_processes.py")
-    command = [sys.executable, str(script), str(tmp_path), "4", str(MEMORY_BEYOND)]
+    command = [sys.executable, str(script), str(gigabyte), "4", str(MEMORY_BEYOND)]
     found = subprocess.run(command, capture_output=True, text=True, timeout=240, check=True)
     *parts, all_of_it = [json.loads(line) for line in found.stdout.splitlines()]
     print(*parts, all_of_it, sep="\n")
