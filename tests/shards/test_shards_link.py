@@ -2,22 +2,25 @@
 
 from __future__ import annotations
 
+import select
 import socket
 import struct
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 
 import pytest
 import torch
 from interpose.errors import InternalError, ReplicaLost, ShapeMismatch, Unauthorized
 from interpose.runtime.split.route import HOME, Mail
+from interpose_server.shards import channel as channels
 from interpose_server.shards import frames
 from interpose_server.shards.channel import Channel
 from interpose_server.shards.greeting import HELLO_BYTES, Answering, Dialing
 from interpose_server.shards.link import Link
 from interpose_server.shards.standing import Standing
+from interpose_server.shards.strangers import Strangers
 from stations import WIDTH, Matrices, linked, visits, weight
 
 X = torch.randn(2, 5, WIDTH, generator=torch.Generator().manual_seed(9))
@@ -227,6 +230,39 @@ def test_strangers_are_turned_away() -> None:
         with pytest.raises((Unauthorized, ReplicaLost)):
             Link(b"y" * 32, {1: shard.address}, {})
         assert link.forward(1, X, visits(1), []).hidden is not None
+
+
+def test_strangers_who_fill_the_room_make_room() -> None:
+    with linked(1) as (_, stations), ExitStack() as crowd:
+        (shard,) = standing_of(stations)
+        for _ in range(200):
+            crowd.enter_context(socket.create_connection(shard.address))
+        channel = Channel.dial(shard.address, shard._secret, 7, 1)
+        assert sum(thread.name == "greet" for thread in threading.enumerate()) <= 70
+        channel.close()
+
+
+def test_a_greeting_in_drops_is_over_in_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(channels, "GREETING_S", 0.5)
+    with linked(1) as (_, stations):
+        (shard,) = standing_of(stations)
+        with socket.create_connection(shard.address) as sock:
+            began = time.monotonic()
+            with suppress(OSError):
+                while time.monotonic() - began < 4 and not select.select([sock], [], [], 0.1)[0]:
+                    sock.send(b"i")
+            assert time.monotonic() - began < 3
+
+
+def test_of_strangers_the_oldest_of_the_largest_crowd_goes() -> None:
+    strangers, pairs = Strangers(3), [socket.socketpair() for _ in range(4)]
+    for (sock, _), host in zip(pairs, ("one", "many", "many", "many"), strict=True):
+        strangers.come(sock, host)
+    assert pairs[1][1].recv(1) == b""
+    assert [strangers.leave(sock) for sock, _ in pairs] == [True, False, True, True]
+    for pair in pairs:
+        for sock in pair:
+            sock.close()
 
 
 def test_frames_are_bounded() -> None:

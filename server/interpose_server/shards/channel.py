@@ -19,6 +19,7 @@ from .parcels import pack
 log = logging.getLogger(__name__)
 
 GREETING_S = 10.0
+"""A greeting takes no longer, however slowly its bytes come."""
 DEAD_S = 20.0
 """A peer whose machine doesn't acknowledge what was sent for so long is gone."""
 _BUFFER = 4 << 20
@@ -49,9 +50,10 @@ class Channel:
         except OSError as error:
             raise ReplicaLost(f"shard {to} can't be reached: {error.strerror or error}") from error
         try:
+            until = time.monotonic() + GREETING_S
             dialing = Dialing(secret, site, to)
             sock.sendall(dialing.hello)
-            answer = _exactly(sock, HELLO_BYTES + PROOF_BYTES)
+            answer = _exactly(sock, HELLO_BYTES + PROOF_BYTES, until)
             sock.sendall(dialing.answered(answer[:HELLO_BYTES], answer[HELLO_BYTES:]))
             return cls(_tuned(sock), to)
         except OSError as error:
@@ -65,10 +67,11 @@ class Channel:
     def answer(cls, sock: socket.socket, secret: bytes, site: int) -> Channel:
         """Raises Unauthorized, OSError; the socket is closed then."""
         try:
-            sock.settimeout(GREETING_S)
+            until = time.monotonic() + GREETING_S
             answering = Answering(secret, site)
-            sock.sendall(answering.hello(_exactly(sock, HELLO_BYTES)))
-            return cls(_tuned(sock), answering.proved(_exactly(sock, PROOF_BYTES)))
+            sock.sendall(answering.hello(_exactly(sock, HELLO_BYTES, until)))
+            peer = answering.proved(_exactly(sock, PROOF_BYTES, until))
+            return cls(_tuned(sock), peer)
         except (OSError, Unauthorized):
             sock.close()
             raise
@@ -145,10 +148,16 @@ def _tuned(sock: socket.socket) -> socket.socket:
     return sock
 
 
-def _exactly(sock: socket.socket, length: int) -> bytes:
-    data = bytearray(length)
-    _fill(sock, [memoryview(data)])
-    return bytes(data)
+def _exactly(sock: socket.socket, length: int, until: float) -> bytes:
+    """Raises OSError, also where the stream ends before, or the time (monotonic) has come."""
+    data = b""
+    while len(data) < length:
+        sock.settimeout(max(until - time.monotonic(), 0.001))
+        part = sock.recv(length - len(data))
+        if not part:
+            raise ConnectionResetError("the peer closed the connection")
+        data += part
+    return data
 
 
 def _next(sock: socket.socket) -> Frame:

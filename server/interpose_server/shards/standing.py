@@ -25,6 +25,7 @@ from .channel import Channel
 from .faults import told
 from .frames import Frame, Kind
 from .greeting import checked
+from .strangers import Strangers
 
 log = logging.getLogger(__name__)
 
@@ -67,7 +68,7 @@ class Standing:
         self._listener = socket.create_server((host, port), backlog=16)
         self.address: tuple[str, int] = self._listener.getsockname()[:2]
         self._lock = threading.Lock()
-        self._greeting = threading.Semaphore(_AT_ONCE)
+        self._strangers = Strangers(_AT_ONCE)
         self._channels: dict[int, Channel] = {}
         self._addresses: dict[int, tuple[str, int]] = {}
         self._halves: dict[int, dict[Kind, Frame]] = {}
@@ -103,24 +104,24 @@ class Standing:
     def _accept(self) -> None:
         while not self.ended.is_set():
             try:
-                sock, _ = self._listener.accept()
+                sock, address = self._listener.accept()
             except OSError:
                 return
             # Each greets on a thread of its own: a stranger who keeps still holds up nobody.
-            if self._greeting.acquire(blocking=False):
-                threading.Thread(target=self._greet, args=(sock,), name="greet", daemon=True).start()
-            else:
-                sock.close()
+            self._strangers.come(sock, address[0])
+            threading.Thread(target=self._greet, args=(sock,), name="greet", daemon=True).start()
 
     def _greet(self, sock: socket.socket) -> None:
         try:
             channel = Channel.answer(sock, self._secret, self.site)
         except (OSError, Unauthorized) as error:
+            self._strangers.leave(sock)
             log.warning("a stranger was turned away: %s", error)
             return
-        finally:
-            self._greeting.release()
-        self._welcome(channel)
+        if self._strangers.leave(sock):
+            self._welcome(channel)
+        else:
+            channel.close()  # it had to go while it proved itself
 
     def _welcome(self, channel: Channel) -> None:
         with self._lock:
