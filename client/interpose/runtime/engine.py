@@ -99,7 +99,10 @@ class _Pace:
 
 
 class Engine:
-    """One loaded model. Called from one thread; `run` may be called within another call, when that has a break.
+    """One loaded model. `run` may be called within another call, when that has a break.
+
+    Called from one thread; a split model's from several at once if its rows are independent, as nothing is put back
+    between forwards then.
 
     Args:
         tokens: most of one forward that several runs share, rows times the longest of them.
@@ -193,10 +196,14 @@ class Engine:
         self, jobs: Sequence[EngineJob], pace: _Pace
     ) -> list[Interpreter | InterposeError] | InterposeError:
         """Run jobs once. Returns how each ended, or the fault for which none of them counts as run."""
+        started: list[Interpreter | InterposeError] = []
+        running: list[Interpreter] = []
         try:
-            started = [self.start(job) for job in jobs]
-            running = [job for job in started if isinstance(job, Interpreter)]
             try:
+                for job in jobs:
+                    started.append(begun := self.start(job))
+                    if isinstance(begun, Interpreter):
+                        running.append(begun)
                 self._runs(running, pace)
             except BaseException:
                 self.close(running)
@@ -260,8 +267,12 @@ class Engine:
                 started.away = Away(started, job.graph, self.loaded.split, division, job.owner)
         except InterposeError as error:
             return error
-        with _gradients(started):
-            started.begin()
+        try:
+            with _gradients(started):
+                started.begin()
+        except BaseException:
+            self.close([started])
+            raise
         return started
 
     def _runs(self, jobs: Sequence[Interpreter], pace: _Pace) -> None:

@@ -11,7 +11,7 @@ from ..graph.limits import Limits
 from ..graph.model import Node
 from . import nests
 from .held import compact
-from .plan import Plan
+from .plan import MOMENTS, Plan
 from .sink import Adopting, Sink
 
 
@@ -60,14 +60,20 @@ class Saves:
             self._sink.adopt(node.id, saved, stored)
 
     def missing(self, plan: Plan) -> list[Node]:
-        """Saves of a whole plan that must have left and haven't: those of branches and of later steps needn't."""
-        if any(run.kind == "generate" for run in plan.graph.runs):
-            return []
+        """Saves of a whole plan that must have left and haven't.
+
+        Those of branches needn't, nor what comes of a generation, which may end before a step.
+        """
+        nodes, growing = plan.graph.nodes, set[int]()
+        for node in nodes:
+            grows = node.op in MOMENTS and plan.graph.runs[node.run].kind == "generate"
+            if grows or not growing.isdisjoint(plan.needs[node.id]):
+                growing.add(node.id)
         return [
             node
             for node in plan.nodes("save")
-            if node.id not in self.gone
-            and not any(plan.graph.nodes[control].op == "branch" for control in plan.scope[node.id])
+            if node.id not in self.gone | growing
+            and not any(nodes[control].op == "branch" for control in plan.scope[node.id])
         ]
 
     def skip(self, node: Node) -> None:

@@ -12,9 +12,9 @@ from typing import Any
 import pytest
 import torch
 from interpose import LanguageModel
-from interpose.errors import IndexOutOfRange, JobCancelled, LimitExceeded
+from interpose.errors import IndexOutOfRange, InternalError, JobCancelled, LimitExceeded
 from interpose.graph.limits import UNLIMITED
-from interpose.graph.model import Graph, Invoke, Run
+from interpose.graph.model import Graph, Invoke, Node, Run
 from interpose.runtime.engine import Engine, EngineJob
 from interpose.runtime.loading import load
 from interpose.runtime.split.guest import Graphs
@@ -330,3 +330,34 @@ def test_attached_values_come_to_their_shards() -> None:
         return [found]
 
     both(use)
+
+
+def test_gradients_of_two_backwards_meet_on_a_shard() -> None:
+    def use(model: LanguageModel) -> Sequence[Any]:
+        h = model.transformer.h
+        with model.trace(ROW):
+            first, last = h[0].output, h[2].output
+            with model.logits[0, -1, 7].backward():
+                early = first.grad
+            with model.logits[0, -1, 9].backward():
+                late = last.grad
+            both_ways = (early.sum() + late.sum()).save()
+            difference = (early - late).save()
+        return both_ways, difference
+
+    both(use, exact=False)
+
+
+def test_a_shard_that_fails_at_the_beginning_keeps_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    weight = Node(0, "param", (BLOCK.format(1) + ".mlp.c_fc", "weight"))
+    job = graph(weight, save(1, 0))
+    on, begun = shards("gpt2"), Graphs._begun
+
+    def broken(self: Graphs, told: Any) -> Any:
+        begun(self, told)
+        raise RuntimeError("no memory for it")
+
+    monkeypatch.setattr(Graphs, "_begun", broken)
+    errors = on.run([EngineJob(job, {}, Kept()), EngineJob(job, {}, Kept())])
+    assert [type(error) for error in errors] == [InternalError] * 2
+    assert parts(on) == 0

@@ -185,16 +185,18 @@ class Graphs:
     # -- backwards ---------------------------------------------------------------------------------------------
 
     def wave(self, work: Nest, mail: Sequence[Mail], run: Callable[[], None]) -> tuple[Nest, Sequence[Mail]]:
-        parts = [self._parts[told["number"]] for told in work]
-        for part, told in zip(parts, work, strict=True):
+        asked = [(self._parts[told["number"]], told["asked"]) for told in work or ()]
+        for part, pairs in asked:
             part.start()
-            part.job.gradients.ask_for(told["asked"])
-        self._deliver(mail, backward=True)
+            part.job.gradients.ask_for(pairs)
+        parts = [part for part, _ in asked]
+        parts += [part for part in self._deliver(mail, backward=True) if part not in parts]
         try:
             run()
         finally:
             for part in parts:
                 part.job.gradients.ebb()
+                part.job.gradients.ask_for(())  # the next backward may come by without asking for anything here
         for part in parts:
             with part.job.guard():
                 if part.job.error is None:

@@ -234,7 +234,7 @@ class _Divider:
             return (when[0], END, self.sites.last), HOME, runs
         sites = {self.site[need] for need in last}
         if len(sites) > 1:
-            return (-1, 0, 1), HOME, runs
+            return self._at_home(node, when, runs)
         return when, sites.pop(), runs
 
     def _at_home(self, node: Node, when: Moment, runs: frozenset[int]) -> tuple[Moment, int, frozenset[int]]:
