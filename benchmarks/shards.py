@@ -3,7 +3,8 @@
 Forwards of a model in 2 and in 4 parts, one thread each, with several batches in flight; beside the same parts with
 one forward at a time, which is what a plain device map does, and beside the whole model in one process of one
 thread. A machine of two cores has work for two parts at most: the figures of 4 show what four parts cost there, and
-not what four devices would give. Run alone on a machine: parts that wait for a core wait for one another.
+not what four devices would give, which `paced.py` does. Run alone on a machine: parts that wait for a core wait for
+one another.
 """
 
 from __future__ import annotations
@@ -35,7 +36,7 @@ from timing import interleaved, ratio
 from torch import Tensor, nn
 from transformers import GPT2Config, GPT2LMHeadModel
 
-BLOCKS, WIDTH, VOCABULARY = 16, 768, 1000
+BLOCKS, WIDTH, VOCABULARY = 12, 768, 1000
 """A small vocabulary, so that home's own part is as small beside the blocks as it is in a large model."""
 
 
@@ -140,7 +141,7 @@ def main() -> None:
         shapes = [(2, 64)] if quick else [(1, 32), (4, 128)]
         for parts in (2,) if quick else (2, 4):
             for shape in shapes:
-                found += rows(source, whole, parts, shape, 12 if quick else 24, 3 if quick else 5)
+                found += rows(source, whole, parts, shape, 8 if quick else 24, 3 if quick else 5)
                 print(markdown(found[-2:]), flush=True)
     print(f"\n{os.cpu_count()} cores, load {os.getloadavg()[0]:.1f}\n")
     print(markdown(found))
