@@ -12,7 +12,7 @@ from functools import partial
 from typing import Any
 
 import ray
-from interpose.errors import ConfigError, InterposeError, ReplicaLost
+from interpose.errors import ConfigError, ReplicaLost
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from .. import logs
@@ -24,14 +24,9 @@ log = logging.getLogger(__name__)
 
 
 class Shard:
-    """The actor: one range of a model's blocks. Its process ends when home does.
+    """The actor: one range of a model's blocks. Its process ends when home does."""
 
-    Args:
-        spec, settings: as plain data.
-        own, blocks: paths of its blocks, and of all.
-    """
-
-    def __init__(
+    def stand(
         self,
         site: int,
         secret: bytes,
@@ -39,7 +34,15 @@ class Shard:
         settings: Mapping[str, Any],
         own: Sequence[str],
         blocks: Sequence[str],
-    ) -> None:
+    ) -> tuple[str, int]:
+        """Load, and listen. Returns where.
+
+        What fails here is raised where it was asked for, with its reason; what fails while an actor is made isn't.
+
+        Args:
+            spec, settings: as plain data.
+            own, blocks: paths of its blocks, and of all.
+        """
         # Torch is for shards alone: who deploys them has no need of it.
         from ..blobs import open_blobs
         from ..worker.hosting import prepare_process
@@ -64,21 +67,19 @@ class Shard:
             exit_=Outgoing(open_blobs(chosen), chosen),
         )
         threading.Thread(target=self._end, name="end", daemon=True).start()
+        return self._standing.address
 
     def _end(self) -> None:
         self._standing.wait()
         # Threads under way would hold up an orderly exit, and nobody is left to hear of them.
         os._exit(0)
 
-    def address(self) -> tuple[str, int]:
-        """Where it listens, once it has loaded."""
-        return self._standing.address
-
 
 def split_engine(spec: ModelSpec, settings: Settings, device: str | None = None) -> Any:
     """`engines.engine_for` of a model in block ranges.
 
-    To be called in a replica, which is in the first bundle of its placement group; the others are the shards'.
+    To be called in a replica, which has a part of the first bundle of its placement group. The first shard has the
+    rest of that, and each other shard a bundle.
 
     Raises:
         ConfigError: it can't be split, or not so.
@@ -86,6 +87,7 @@ def split_engine(spec: ModelSpec, settings: Settings, device: str | None = None)
         ReplicaLost: a shard died meanwhile.
     """
     from interpose.runtime.loading import with_adapters
+    from interpose.runtime.split.building import commit_of
 
     from ..models.planning import ranges
     from ..worker.engines import ready
@@ -95,16 +97,19 @@ def split_engine(spec: ModelSpec, settings: Settings, device: str | None = None)
     if group is None:
         raise ConfigError(f"{spec.name}: its copy was given no place for shards")
     places = _places(group.bundle_specs, ray.get_runtime_context().get_assigned_resources())  # type: ignore[no-untyped-call]
+    # One commit for all parts, whatever is pushed to the hub while they load.
+    spec = spec.model_copy(update={"revision": commit_of(spec.place, spec.revision)})
     parts = ranges(spec, len(places), home="GPU" in places[0])
     blocks = [path for own in parts for path in own]
     secret = secrets.token_bytes(32)
     plain = spec.model_dump(mode="json"), settings.model_dump(mode="json", exclude_unset=True)
-    shards = [
-        _placed(group, index, place).remote(index + 1, secret, *plain, own, blocks)
-        for index, (place, own) in enumerate(zip(places, parts, strict=True))
-    ]
+    shards = [_placed(group, index, place).remote() for index, place in enumerate(places)]
     try:
-        addresses = dict(enumerate(_got([shard.address.remote() for shard in shards]), 1))
+        asked = [
+            shard.stand.remote(site, secret, *plain, own, blocks)
+            for site, (shard, own) in enumerate(zip(shards, parts, strict=True), 1)
+        ]
+        addresses = dict(enumerate(_got(asked), 1))
         home = assemble(
             spec.name,
             spec.place,
@@ -149,15 +154,11 @@ def _placed(group: Any, bundle: int, needs: Mapping[str, float]) -> Any:
 
 
 def _got(asked: Sequence[Any]) -> list[Any]:
-    """What actors answer. Raises what one of them raised: ours as it is, its death as ReplicaLost."""
+    """What actors answer. Raises what one of them raised, its death as ReplicaLost."""
     try:
         found: list[Any] = ray.get([*asked])
     except ray.exceptions.RayTaskError as error:
-        cause = error.cause
-        raise cause if isinstance(cause, InterposeError) else error from None
+        raise error.cause if isinstance(error.cause, Exception) else error from None
     except ray.exceptions.RayActorError as error:
-        cause = getattr(error, "cause", None)
-        if isinstance(cause, InterposeError):
-            raise cause from None
         raise ReplicaLost(f"a shard died while it was loading: {str(error).partition(chr(10))[0]}") from error
     return found

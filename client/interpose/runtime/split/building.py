@@ -33,6 +33,16 @@ def blocks_of(source: str | Path, revision: str | None = None) -> tuple[str, ...
     return found.blocks
 
 
+def commit_of(source: str | Path, revision: str | None = None) -> str | None:
+    """The hub's commit that a revision, or none, stands for now; None for a folder.
+
+    All parts of a model are to be read from one. Raises as `blocks_of`.
+    """
+    at = Source.of(source, revision)
+    found: str | None = at.fixed(at.config()).hub.get("revision")
+    return found
+
+
 def load_home(source: str | Path, route: Route, **options: Any) -> tuple[nn.Module, Home]:
     """A model without its blocks, stubs in their place, and what the stubs share. `options` as of `load_part`."""
     model = load_part(source, outside(route.sites), **options)
