@@ -8,15 +8,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from interpose.errors import ConfigError, ReplicaLost
+from interpose.errors import ConfigError, ModelUnavailable, ReplicaLost, StorageFull
 from interpose.runtime.loading import load
 from interpose_server.broker.connect import Broker
 from interpose_server.broker.states import ModelState
 from interpose_server.models.spec import ModelSpec
 from interpose_server.settings import Settings
-from interpose_server.worker.engines import engine_for, ready
+from interpose_server.worker.engines import Ready, engine_for, ready
 from interpose_server.worker.hosting import Host
 from models import tiny
+from redis.exceptions import ConnectionError as RedisConnectionError
 from rig import run_gateway, submission, tiny_graph
 from test_server_worker import ended
 
@@ -67,6 +68,59 @@ async def test_a_model_that_is_not_there_fails(settings: Settings, broker: Broke
     with pytest.raises(ConfigError, match=r"config\.json"):
         await host.load()
     assert (await broker.models.get("tiny")).state is ModelState.FAILED
+    await host.close()
+
+
+async def test_one_that_cannot_be_told_of_fails_with_the_reason(settings: Settings, broker: Broker) -> None:
+    """The store is full when its tokenizer is to be kept."""
+    full = settings.model_copy(update={"blob_bytes": 1})
+
+    def with_tokenizer(*args: Any) -> Ready:
+        return replace(engine_for(*args), tokenizer=b"{}" * 1000)
+
+    host = Host(spec(), "w1", full, make=with_tokenizer)
+    with pytest.raises(StorageFull) as caught:
+        await host.load()
+    hosted = await broker.models.get("tiny")
+    assert (hosted.state, dict(hosted.copies)) == (ModelState.FAILED, {"w1": ModelState.FAILED})
+    assert hosted.failure and hosted.failure.detail == caught.value.message
+    await host.close()
+
+
+async def test_the_reason_waits_for_a_broker_that_is_away(
+    settings: Settings, broker: Broker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    host = Host(spec(), "w1", settings)
+    away = [RedisConnectionError("no Redis")] * 3
+    run = host.broker.models._run
+
+    async def some_calls_fail(name: str, *args: Any) -> Any:
+        if away and args[2:3] != ("loading",):
+            raise away.pop()
+        return await run(name, *args)
+
+    monkeypatch.setattr(host.broker.models, "_run", some_calls_fail)
+    with pytest.raises(RedisConnectionError):
+        await host.load()
+    hosted = await broker.models.get("tiny")
+    assert hosted.state is ModelState.FAILED
+    assert hosted.failure and "no Redis" in hosted.failure.detail
+    await host.close()
+
+
+async def test_one_told_to_go_while_it_loads_has_not_failed(settings: Settings, broker: Broker) -> None:
+    host = Host(spec(), "w1", settings)
+    publish = host._publish
+
+    async def told_meanwhile(ready: Ready) -> None:
+        await host.announce(ModelState.DRAINING)
+        await publish(ready)
+
+    host._publish = told_meanwhile  # type: ignore[method-assign]
+    with pytest.raises(ModelUnavailable, match="wanted no longer"):
+        await host.load()
+    hosted = await broker.models.get("tiny")
+    assert (dict(hosted.copies), hosted.failure) == ({"w1": ModelState.DRAINING}, None)
     await host.close()
 
 

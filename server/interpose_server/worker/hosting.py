@@ -88,14 +88,15 @@ class Host:
         beat = asyncio.create_task(self._beat())
         try:
             ready = await self._engine()
+            await self._publish(ready)
         except Exception as error:
             if not isinstance(error, InterposeError):
                 log.exception("%s can't be loaded", self.spec.name)
-            await self.announce(ModelState.FAILED, error)
+            self._workers = []
+            await self._fail(error)
             raise
         finally:
             await end([beat])
-        await self._publish(ready)
         parts = f"{ready.manifest.architecture}, {ready.manifest.dtype}, {len(ready.manifest.blocks)} blocks"
         alone = "" if ready.manifest.row_independent else f"; serves jobs one by one: {ready.manifest.row_note}"
         took_s = time.monotonic() - start
@@ -139,6 +140,19 @@ class Host:
     async def announce(self, state: ModelState, why: BaseException | None = None) -> None:
         await self.broker.models.announce(self.spec.name, self.name, state, why)
 
+    async def _fail(self, why: Exception) -> None:
+        """Tell why it can't be loaded, as soon as the broker can be told; nothing, if it was to go meanwhile."""
+        while True:
+            try:
+                for since in (ModelState.LOADING, ModelState.READY):
+                    await self.broker.models.announce(
+                        self.spec.name, self.name, ModelState.FAILED, why, since=since
+                    )
+                return
+            except (RedisError, OSError) as error:
+                log.warning("the broker can't be told of it (%s)", type(error).__name__)
+                await asyncio.sleep(1)
+
     def ill(self) -> str | None:
         """Why this process should be ended and another started; None while it is well."""
         return next((why for worker in self._workers if (why := worker.stuck())), None)
@@ -180,7 +194,8 @@ class Host:
     async def _beat(self) -> None:
         while True:
             await asyncio.sleep(1)
-            await self.broker.models.beat(self.spec.name, self.name)
+            with suppress(RedisError, OSError):
+                await self.broker.models.beat(self.spec.name, self.name)
 
 
 def _placed(device: torch.device, tensor: torch.Tensor) -> torch.Tensor:
