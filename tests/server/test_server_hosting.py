@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import threading
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -158,6 +159,24 @@ async def test_a_lane_that_breaks_ends_the_host_and_its_jobs_wait_again(settings
         with pytest.raises(ReplicaLost):
             await asyncio.wait_for(running, 20)
         assert (await gateway.broker.queue.info("ada", job.id)).status == "queued"
+    await host.close()
+
+
+async def test_a_copy_at_rest_that_lost_a_shard_ends(settings: Settings, broker: Broker) -> None:
+    gone = threading.Event()
+
+    def check() -> None:
+        if gone.is_set():
+            raise ReplicaLost("a shard is gone")
+
+    host = Host(spec(), "w1", settings, make=lambda *args: replace(engine_for(*args), check=check))
+    await host.load()
+    running = asyncio.create_task(host.run(asyncio.Event()))
+    await asyncio.wait([running], timeout=1)
+    assert not running.done()
+    gone.set()
+    with pytest.raises(ReplicaLost):
+        await asyncio.wait_for(running, 5)
     await host.close()
 
 

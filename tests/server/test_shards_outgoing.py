@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ import torch
 from interpose.errors import InterposeError, ReplicaLost, StorageFull
 from interpose.graph.model import Graph, Invoke, Node, Point, Run
 from interpose.graph.values import Ref
-from interpose.runtime.engine import Engine
+from interpose.runtime.engine import Engine, EngineJob
 from interpose.runtime.loading import load
 from interpose_server import blob_keys
 from interpose_server.blobs import LocalBlobs, whole
@@ -125,3 +126,29 @@ async def test_jobs_of_a_replica_that_lost_a_shard_are_not_ended(settings: Setti
         assert info.status == "running"
         await gateway.broker.queue.reap("w1")
         assert (await gateway.broker.queue.info("ada", job.id)).status == "queued"
+
+
+async def test_a_job_whose_save_was_on_its_way_from_a_lost_shard_is_run_again(settings: Settings) -> None:
+    gone = threading.Event()
+
+    def stored(token: int) -> dict[str, Any]:
+        if gone.is_set():
+            raise ReplicaLost("shard 2 is gone")
+        return {}
+
+    def step(job: EngineJob) -> None:
+        job.sink.adopt(1, {"tree": {"tensor": 0}, "tensors": [], "blob": "b", "token": 5}, stored)
+
+    async with run_gateway(settings) as gateway:
+        job = submission()
+        with pytest.raises(ReplicaLost):
+            async with working(gateway, Obedient(step)) as stop:
+                await gateway.post(job)
+                await asyncio.sleep(0.5)
+                stop.set()  # it would wait for this job
+                gone.set()
+        assert (await gateway.broker.queue.info("ada", job.id)).status == "running"
+        await gateway.broker.queue.reap("w1")
+        assert (await gateway.broker.queue.info("ada", job.id)).status == "queued"
+        async with working(gateway, Obedient(lambda job: None), "w2"):
+            assert (await ended(gateway, job))[-1].body["status"] == "completed"

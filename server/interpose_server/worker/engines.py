@@ -27,7 +27,8 @@ class Ready:
         tokenizer: its file's bytes, None without one.
         allowed: what a batch may hold.
         lanes: how many batches are best under way at once; each may hold its share of the memory.
-        check: raises if the model can't go on in this process; called after every batch.
+        check: raises if the model can't go on in this process; called after every batch, and now and then, from any
+            thread.
     """
 
     engine: Engine

@@ -37,6 +37,9 @@ log = logging.getLogger(__name__)
 
 Make: TypeAlias = Callable[[ModelSpec, Settings, str | None], Ready]
 
+WATCH_S = 0.5
+"""How often a copy at rest is asked whether it can go on."""
+
 FOREVER_S = 10 * 365 * 86_400.0
 
 
@@ -75,6 +78,7 @@ class Host:
         self._blobs = open_blobs(self.settings)
         self._workers: list[Worker] = []
         """One for each batch that is under way at once."""
+        self._check: Callable[[], None] = lambda: None
 
     async def load(self) -> None:
         """Return once gateways know that it runs jobs.
@@ -122,12 +126,23 @@ class Host:
         await self.announce(ModelState.STOPPED)
 
     async def _work(self, stop: asyncio.Event) -> None:
-        tasks = [asyncio.create_task(worker.run(stop)) for worker in self._workers]
+        working = {asyncio.create_task(worker.run(stop)) for worker in self._workers}
+        watching = asyncio.create_task(self._watch())
+        left = working
         try:
-            for done in asyncio.as_completed(tasks):
-                await done
+            while left:
+                done, _ = await asyncio.wait({*left, watching}, return_when=asyncio.FIRST_COMPLETED)
+                for task in done:
+                    task.result()
+                left = left - done
         finally:
-            await end(tasks)
+            await end([*working, watching])
+
+    async def _watch(self) -> None:
+        """Raises what the model's check raises: no batch may ever follow that would tell."""
+        while True:
+            await asyncio.sleep(WATCH_S)
+            await asyncio.to_thread(self._check)
 
     def _lane(self, number: int) -> str:
         """The name under which one of its workers has its leases."""
@@ -178,6 +193,7 @@ class Host:
             await self._blobs.run(lambda: self._blobs.put(key, [data], FOREVER_S))
         # One that died under this name holds leases on jobs nobody runs.
         await self.broker.queue.reap(self.name)
+        self._check = ready.check
         # The workers come first: one that can't be made is never told of.
         self._workers = [
             Worker(

@@ -130,6 +130,8 @@ class Worker:
         """Work until `stop`, then finish the running batch and publish its last word; no other stays claimed."""
         works = self._publisher.run(), self._beat(), self._hear(stop)
         self._tasks = [asyncio.create_task(work) for work in works]
+        for task in self._tasks:
+            task.add_done_callback(self._stopped)
         try:
             while not stop.is_set():
                 await self._turn(stop)

@@ -8,13 +8,14 @@ from collections.abc import Callable
 from contextlib import suppress
 
 import msgpack
-from interpose.errors import InternalError, InterposeError, LimitExceeded
+from interpose.errors import InternalError, InterposeError, LimitExceeded, ReplicaLost
 from interpose.wire.tensors import encode_spec, total
 from redis.exceptions import RedisError
 
 from ..blobs import Blobs
 from ..broker.queue import Outcome, Queue, Record, Report
 from ..settings import Settings
+from ..tasks import end
 from .sink import Adopted, Backlog, Grown, Item, JobSink, Logged, Saved, Stored
 from .storing import Storing
 
@@ -55,17 +56,25 @@ class Publisher:
         self._ended = ended
         self._loop = asyncio.get_running_loop()
         self._items: asyncio.Queue[tuple[JobSink, Item]] = asyncio.Queue()
-        self._storing = Storing(blobs, settings, self._items.put_nowait)
+        self._broken: asyncio.Future[None] = self._loop.create_future()
+        self._storing = Storing(blobs, settings, self._items.put_nowait, self._break)
 
     def put(self, sink: JobSink, item: Item) -> None:
         self._loop.call_soon_threadsafe(self._storing.take, sink, item)
 
     async def run(self) -> None:
-        """Publish until cancelled."""
+        """Publish until cancelled. Raises ReplicaLost: a save was on its way from a shard that is gone."""
+        publishing = asyncio.create_task(self._publish())
         try:
-            await self._publish()
+            await asyncio.wait([publishing, self._broken], return_when=asyncio.FIRST_COMPLETED)
+            await (self._broken if self._broken.done() else publishing)
         finally:
+            await end([publishing])
             await self._storing.close()
+
+    def _break(self, error: ReplicaLost) -> None:
+        if not self._broken.done():
+            self._broken.set_exception(error)
 
     async def _publish(self) -> None:
         while True:

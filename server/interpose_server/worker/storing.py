@@ -33,13 +33,21 @@ class Storing:
 
     Args:
         forward: takes what can be told of.
+        lost: takes what leaves this process unable to go on; nothing more is told of the job then.
     """
 
-    def __init__(self, blobs: Blobs, settings: Settings, forward: Callable[[tuple[JobSink, Item]], None]) -> None:
+    def __init__(
+        self,
+        blobs: Blobs,
+        settings: Settings,
+        forward: Callable[[tuple[JobSink, Item]], None],
+        lost: Callable[[ReplicaLost], None],
+    ) -> None:
         self._blobs = blobs
         self._inline_bytes = settings.inline_bytes
         self._result_ttl_s = settings.result_ttl_s
         self._forward = forward
+        self._lost = lost
         self._lanes = asyncio.Semaphore(blobs.lanes)
         self._lines: dict[JobSink, deque[Item | asyncio.Task[Stored]]] = {}
         """Of jobs that have saves under way: those, and what came after."""
@@ -75,6 +83,9 @@ class Storing:
             if isinstance(first, asyncio.Task):
                 if not first.done():
                     return
+                if isinstance(error := first.exception(), ReplicaLost):
+                    self._lost(error)
+                    return
                 first = first.result()
             line.popleft()
             self._forward((sink, first))
@@ -109,13 +120,13 @@ class Storing:
         return Stored(item, "")
 
     async def _arrival(self, sink: JobSink, item: Adopted) -> Stored:
-        """Wait until a shard has stored a save, or end its job."""
+        """Wait until a shard has stored a save, or end its job. Raises ReplicaLost: the job is to be run again."""
         wait_s = SOON_S
         while not isinstance(sink.stopped, JobCancelled):
             try:
                 told = await asyncio.to_thread(item.stored)
             except ReplicaLost:
-                told = {}  # this process is about to end, and the job to be run again
+                raise
             except InterposeError as error:
                 sink.stop(error)
                 break
