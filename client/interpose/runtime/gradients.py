@@ -45,7 +45,9 @@ class Gradients:
         """Serve gradient reads and writes of a part of `tensor`, itself a part of what jobs share if `shared`."""
         _differentiable(tensor)
 
-        def arrived(gradient: torch.Tensor) -> torch.Tensor | None:
+        def arrived(gradient: torch.Tensor | None) -> torch.Tensor | None:
+            if gradient is None:
+                return None
             part = view.cut(gradient)
             if shared and target in self._active and not part.any():
                 self._job.doubt()
@@ -68,14 +70,17 @@ class Gradients:
         watched: torch.Tensor = value
         _differentiable(watched)
 
-        def arrived(gradient: torch.Tensor) -> torch.Tensor | None:
+        def arrived(gradient: torch.Tensor | None) -> torch.Tensor | None:
+            if gradient is None:
+                return None
             new = self._guarded(target, gradient)
             return None if new is gradient else new
 
         self._hook(watched, arrived)
         return watched
 
-    def _hook(self, tensor: torch.Tensor, arrived: Callable[[torch.Tensor], torch.Tensor | None]) -> None:
+    def _hook(self, tensor: torch.Tensor, arrived: Callable[[torch.Tensor | None], torch.Tensor | None]) -> None:
+        # None arrives where a function of several outputs passes on the gradients of others alone.
         self._hooks.append(tensor.register_hook(arrived))  # type: ignore[no-untyped-call]
         if tensor.is_leaf:
             self._leaves.append(tensor)

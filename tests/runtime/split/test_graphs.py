@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 from interpose import LanguageModel
-from interpose.errors import IndexOutOfRange, InternalError, JobCancelled, LimitExceeded
+from interpose.errors import IndexOutOfRange, InternalError, JobCancelled, LimitExceeded, NotReached
 from interpose.graph.limits import UNLIMITED
 from interpose.graph.model import Graph, Invoke, Node, Run
 from interpose.runtime.engine import Engine, EngineJob
@@ -361,3 +361,17 @@ def test_a_shard_that_fails_at_the_beginning_keeps_nothing(monkeypatch: pytest.M
     errors = on.run([EngineJob(job, {}, Kept()), EngineJob(job, {}, Kept())])
     assert [type(error) for error in errors] == [InternalError] * 2
     assert parts(on) == 0
+
+
+@pytest.mark.parametrize("parts", [0, 3])
+def test_a_gradient_that_does_not_come_is_an_error_wherever_its_value_came_from(parts: int) -> None:
+    model = language(parts)
+    h = model.transformer.h
+    with pytest.raises(NotReached, match="no gradient flows"), model.trace(ROW) as t:
+        first, own = h[0].output, h[2].output * 2
+        high = model.logits.mean() > 1e9
+        value = t.cond(high, lambda: own * 3, lambda: own)
+        loss = t.cond(high, lambda: value.sum(), lambda: model.logits.sum())
+        with loss.backward():
+            value.grad.save()
+            first.grad.save()
