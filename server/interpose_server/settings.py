@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import json
+import math
 import os
 import re
 from collections.abc import Collection, Mapping
@@ -121,7 +122,12 @@ class Settings(BaseSettings):
         """Named limits over the defaults; a name that doesn't exist is refused."""
         if isinstance(value, dict) and (wrong := sorted(value.keys() - _BASE.as_dict().keys())):
             raise ValueError(f"there is no limit {wrong[0]!r}; there are {', '.join(_BASE.as_dict())}")
-        return Limits(**{**_BASE.as_dict(), **value}) if isinstance(value, dict) else value
+        if not isinstance(value, dict):
+            return value
+        for name, limit in value.items():
+            if type(limit) not in (int, float) or not 0 <= limit < math.inf:
+                raise ValueError(f"the limit {name} is a number, not below zero and not endless")
+        return Limits(**{**_BASE.as_dict(), **value})
 
     @field_validator("blobs")
     @classmethod

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import math
 from collections.abc import Coroutine
 from pathlib import Path
 from typing import Any, TypeVar
@@ -73,11 +74,16 @@ async def test_a_models_life_over_http(settings: Settings) -> None:
         ({"replicas": {"min": 4, "max": 1}}, "can't both be"),
         ({"schedule": ["always"]}, "no time of the week"),
         ({"settings": {"redis_url": "redis://elsewhere"}}, "'redis_url' can't be set"),
+        ({"settings": {"limits": {"nodes": "many"}}}, "the limit nodes is a number"),
+        ({"settings": {"batch_s": math.inf}}, "JSON can't say"),
+        ({"source": "\ud800"}, "JSON can't say"),
+        ({"idle_s": math.inf}, "finite"),
+        ({"devices": math.inf}, "finite"),
     ],
 )
 async def test_wrong_entries_are_refused(settings: Settings, changes: dict[str, Any], words: str) -> None:
     async with run_gateway(settings) as gateway:
-        status, problem = await asked(gateway, "PUT", json={**WHOLE, **changes})
+        status, problem = await asked(gateway, "PUT", content=json.dumps({**WHOLE, **changes}))
         assert status == 400 and words in problem["detail"]
         assert await gateway.broker.specs.list() == []
 

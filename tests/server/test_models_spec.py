@@ -31,6 +31,11 @@ def test_a_name_alone_is_a_model(tmp_path: Path) -> None:
         ("models: [{name: a, adapters: {'my one': /x}}]", "models.0.adapters: an adapter is named by"),
         ("models: [{name: a, replicas: {min: 3, max: 2}}]", "can't both be"),
         ("models: [", "no YAML"),
+        ("[" * 5000, "no YAML"),
+        ("models: [!!python/object/apply:os.getcwd []]", "no YAML"),
+        ("models: [{name: a, settings: {batch_s: .inf}}]", "JSON can't say"),
+        ("models: [{name: a, settings: &all {limits: *all}}]", "JSON can't say"),
+        ("models: [{name: a, settings: {since: 2020-01-01}}]", "JSON can't say"),
     ],
 )
 def test_what_is_wrong_is_named_with_its_place(tmp_path: Path, text: str, told: str) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from enum import StrEnum
 from pathlib import Path
@@ -30,17 +31,20 @@ class Placement(StrEnum):
 
 
 class Plain(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
 
 P = TypeVar("P", bound=Plain)
+
+MOST = 10_000
+"""Copies of a model, and processes of a copy."""
 
 
 class Replicas(Plain):
     """Copies of a model. With `min` 0 it is loaded when somebody asks for it."""
 
     min: int = Field(default=0, ge=0)
-    max: int = Field(default=1, ge=1)
+    max: int = Field(default=1, ge=1, le=MOST)
 
     @model_validator(mode="after")
     def _ordered(self) -> Replicas:
@@ -77,7 +81,7 @@ class ModelSpec(Plain):
     quantization: str | None = None
     placement: Placement = Placement.AUTO
     devices: float | None = Field(default=None, ge=0)
-    shards: int | None = Field(default=None, ge=1)
+    shards: int | None = Field(default=None, ge=1, le=MOST)
     device_memory: int | None = Field(default=None, gt=0)
     resources: Mapping[str, float] = Field(default_factory=dict)
     replicas: Replicas = Replicas()
@@ -119,6 +123,11 @@ class ModelSpec(Plain):
             raise ValueError("beyond one, devices come whole")
         if self.adapters and (self.placement is Placement.BLOCKS or (self.shards or 1) > 1):
             raise ValueError("adapters can't be chosen yet where blocks lie in several processes")
+        try:
+            json.dumps(self.model_dump(), ensure_ascii=False, allow_nan=False).encode()
+        except (ValueError, TypeError, RecursionError) as error:
+            # What was kept of it would be something else, or couldn't be listed.
+            raise ValueError("it holds something that JSON can't say, such as an endless number") from error
         return self
 
     @classmethod
@@ -187,7 +196,7 @@ def _yaml(path: Path) -> Any:
         return yaml.safe_load(path.read_text())
     except OSError as error:
         raise ConfigError(f"{path} can't be read: {error.strerror}") from error
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
         raise ConfigError(f"{path} is no YAML: {error}") from error
 
 
