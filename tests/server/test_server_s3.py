@@ -153,6 +153,18 @@ def test_an_index_that_is_away(stored: Settings, monkeypatch: pytest.MonkeyPatch
     assert "secret" not in str(caught.value)
 
 
+def test_what_the_index_did_not_take_is_charged_nothing(blobs: Blobs, valkey: Valkey) -> None:
+    """Redis is away at a commit; then it is back."""
+    with pytest.raises(StorageUnavailable), blobs.writer(KEY, 1 << 20, 60) as writer:
+        writer.write(bytes(1 << 20))
+        assert blobs.used() >= 1 << 20
+        valkey.kill()
+        writer.commit()
+    valkey.start()
+    blobs.put(BlobKey("ada", "result", "b"), [b"x"], 60)
+    assert blobs.used() == 4096 and whole(blobs, KEY) is None
+
+
 def test_a_bucket_that_is_not_there(stored: Settings, caplog: pytest.LogCaptureFixture) -> None:
     blobs = open_blobs(stored.model_copy(update={"blobs": "s3://nobody-has-made-this"}))
     with pytest.raises(StorageUnavailable):

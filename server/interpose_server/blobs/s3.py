@@ -11,14 +11,16 @@ import logging
 import os
 import secrets
 import time
+from collections import deque
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from datetime import timedelta
 from typing import TypeVar
 from urllib.parse import urlsplit
 
 import obstore
-from interpose.errors import ConfigError, StorageFull
+from interpose.errors import ConfigError, StorageFull, StorageUnavailable
 from interpose.wire.tensors import Buffer
 from obstore.exceptions import BaseError
 from obstore.store import S3Store
@@ -56,6 +58,8 @@ class S3Blobs:
         self._cap = cap_bytes
         self._folder = ""
         self._threads = ThreadPoolExecutor(THREADS, thread_name_prefix="bucket")
+        self._given_up: deque[str] = deque()
+        """Objects that won't be finished, of which the index couldn't be told."""
 
     async def ask(self, work: Callable[[], T]) -> T:
         return await self.run(work)
@@ -73,10 +77,17 @@ class S3Blobs:
         return size
 
     def writer(self, key: BlobKey, size: int, ttl_s: float) -> S3Writer:
+        self._drop_given_up()
         name = f"{self._mine()}/{key.kind}/{key.hashed}-{secrets.token_hex(4)}"
-        if not self._index.write(name, charged(size), self._cap):
+        try:
+            room = self._index.write(name, charged(size), self._cap)
+        except StorageUnavailable:
+            # It may have been written there, the answer lost.
+            self._given_up.append(name)
+            raise
+        if not room:
             raise StorageFull(FULL, details={"retry_after_s": 30})
-        return S3Writer(self._store, self._index, key.hashed, name, size, ttl_s)
+        return S3Writer(self._store, self._index, key.hashed, name, size, ttl_s, self._given_up)
 
     def open(self, key: BlobKey) -> S3Reader | None:
         entry = self._index.find(key.hashed)
@@ -99,6 +110,7 @@ class S3Blobs:
         self._index.delete(key.hashed)
 
     def sweep(self) -> int:
+        self._drop_given_up()
         freed = 0
         while True:
             swept = self._index.sweep()
@@ -129,6 +141,16 @@ class S3Blobs:
         self._folder = self._folder or self._index.id()
         return self._folder
 
+    def _drop_given_up(self) -> None:
+        with suppress(IndexError):
+            while True:
+                name = self._given_up.popleft()
+                try:
+                    self._index.drop(name)
+                except StorageUnavailable:
+                    self._given_up.append(name)
+                    raise
+
     def _tidy(self) -> None:
         """Delete what the index doesn't know of: it may have lost what it was told of last."""
         old = time.time() - ORPHANED_S
@@ -144,8 +166,18 @@ class S3Blobs:
 class S3Writer:
     """Small blobs go as one request at the end, others part by part as they come."""
 
-    def __init__(self, store: S3Store, index: Store, blob: str, name: str, size: int, ttl_s: float) -> None:
+    def __init__(
+        self,
+        store: S3Store,
+        index: Store,
+        blob: str,
+        name: str,
+        size: int,
+        ttl_s: float,
+        given_up: deque[str],
+    ) -> None:
         self._index = index
+        self._given_up = given_up
         self._blob = blob
         self._name = name
         self._left = self._size = size
@@ -168,7 +200,12 @@ class S3Writer:
             self._file.close()
         self._open = False
         size = self._size - self._left
-        self._index.commit(self._blob, Entry(size, self._name), charged(size), self._ttl_s)
+        try:
+            self._index.commit(self._blob, Entry(size, self._name), charged(size), self._ttl_s)
+        except BaseException:
+            # Where the index has taken it all the same, this changes nothing.
+            self._drop()
+            raise
 
     def __enter__(self) -> S3Writer:
         return self
@@ -186,7 +223,14 @@ class S3Writer:
         except (BaseError, OSError) as error:
             if self._size > PART:
                 log.warning("parts of an upload may have stayed in the bucket (%s)", reason(error))
-        self._index.drop(self._name)
+        self._drop()
+
+    def _drop(self) -> None:
+        """It counts no longer: from now on, or once the index is back and the next blob is written."""
+        try:
+            self._index.drop(self._name)
+        except StorageUnavailable:
+            self._given_up.append(self._name)
 
 
 class Abandoned(Exception):
