@@ -147,8 +147,9 @@ def test_adding_and_listing(lab: Lab) -> None:
 
 def test_folders_are_named_from_here(lab: Lab, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    lab.models("add", "near", "--source", "./weights")
-    assert lab.do(lambda broker: broker.specs.get("near")).source == str(tmp_path / "weights")
+    lab.models("add", "near", "--source", "./weights", "--adapter", "fr=./lora")
+    spec = lab.do(lambda broker: broker.specs.get("near"))
+    assert (spec.source, spec.adapters) == (str(tmp_path / "weights"), {"fr": str(tmp_path / "lora")})
 
 
 def test_entries_from_a_file(lab: Lab, tmp_path: Path) -> None:

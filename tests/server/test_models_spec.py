@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 from interpose.errors import ConfigError
-from interpose_server.models.spec import ClusterConfig, Placement
+from interpose_server.models.spec import ClusterConfig, Placement, read_specs
 
 
 def read(folder: Path, text: str) -> ClusterConfig:
@@ -47,3 +47,21 @@ def test_what_is_wrong_is_named_with_its_place(tmp_path: Path, text: str, told: 
 def test_a_file_that_is_not_there_is_named(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="can't be read"):
         ClusterConfig.read(tmp_path / "none.yaml")
+
+
+FOLDERS = "{name: a, source: ./weights, adapters: {fr: ../lora, hub: org/lora, whole: /lora}}"
+
+
+@pytest.mark.parametrize("text", [FOLDERS, f"- {FOLDERS}", f"models: [{FOLDERS}]"])
+def test_folders_are_taken_from_where_the_file_lies(
+    tmp_path: Path, text: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = tmp_path / "catalogue" / "models.yaml"
+    file.parent.mkdir()
+    file.write_text(text)
+    monkeypatch.chdir(tmp_path)
+    found = [*read_specs(Path("catalogue/models.yaml"))]
+    found += ClusterConfig.read(file).models if "models" in text else ()
+    for spec in found:
+        assert spec.source == str(file.parent / "weights")
+        assert spec.adapters == {"fr": str(tmp_path / "lora"), "hub": "org/lora", "whole": "/lora"}

@@ -58,7 +58,7 @@ def add(
         raise ConfigError("give a name with its options, or --file")
     if file is None and "name" not in plain:
         raise ConfigError("give the model a name")
-    specs = read_specs(file) if file is not None else [ModelSpec.checked(_located(plain))]
+    specs = read_specs(file) if file is not None else [ModelSpec.checked(plain).located(Path.cwd())]
 
     async def put(broker: Broker) -> list[bool]:
         return [await broker.specs.put(spec) for spec in specs]
@@ -125,14 +125,6 @@ def _lines(model: dict[str, Any]) -> list[str]:
         again = f"tried again from {at} UTC on if somebody asks, or by: interpose models load {model['id']}"
         lines += [f"{failure['reason']}: {failure['detail']}", again]
     return lines + ([model["note"]] if model["note"] else [])
-
-
-def _located(plain: dict[str, Any]) -> dict[str, Any]:
-    """A folder given from here, by its whole path: who loads it is somewhere else."""
-    source = plain.get("source", "")
-    if source.startswith((".", "~")):
-        plain["source"] = str(Path(source).expanduser().resolve())
-    return plain
 
 
 def _adapter(text: str) -> tuple[str, str]:

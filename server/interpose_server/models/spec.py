@@ -135,12 +135,10 @@ class ModelSpec(Plain):
         """Raises ConfigError, which names the field."""
         return _checked(cls, plain, "")
 
-    def beside(self, file: Path) -> ModelSpec:
-        """Folders (`./x`, `../x`, `~/x`) taken from where a file that names them lies."""
-        if not self.source.startswith((".", "~")):
-            return self
-        folder = (file.parent / Path(self.source).expanduser()).resolve()
-        return self.model_copy(update={"source": str(folder)})
+    def located(self, folder: Path) -> ModelSpec:
+        """Folders (`./x`, `../x`, `~/x`), as seen from `folder`, by whole paths: who loads them is elsewhere."""
+        adapters = {name: _located(source, folder) for name, source in self.adapters.items()}
+        return self.model_copy(update={"source": _located(self.source, folder), "adapters": adapters})
 
     @property
     def place(self) -> str:
@@ -179,16 +177,22 @@ class ClusterConfig(Plain):
     def read(cls, path: Path) -> ClusterConfig:
         """Raises ConfigError, which names the place in the file."""
         config = _checked(cls, _yaml(path), f"{path}: ")
-        return config.model_copy(update={"models": tuple(spec.beside(path) for spec in config.models)})
+        return config.model_copy(update={"models": tuple(spec.located(path.parent) for spec in config.models)})
 
 
 def read_specs(path: Path) -> list[ModelSpec]:
     """Models of a YAML file: one, a list, or a cluster's file. Raises ConfigError, which names the place in it."""
     plain = _yaml(path)
     if isinstance(plain, dict) and "models" in plain:
-        return list(_checked(ClusterConfig, plain, f"{path}: ").models)
-    listed = plain if isinstance(plain, list) else [plain]
-    return [_checked(ModelSpec, item, f"{path}: {number}: ") for number, item in enumerate(listed, 1)]
+        specs = list(_checked(ClusterConfig, plain, f"{path}: ").models)
+    else:
+        listed = plain if isinstance(plain, list) else [plain]
+        specs = [_checked(ModelSpec, item, f"{path}: {number}: ") for number, item in enumerate(listed, 1)]
+    return [spec.located(path.parent) for spec in specs]
+
+
+def _located(source: str, folder: Path) -> str:
+    return str((folder / Path(source).expanduser()).resolve()) if source.startswith((".", "~")) else source
 
 
 def _yaml(path: Path) -> Any:
