@@ -172,6 +172,11 @@ class Settings(BaseSettings):
             name = ".".join(map(str, first["loc"]))
             raise ConfigError(f"setting {name}: {first['msg'].removeprefix('Value error, ')}") from error
 
+    @property
+    def silent_ms(self) -> int:
+        """A copy of a model that was silent for longer counts as gone."""
+        return int(max(self.lease_s, 5.0) * 1000)
+
     @cached_property
     def blob_dir(self) -> Path:
         return self.data_dir / "blobs"

@@ -9,7 +9,7 @@ from typing import TypeVar
 
 import msgpack
 from interpose.errors import InvalidPayload, MissingAttachment
-from interpose.graph.adapters import check_revision
+from interpose.graph.adapters import check_revision, revision_of_all
 from interpose.graph.codec import encode_graph
 from interpose.graph.footprint import Footprint
 from interpose.graph.manifest import Manifest
@@ -68,6 +68,7 @@ async def submit(
             key=key.id,
             key_digest=key.digest,
             revision=job.revision or "",
+            served=revision_of_all(manifest),
         )
     )
     parts.metrics.jobs.labels(job.model).inc()

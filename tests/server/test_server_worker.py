@@ -24,6 +24,7 @@ from interpose.wire.tensors import encode_tensor
 from interpose_server.broker import events, keys
 from interpose_server.broker.events import Stored
 from interpose_server.broker.queue import Report
+from interpose_server.broker.states import ModelState
 from interpose_server.settings import Settings
 from interpose_server.worker import publisher
 from interpose_server.worker.loop import Worker
@@ -142,6 +143,51 @@ async def test_a_job_does_not_run_on_other_weights_than_it_was_recorded_against(
             assert error_of(await ended(gateway, bound)) == "unknown_model"
             assert (await ended(gateway, free))[-1].body["status"] == "completed"
     assert [len(batch) for batch in engine.batches] == [1]
+
+
+async def test_while_a_model_changes_each_job_is_run_by_a_copy_it_was_recorded_against(settings: Settings) -> None:
+    old, new = Obedient(save_ones), Obedient(save_ones)
+    new.manifest = replace(new.manifest, revision="r2")
+    async with run_gateway(settings) as gateway:
+        before = [submission(revision="r1") for _ in range(3)]
+        for job in before:
+            assert (await gateway.post(job)).status_code == 202
+        models = gateway.broker.models
+        await models.publish("tiny", "w2", new.manifest, "")
+        gateway.app.state.parts.catalogue._hosted.clear()
+        assert (await gateway.post(submission(revision="r1"))).json()["code"] == "unknown_model"
+        after = [submission(revision="r2") for _ in range(3)]
+        for job in after:
+            assert (await gateway.post(job)).status_code == 202
+        await models.beat("tiny", "w1")
+        async with working(gateway, new, "w2"):
+            for job in after:
+                assert (await ended(gateway, job))[-1].body["status"] == "completed"
+            await asyncio.sleep(0.2)
+            assert await gateway.broker.queue.depth("tiny") == 3, "the old copy's are left to it"
+            async with working(gateway, old, "w1"):
+                for job in before:
+                    assert (await ended(gateway, job))[-1].body["status"] == "completed"
+            late = submission(revision="r2")
+            assert (await gateway.post(late)).status_code == 202
+            assert (await ended(gateway, late))[-1].body["status"] == "completed"
+    assert (sum(map(len, old.batches)), sum(map(len, new.batches))) == (3, 4)
+
+
+async def test_jobs_of_a_revision_that_nobody_serves_any_more_end(settings: Settings) -> None:
+    new = Obedient(save_ones)
+    new.manifest = replace(new.manifest, revision="r2")
+    async with run_gateway(settings) as gateway:
+        jobs = [submission(revision="r1") for _ in range(2)]
+        for job in jobs:
+            await gateway.post(job)
+        await gateway.broker.models.publish("tiny", "w2", new.manifest, "")
+        async with working(gateway, new, "w2"):
+            await asyncio.sleep(0.2)
+            assert await gateway.broker.queue.depth("tiny") == 2
+            await gateway.broker.models.announce("tiny", "w1", ModelState.DRAINING)
+            for job in jobs:
+                assert error_of(await ended(gateway, job)) == "unknown_model"
 
 
 async def test_attachments_reach_the_engine(settings: Settings) -> None:

@@ -81,7 +81,16 @@ def revision_of(runs: Iterable[Run], manifest: Manifest) -> str:
 
     So a new adapter, or another's new weights, is nothing to jobs that don't use it.
     """
-    used = sorted({run.adapter for run in runs if run.adapter is not None})
+    return _revision({run.adapter for run in runs if run.adapter is not None}, manifest)
+
+
+def revision_of_all(manifest: Manifest) -> str:
+    """Of all that a copy of a model serves: the model's own, and those of all its adapters."""
+    return _revision(manifest.adapters, manifest)
+
+
+def _revision(adapters: Iterable[str], manifest: Manifest) -> str:
+    used = sorted(adapters)
     if not used:
         return manifest.revision
     marks = [f"{name}={manifest.adapters[name].revision}" for name in used if name in manifest.adapters]

@@ -54,6 +54,8 @@ STATES = "ip:states:{model}"
 """Hash: worker -> state of the copy it holds."""
 HEARD = "ip:heard:{model}"
 """Sorted set of those workers by when they were last heard of, in ms."""
+SERVED = "ip:served:{model}"
+"""Hash: worker -> what its copy serves: revision of the model and of its adapters."""
 SPECS = "ip:specs"
 """Hash: name -> JSON of the catalogue's entry."""
 SPECS_CHANGED = "ip:specs-changed"
@@ -115,7 +117,7 @@ _FORMATS = {
     "JOB": JOB, "EVENTS": EVENTS, "BLOBS": BLOBS, "QUEUE": QUEUE, "USERS": USERS, "CLOCK": CLOCK, "BELL": BELL,
     "QUEUED": QUEUED, "RUNNING": RUNNING, "JOBS": JOBS, "USAGE": USAGE, "LEASES": LEASES, "EXPIRY": EXPIRY,
     "ORDER": ORDER, "TOTAL": TOTAL, "WAKE": WAKE, "ACCOUNTS": KEYS, "MODELS": MODELS, "MODEL": MODEL,
-    "STATES": STATES, "HEARD": HEARD, "STORED": STORED, "STORED_ENDS": STORED_ENDS,
+    "STATES": STATES, "HEARD": HEARD, "SERVED": SERVED, "STORED": STORED, "STORED_ENDS": STORED_ENDS,
     "STORED_BYTES": STORED_BYTES, "WRITING": WRITING, "TRASH": TRASH, "TALLY": TALLY,
 }  # fmt: skip
 

@@ -9,6 +9,7 @@ from typing import Any
 
 import msgpack
 from interpose.errors import InternalError, InterposeError, ModelUnavailable, UnknownModel
+from interpose.graph.adapters import revision_of_all
 from interpose.graph.manifest import Manifest, encode_manifest, fingerprint
 from redis.asyncio import Redis
 
@@ -100,7 +101,7 @@ class Models:
     def __init__(self, redis: Redis, scripts: Scripts, settings: Settings) -> None:
         self._redis = redis
         self._run = scripts
-        self._silent_ms = int(max(settings.lease_s, 5.0) * 1000)
+        self._silent_ms = settings.silent_ms
         self._ttl_ms = int(settings.result_ttl_s * 1000)
         self._retry_s = settings.load_retry_s
 
@@ -149,16 +150,19 @@ class Models:
         Raises:
             ModelUnavailable: this copy was told to drain meanwhile.
         """
-        await self._redis.hset(
-            _key(name),
-            mapping={
-                "manifest": msgpack.packb(encode_manifest(manifest)),
-                "fingerprint": fingerprint(manifest),
-                "revision": manifest.revision,
-                "tokenizer": tokenizer,
-                "budget": msgpack.packb(dict(budget or {})),
-            },
-        )
+        async with self._redis.pipeline(transaction=True) as pipe:
+            pipe.hset(
+                _key(name),
+                mapping={
+                    "manifest": msgpack.packb(encode_manifest(manifest)),
+                    "fingerprint": fingerprint(manifest),
+                    "revision": manifest.revision,
+                    "tokenizer": tokenizer,
+                    "budget": msgpack.packb(dict(budget or {})),
+                },
+            )
+            pipe.hset(keys.SERVED.format(model=name), worker, revision_of_all(manifest))
+            await pipe.execute()
         if not await self.announce(name, worker, ModelState.READY):
             raise ModelUnavailable(f"this copy of {name} is wanted no longer")
 
@@ -238,7 +242,7 @@ class Models:
         """Stop listing a model that is no longer served here."""
         async with self._redis.pipeline(transaction=True) as pipe:
             pipe.srem(keys.MODELS, name)
-            parts = (keys.STATES, keys.HEARD, keys.TALLY)
+            parts = (keys.STATES, keys.HEARD, keys.SERVED, keys.TALLY)
             pipe.delete(_key(name), *(part.format(model=name) for part in parts))
             pipe.hdel(keys.SPECS, name)
             pipe.incr(keys.SPECS_CHANGED)

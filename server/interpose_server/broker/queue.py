@@ -38,6 +38,7 @@ class NewJob:
         payload, blob: the graph's msgpack, or the name of the blob that holds it.
         key, key_digest: id of the API key it came with, and its digest: one that was revoked by then is refused.
         revision: the model's that it must run on; "" for any.
+        served: all that the model served when it was checked: while there is a copy that does, it is left to that.
     """
 
     user: str
@@ -52,6 +53,7 @@ class NewJob:
     key: str = ""
     key_digest: str = ""
     revision: str = ""
+    served: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -171,6 +173,7 @@ class Queue:
             job.payload, job.blob, msgpack.packb(job.footprint.to_plain()), job.timeout_s,
             settings.queued_per_user, settings.queued_total, settings.running_per_user,
             int(settings.queue_ttl_s * 1000), job.key, job.revision, job.key_digest,
+            job.served,
         )  # fmt: skip
         match answer.decode():
             case "conflict":
@@ -187,19 +190,25 @@ class Queue:
             case status:
                 return JobStatus(status), number if number >= 0 else None
 
-    async def peek(self, model: str) -> list[Waiting]:
-        """The next jobs of a model, fairest first; they stay where they are."""
-        return (await self._peek(model, ""))[0]
+    async def peek(self, model: str, copy: str = "") -> list[Waiting]:
+        """The next jobs of a model, fairest first; they stay where they are.
 
-    async def take(self, model: str, worker: str) -> tuple[list[Waiting], list[Claim]]:
+        Args:
+            copy: of the model, that is to run them: what was checked against another revision is left out while a
+                copy lives that serves it.
+        """
+        return (await self._peek(model, "", copy))[0]
+
+    async def take(self, model: str, worker: str, copy: str = "") -> tuple[list[Waiting], list[Claim]]:
         """As `peek`; but one that waits alone is claimed at once, as there is nothing to choose."""
-        return await self._peek(model, worker)
+        return await self._peek(model, worker, copy)
 
-    async def _peek(self, model: str, worker: str) -> tuple[list[Waiting], list[Claim]]:
+    async def _peek(self, model: str, worker: str, copy: str) -> tuple[list[Waiting], list[Claim]]:
         settings = self._settings
         flat, claimed = await self._run(
-            "peek", model, settings.batch_jobs, settings.running_per_user, worker, self._lease_ms
-        )
+            "peek", model, settings.batch_jobs, settings.running_per_user, worker, self._lease_ms, copy,
+            settings.silent_ms,
+        )  # fmt: skip
         waiting = [
             Waiting(ref.decode(), _footprint(footprint), bool(alone), int(created))
             for ref, footprint, alone, created in zip(*(flat[i::4] for i in range(4)), strict=True)

@@ -188,7 +188,7 @@ class Worker:
         company = self._desk.company
         if company is None or not self._has_room(company) or not self._waiting:
             return False
-        waiting = await self._broker.queue.peek(self._model)
+        waiting = await self._broker.queue.peek(self._model, self._copy)
         turn = between(waiting, company.state(self._desk.ahead), self._budget)
         self._waiting = len(turn.refs) < len(waiting) or len(waiting) >= self._settings.batch_jobs
         if not turn.refs:
@@ -204,7 +204,7 @@ class Worker:
 
     async def _start(self) -> bool:
         """Give the engine, which is at rest, what is waiting. Whether more may be."""
-        waiting, claims = await self._broker.queue.take(self._model, self._name)
+        waiting, claims = await self._broker.queue.take(self._model, self._name, self._copy)
         if waiting:
             refs = choose(waiting, self._budget)
             claims = await self._broker.queue.claim(self._model, self._name, refs)

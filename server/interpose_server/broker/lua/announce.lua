@@ -11,14 +11,17 @@ redis.call('SADD', MODELS, model)
 for _, other in ipairs(redis.call('ZRANGEBYSCORE', heard, '-inf', time - 86400000)) do
     redis.call('ZREM', heard, other)
     redis.call('HDEL', states, other)
+    redis.call('HDEL', SERVED(model), other)
 end
 if state == 'stopped' then
     redis.call('ZREM', heard, worker)
     redis.call('HDEL', states, worker)
+    redis.call('HDEL', SERVED(model), worker)
     return {1, {}}
 end
 redis.call('ZADD', heard, time, worker)
 redis.call('HSET', states, worker, state)
+if state == 'loading' then redis.call('HDEL', SERVED(model), worker) end
 if state == 'ready' then
     redis.call('HDEL', MODEL(model), 'failure', 'wish_ms', 'evict')
     if old ~= 'ready' then redis.call('HSET', MODEL(model), 'ready_ms', time) end

@@ -142,9 +142,28 @@ local function claim(ref, model, worker, lease)
     return redis.call('HGETALL', JOB(ref))
 end
 
+-- What other copies serve that were heard of within `silence` ms, and this one doesn't; nil where all are alike.
+local function others(model, copy, silence)
+    local served = map(redis.call('HGETALL', SERVED(model)))
+    local own, states, found = served[copy], nil, nil
+    if not own then return nil end
+    for worker, revision in pairs(served) do
+        if revision ~= own then
+            states = states or map(redis.call('HGETALL', STATES(model)))
+            local able = states[worker] == 'ready' or states[worker] == 'loading'
+            local heard = tonumber(redis.call('ZSCORE', HEARD(model), worker) or 0)
+            if able and heard >= now() - silence then
+                found = found or {}
+                found[revision] = true
+            end
+        end
+    end
+    return found
+end
+
 -- The next refs of a model, fairest first: users by virtual time, each further job of one user counted as what
--- the user's jobs took of late.
-local function fair(model, most, running_per_user)
+-- the user's jobs took of late. `others`: revisions whose jobs are left to others, if any.
+local function fair(model, most, running_per_user, others)
     local lanes = {}
     local users = redis.call('ZRANGE', USERS(model), 0, most - 1, 'WITHSCORES')
     for i = 1, #users, 2 do
@@ -155,15 +174,17 @@ local function fair(model, most, running_per_user)
             table.insert(lanes, {user = user, tag = tonumber(users[i + 1]), step = step, room = room, at = 0})
         end
     end
-    local found = {}
-    while #found < most do
+    local found, left = {}, 0
+    while #found < most and left < 4096 do
         local best
         for _, lane in ipairs(lanes) do
             if lane.room > 0 and (not best or lane.tag < best.tag) then best = lane end
         end
         if not best then break end
         local ref = redis.call('ZRANGE', QUEUE(model, best.user), best.at, best.at)[1]
-        if ref then
+        if ref and others and others[redis.call('HGET', JOB(ref), 'served') or ''] then
+            best.at, left = best.at + 1, left + 1
+        elseif ref then
             table.insert(found, ref)
             best.at, best.tag, best.room = best.at + 1, best.tag + best.step, best.room - 1
         else

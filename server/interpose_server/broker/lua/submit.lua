@@ -1,5 +1,5 @@
 -- ARGV: ref user id model digest priority payload blob footprint timeout_s queued_per_user queued_total
---       running_per_user queue_ttl_ms created_by revision key_digest
+--       running_per_user queue_ttl_ms created_by revision key_digest served
 local ref, user, id, model, digest = ARGV[1], ARGV[2], ARGV[3], ARGV[4], ARGV[5]
 local key = JOB(ref)
 if ARGV[17] ~= '' and redis.call('HEXISTS', ACCOUNTS, ARGV[17]) == 0 then return {'revoked', 0} end
@@ -17,7 +17,7 @@ local time = now()
 local order = redis.call('INCR', ORDER) - tonumber(ARGV[6]) * 1099511627776
 redis.call('HSET', key, 'user', user, 'id', id, 'model', model, 'digest', digest, 'status', 'queued',
     'attempt', 0, 'seq', 0, 'order', order, 'payload', ARGV[7], 'blob', ARGV[8], 'footprint', ARGV[9],
-    'timeout_s', ARGV[10], 'key', ARGV[15], 'revision', ARGV[16], 'created_ms', time)
+    'timeout_s', ARGV[10], 'key', ARGV[15], 'revision', ARGV[16], 'served', ARGV[18], 'created_ms', time)
 redis.call('ZADD', JOBS(user), time, id)
 redis.call('ZADD', EXPIRY, time + tonumber(ARGV[14]), ref)
 emit(ref, 'status', cmsgpack.pack({status = 'queued'}))
