@@ -61,15 +61,8 @@ async def _bury(broker: Broker) -> None:
 
 async def retire(broker: Broker) -> list[str]:
     """Drop from the catalogue what was removed and has nothing more to do. Returns the names."""
-    gone = []
-    for entry in await broker.specs.entries():
-        if not entry.removed:
-            continue
-        hosted, demand = await broker.models.get(entry.spec.name), await broker.queue.demand(entry.spec.name)
-        if not (hosted.copies or demand.waiting or demand.running):
-            await broker.models.forget(hosted.name)
-            gone.append(hosted.name)
-    return gone
+    names = [entry.spec.name for entry in await broker.specs.entries() if entry.removed]
+    return [name for name in names if await broker.models.retire(name)]
 
 
 def _drop(blobs: Blobs, gone: Mapping[str, Sequence[str]]) -> None:

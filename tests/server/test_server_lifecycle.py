@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import math
+from dataclasses import replace
+
 from interpose.errors import ModelUnavailable
 from interpose_server.broker.states import ModelState
 from interpose_server.models.spec import ModelSpec
 from interpose_server.settings import Settings
+from interpose_server.sweeper import retire
 from rig import Gateway, run_gateway, submission, tiny_manifest
 
 NEW = ModelSpec(name="org/new")
@@ -85,3 +89,24 @@ async def test_a_removed_model_takes_no_more_jobs(settings: Settings) -> None:
         answer = await gateway.post(submission())
         assert (answer.status_code, answer.json()["code"]) == (503, "model_unavailable")
         assert "out of service" in answer.json()["detail"]
+
+
+async def test_a_job_that_a_gateway_takes_for_a_model_it_still_knows_is_run_or_refused(settings: Settings) -> None:
+    async with run_gateway(settings) as gateway:
+        broker, remembered = gateway.broker, gateway.app.state.parts.catalogue._hosted
+        await broker.specs.put(ModelSpec(name="tiny"))
+        await broker.models.announce("tiny", "w1", ModelState.STOPPED)
+        job = submission()
+
+        async def remember() -> None:
+            remembered["tiny"] = math.inf, replace(await broker.models.get("tiny"), removed=False, wanted=True)
+
+        await remember()
+        await broker.specs.remove("tiny")
+        assert (await gateway.post(job)).status_code == 202
+        assert await retire(broker) == [], "it has a job"
+        await remember()
+        await broker.queue.cancel("ada", job.id)
+        assert await retire(broker) == ["tiny"]
+        answer = await gateway.post(submission())
+        assert (answer.status_code, answer.json()["code"]) == (404, "unknown_model")

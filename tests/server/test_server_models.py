@@ -235,6 +235,10 @@ async def test_a_removed_model_goes_when_its_jobs_are_over(broker: Broker) -> No
     assert await broker.specs.revision() > before, "who keeps models hears of it"
     with pytest.raises(UnknownModel):
         await broker.models.get("tiny")
+    with pytest.raises(UnknownModel):
+        await broker.queue.submit(new_job())
+    await broker.specs.put(ModelSpec(name="tiny"))
+    await broker.queue.submit(new_job())
 
 
 async def test_demand(broker: Broker) -> None:

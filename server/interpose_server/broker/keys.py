@@ -60,6 +60,8 @@ SPECS = "ip:specs"
 """Hash: name -> JSON of the catalogue's entry."""
 SPECS_CHANGED = "ip:specs-changed"
 """Counter: changes of the catalogue."""
+RETIRED = "ip:retired"
+"""Set of the models that were forgotten and haven't come back: a gateway may still think that they are served."""
 KEEPER = "ip:keeper"
 """There while somebody brings models up and down as the catalogue says."""
 KEYS = "ip:keys"
@@ -117,8 +119,10 @@ _FORMATS = {
     "JOB": JOB, "EVENTS": EVENTS, "BLOBS": BLOBS, "QUEUE": QUEUE, "USERS": USERS, "CLOCK": CLOCK, "BELL": BELL,
     "QUEUED": QUEUED, "RUNNING": RUNNING, "JOBS": JOBS, "USAGE": USAGE, "LEASES": LEASES, "EXPIRY": EXPIRY,
     "ORDER": ORDER, "TOTAL": TOTAL, "WAKE": WAKE, "ACCOUNTS": KEYS, "MODELS": MODELS, "MODEL": MODEL,
-    "STATES": STATES, "HEARD": HEARD, "SERVED": SERVED, "STORED": STORED, "STORED_ENDS": STORED_ENDS,
-    "STORED_BYTES": STORED_BYTES, "WRITING": WRITING, "TRASH": TRASH, "TALLY": TALLY,
+    "STATES": STATES, "HEARD": HEARD, "SERVED": SERVED,
+    "SPECS": SPECS, "SPECS_CHANGED": SPECS_CHANGED, "RETIRED": RETIRED,
+    "STORED": STORED, "STORED_ENDS": STORED_ENDS, "STORED_BYTES": STORED_BYTES, "WRITING": WRITING,
+    "TRASH": TRASH, "TALLY": TALLY,
 }  # fmt: skip
 
 

@@ -248,6 +248,13 @@ class Models:
             pipe.incr(keys.SPECS_CHANGED)
             await pipe.execute()
 
+    async def retire(self, name: str) -> bool:
+        """Forget a model that was taken out of the catalogue, unless it has jobs or copies. Whether it was.
+
+        From then on no job is accepted for it, whatever a gateway believes.
+        """
+        return bool(await self._run("retire", name, self._silent_ms))
+
     async def give_up(self, name: str, error: ModelUnavailable) -> list[str]:
         """End the jobs that wait for a model with an error. Returns their refs."""
         problem = msgpack.packb(error.to_wire())

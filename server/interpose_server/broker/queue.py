@@ -17,6 +17,7 @@ from interpose.errors import (
     QueueFull,
     Unauthorized,
     UnknownJob,
+    UnknownModel,
 )
 from interpose.graph.footprint import Footprint
 from interpose.wire.status import JobStatus
@@ -166,6 +167,7 @@ class Queue:
             JobConflict: another payload was sent under this id.
             QueueFull: the user, or the server, has too many jobs waiting.
             Unauthorized: the key it came with was revoked.
+            UnknownModel: it was forgotten meanwhile.
         """
         settings = self._settings
         answer, number = await self._run(
@@ -180,6 +182,8 @@ class Queue:
                 raise JobConflict(f"job {job.id} exists with another payload; choose a new id")
             case "revoked":
                 raise Unauthorized("the API key was revoked")
+            case "retired":
+                raise UnknownModel(f"{job.model} is served here no longer")
             case "full":
                 raise QueueFull(
                     f"{number:,} of your jobs are waiting, the most allowed; wait for some to finish",

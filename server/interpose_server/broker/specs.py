@@ -160,6 +160,7 @@ class Specs:
 def _queue(pipe: Pipeline, entry: Entry) -> None:
     plain = {"spec": entry.spec.model_dump(mode="json"), "removed": entry.removed}
     pipe.sadd(keys.MODELS, entry.spec.name)
+    pipe.srem(keys.RETIRED, entry.spec.name)
     pipe.hset(keys.SPECS, entry.spec.name, json.dumps(plain))
     pipe.incr(keys.SPECS_CHANGED)
 

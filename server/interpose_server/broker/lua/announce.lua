@@ -19,6 +19,7 @@ if state == 'stopped' then
     redis.call('HDEL', SERVED(model), worker)
     return {1, {}}
 end
+redis.call('SREM', RETIRED, model)
 redis.call('ZADD', heard, time, worker)
 redis.call('HSET', states, worker, state)
 if state == 'loading' then redis.call('HDEL', SERVED(model), worker) end

@@ -8,6 +8,7 @@ if known then
     if known ~= digest then return {'conflict', 0} end
     return {redis.call('HGET', key, 'status'), -1}
 end
+if redis.call('SISMEMBER', RETIRED, model) == 1 then return {'retired', 0} end
 local queued = redis.call('SCARD', QUEUED(user))
 if queued >= tonumber(ARGV[11]) then return {'full', queued} end
 local total = tonumber(redis.call('GET', TOTAL) or 0)
