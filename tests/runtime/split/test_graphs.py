@@ -375,3 +375,17 @@ def test_a_gradient_that_does_not_come_is_an_error_wherever_its_value_came_from(
         with loss.backward():
             value.grad.save()
             first.grad.save()
+
+
+def test_a_value_that_is_what_came_to_a_shard_is_watched_and_its_gradient_goes_on() -> None:
+    def use(model: LanguageModel) -> Sequence[Any]:
+        h = model.transformer.h
+        with model.trace(ROW) as t:
+            first, middle, last = h[0].output, h[1].output, h[2].output
+            value = t.cond(last.abs().max() > -1, lambda: middle, lambda: middle * 2)
+            loss = (value * last).sum() + model.logits.sum()
+            with loss.backward():
+                late, early = value.grad.save(), first.grad.save()
+        return late, early
+
+    both(use, exact=False)

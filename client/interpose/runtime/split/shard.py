@@ -170,6 +170,8 @@ class Shard:
         if kept is None:
             raise InternalError(f"site {self.site} keeps no graph of forward {number}")
 
+        back: list[Tensor | None] = [None] * len(kept.came)
+
         def run() -> None:
             pairs = [
                 (out, gradient) for out, gradient in zip(kept.left, gradients, strict=True) if gradient is not None
@@ -178,6 +180,8 @@ class Shard:
                 torch.autograd.backward(
                     [out for out, _ in pairs], [gradient for _, gradient in pairs], retain_graph=True
                 )
+            # Before the guest clears those of the values it watches, which may be what came.
+            back[:] = [tensor.grad for tensor in kept.came]
 
         reply: Nest = None
         new: Sequence[Mail] = ()
@@ -187,7 +191,6 @@ class Shard:
                     reply, new = self.guest.wave(work, mail, run)
                 else:
                     run()
-            back = [tensor.grad for tensor in kept.came]
         finally:
             # What was handed out may be this very memory, and the next backward would add to it in place.
             for tensor in kept.came:
