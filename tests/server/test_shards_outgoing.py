@@ -87,7 +87,7 @@ async def test_a_worker_tells_of_what_its_shards_stored(settings: Settings, tmp_
     home = split(loaded, 3, lambda site: Outgoing(blobs, settings))
     engine = Engine(home)
     async with run_gateway(settings) as gateway:
-        await gateway.broker.models.publish("tiny", "w0", home.manifest, "")
+        await gateway.broker.models.publish("tiny", "w1", home.manifest, "")
         gateway.app.state.parts.catalogue._hosted.clear()
         async with working(gateway, engine):
             job = wide_job(0, 1)
