@@ -117,10 +117,14 @@ def client(name: str, lab: Served) -> LanguageModel:
 
 # -- what dies --------------------------------------------------------------------------------------------------
 
+REPLICAS = "ServeReplica:interpose-org-tiny"
 COPIES = 2
+KILLING = ("a node with a copy",)
+"""Cases that hit jobs for sure."""
+PATIENCE_S = 200.0
 
 
-def faults(quick: bool, only: Sequence[str] = ()) -> Iterator[tuple[Row, Tally]]:
+def faults(quick: bool, only: Sequence[str] = ()) -> Iterator[Row]:
     folder = benches.tiny()
     spec = model("org/tiny", folder, COPIES)
     cases: Mapping[str, Callable[[ClusterLab], float]] = {
@@ -141,14 +145,24 @@ def faults(quick: bool, only: Sequence[str] = ()) -> Iterator[tuple[Row, Tally]]
             with Load(lab, "org/tiny", folder, pause_s=0.1 if quick else 0.03) as load:
                 load.until_running()
                 took_s = case(lab)
-            tally = load.finish()
-            yield row(what, took_s, tally), tally
+            yield row(what, took_s, checked(what, load.finish(), died=what in KILLING))
         with Load(lab, "org/tiny", folder, pause_s=0.01, most=120) as load:
             while load.submitted < 120:
                 time.sleep(0.01)
             took_s = seconds(lambda: lab.interpose("deploy", "down", lab.config(spec), "org/tiny"))
-        tally = load.finish()
-        yield row("deploy down", took_s, tally), tally
+        yield row("deploy down", took_s, checked("deploy down", load.finish()))
+
+
+def checked(what: str, tally: Tally, *, died: bool = False) -> Tally:
+    """Raises AssertionError if a job came to harm, or if the load wasn't one.
+
+    Args:
+        died: copies that had jobs died, so that some must have run again.
+    """
+    print(what, tally, file=sys.stderr, flush=True)
+    assert tally.sound and tally.accepted, f"{what}: {tally}"
+    assert tally.requeued or not died, f"{what}: it hit no job: {tally}"
+    return tally
 
 
 def quiet() -> float:
@@ -157,14 +171,14 @@ def quiet() -> float:
 
 
 def kill_copies(lab: ClusterLab, number: int) -> float:
-    for replica in lab.ray.processes("ServeReplica:interpose-org-tiny")[:number]:
+    for replica in lab.ray.processes(REPLICAS)[:number]:
         replica.kill()
     return back(lab, COPIES - number)
 
 
 def hang(lab: ClusterLab) -> float:
     """It doesn't die, it just does nothing any more: for Serve to notice."""
-    lab.ray.processes("ServeReplica:interpose-org-tiny")[0].suspend()
+    lab.ray.processes(REPLICAS)[0].suspend()
     return back(lab, COPIES - 1)
 
 
@@ -172,27 +186,22 @@ def kill_controller(lab: ClusterLab) -> float:
     (old,) = lab.ray.processes("ServeController")
     began = time.monotonic()
     old.kill()
-    while not (new := lab.ray.processes("ServeController")) or new[0].pid == old.pid:
-        time.sleep(0.05)
+    until(lambda: any(new.pid != old.pid for new in lab.ray.processes("ServeController")))
     return time.monotonic() - began
 
 
 def kill_node(lab: ClusterLab) -> float:
-    lab.ray.kill_node_of(lab.ray.processes("ServeReplica:interpose-org-tiny")[0])
-    # Of the nodes, only one is left, which has two cores; whether both copies were on one isn't known.
-    began = time.monotonic()
-    while len(lab.ray.processes("ServeReplica:interpose-org-tiny")) < COPIES:
-        time.sleep(0.1)
-    lab.until_copies("org/tiny", COPIES, 200)
-    return time.monotonic() - began
+    """The node that is left has cores for both copies."""
+    _, took_s = lab.lose_node("org/tiny", timeout_s=PATIENCE_S)
+    lab.until_copies("org/tiny", COPIES)
+    return took_s
 
 
 def update(lab: ClusterLab, spec: Mapping[str, Any]) -> float:
-    before = {replica.pid for replica in lab.ray.processes("ServeReplica:interpose-org-tiny")}
+    before = {replica.pid for replica in lab.ray.processes(REPLICAS)}
     began = time.monotonic()
     lab.deploy({**spec, "settings": {"batch_jobs": 16}})
-    while before & {replica.pid for replica in lab.ray.processes("ServeReplica:interpose-org-tiny")}:
-        time.sleep(0.1)
+    until(lambda: not before & {replica.pid for replica in lab.ray.processes(REPLICAS)})
     lab.until_copies("org/tiny", COPIES)
     return time.monotonic() - began
 
@@ -201,8 +210,15 @@ def back(lab: ClusterLab, fallen_to: int) -> float:
     """Seconds until all copies run again, counted from the kill."""
     began = time.monotonic()
     lab.until_copies("org/tiny", fallen_to)
-    lab.until_copies("org/tiny", COPIES, 200)
+    lab.until_copies("org/tiny", COPIES, PATIENCE_S)
     return time.monotonic() - began
+
+
+def until(holds: Callable[[], bool]) -> None:
+    ends = time.monotonic() + PATIENCE_S
+    while not holds():
+        assert time.monotonic() < ends, "it didn't recover"
+        time.sleep(0.05)
 
 
 def row(what: str, took_s: float, tally: Tally) -> Row:
@@ -220,19 +236,9 @@ def main() -> None:
     parser.add_argument("--only", nargs="*", default=[], help="of the faults, those with such a word in their name")
     wanted = parser.parse_args()
     CONFIG.progress = False
-    sound = True
+    parts = {"start": start, "cost": cost, "faults": partial(faults, only=wanted.only)}
     for part in wanted.parts:
-        if part == "faults":
-            found = []
-            for one in faults(wanted.quick, wanted.only):
-                print(*one, file=sys.stderr, flush=True)
-                found.append(one)
-            rows = [one for one, _ in found]
-            sound = all(tally.sound for _, tally in found)
-        else:
-            rows = list({"start": start, "cost": cost}[part](wanted.quick))
-        print(markdown(rows), flush=True)
-    sys.exit(not sound)
+        print(markdown(list(parts[part](wanted.quick))), flush=True)
 
 
 if __name__ == "__main__":

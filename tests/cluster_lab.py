@@ -11,7 +11,7 @@ import threading
 import time
 import uuid
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,12 +19,14 @@ from typing import Any
 
 import httpx
 import msgpack
+import psutil
 import redis
 import torch
 from interpose.graph.model import Graph, Invoke, Node, Point, Run
 from interpose.graph.values import Ref
 from interpose.wire.submission import Submission, encode_submission
 from interpose_server.broker import keys
+from interpose_server.shards.naming import app_name
 from interpose_server.sockets import listen
 from ray_cluster import RayCluster, ray_cluster
 from rig import Valkey
@@ -86,6 +88,53 @@ class ClusterLab:
         """That run jobs."""
         with self.client() as client:
             return self._copies(client, model)
+
+    def lose_node(self, model: str, replaced: bool = False, timeout_s: float = 150) -> tuple[int, float]:
+        """Kill a node that copies of a model are on, at a moment when every copy has jobs.
+
+        Args:
+            replaced: another of two cores comes at once.
+
+        Returns:
+            How many copies died with it, and after how many seconds as many others ran.
+        """
+        before = self.ready(model)
+        replicas = self.ray.processes(f"ServeReplica:{app_name(model)}")
+        lost = [replica for replica in replicas if replica.ppid() == replicas[0].ppid()]
+        self._stop_at_work(replicas)
+        self.ray.kill_node_of(lost[0])
+        began = time.monotonic()
+        for replica in set(replicas) - set(lost):
+            replica.resume()
+        if replaced:
+            self.ray.add(2)
+        while len(self.ready(model) - before) < len(lost):
+            assert time.monotonic() - began < timeout_s, "no other copies came"
+            time.sleep(0.1)
+        return len(lost), time.monotonic() - began
+
+    def _stop_at_work(self, replicas: Sequence[psutil.Process], timeout_s: float = 30) -> None:
+        ends = time.monotonic() + timeout_s
+        with redis.Redis.from_url(self.valkey.url) as broker:
+            while True:
+                for replica in replicas:
+                    replica.suspend()
+                time.sleep(0.05)
+                leased: Any = broker.zrange(keys.LEASES, 0, -1)
+                if len({broker.hget(keys.JOB.format(ref=ref.decode()), "worker") for ref in leased}) >= len(
+                    replicas
+                ):
+                    return
+                for replica in replicas:
+                    replica.resume()
+                assert time.monotonic() < ends, "they have no jobs"
+                time.sleep(0.02)
+
+    def ready(self, model: str) -> set[bytes]:
+        """Workers that run jobs of a model, or did when they were last heard of."""
+        with redis.Redis.from_url(self.valkey.url) as broker:
+            states: Any = broker.hgetall(keys.STATES.format(model=model))
+        return {worker for worker, state in states.items() if state == b"ready"}
 
     def until_copies(self, model: str, number: int, timeout_s: float = 90) -> float:
         """Returns how long it took, in seconds."""

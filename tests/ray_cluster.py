@@ -61,7 +61,12 @@ class RayCluster:
         return found
 
     def kill_node_of(self, process: psutil.Process) -> None:
-        self._ask(f"kill {process.ppid()}")
+        """All that runs on a node dies at once, as if its power failed; nobody is left to tell of it."""
+        raylet = psutil.Process(process.ppid())
+        raylet.suspend()
+        for child in raylet.children(recursive=True):
+            child.kill()
+        self._ask(f"kill {raylet.pid}")
 
     def stop(self) -> None:
         assert self._process.stdin is not None and self._process.stdout is not None

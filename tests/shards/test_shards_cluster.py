@@ -47,6 +47,21 @@ def test_what_dies_under_load_costs_time_only(lab: ClusterLab) -> None:
     assert tally.sound and tally.accepted > 100 and tally.requeued
 
 
+def test_a_node_that_dies_under_load_costs_time_only(lab: ClusterLab) -> None:
+    """A node goes with the copies on it, which have jobs; as many run again once there is another node."""
+    lab.until_copies("org/tiny", 2)
+    with Load(lab, "org/tiny", tiny("gpt2")) as load:
+        load.until_running()
+        copies, took_s = lab.lose_node("org/tiny", replaced=True)
+        lab.until_copies("org/tiny", 2)
+        after = load.submitted
+        while load.submitted < after + 20:
+            time.sleep(0.1)
+    tally = load.finish()
+    print(f"{copies} of 2 copies died with a node; both ran again after {took_s:.1f} s: {tally}")
+    assert tally.sound and tally.accepted > 100 and tally.requeued
+
+
 def test_a_model_comes_when_asked_for_and_goes_when_idle(lab: ClusterLab) -> None:
     cold = {"name": "cold", "source": str(tiny("gpt2")), "idle_s": 2, "settings": {"batch_jobs": 2}}
     broken = {"name": "broken", "source": str(lab.folder / "nothing"), "replicas": {"min": 1}}
