@@ -65,7 +65,11 @@ class Gradients:
         """The same for a value the graph itself computed; returns it, ready for gradients."""
         if not isinstance(value, torch.Tensor):
             raise BadArgument("only a tensor has a gradient")
-        if not value.requires_grad:
+        if value.requires_grad:
+            # Of this value alone: a condition or a loop may hand on another's very tensor, here or on its shard.
+            with torch.enable_grad():
+                value = value.view_as(value)
+        else:
             value = value.detach().requires_grad_()
         watched: torch.Tensor = value
         _differentiable(watched)

@@ -389,3 +389,24 @@ def test_a_value_that_is_what_came_to_a_shard_is_watched_and_its_gradient_goes_o
         return late, early
 
     both(use, exact=False)
+
+
+@pytest.mark.parametrize("parts", [0, 3])
+def test_a_value_handed_on_has_a_gradient_of_its_own(parts: int) -> None:
+    model = language(parts)
+    h = model.transformer.h
+    with model.trace(ROW) as t:
+        first, last = h[0].output, h[2].output
+        value = t.cond(last.abs().max() > -1, lambda: first, lambda: first * 2)
+        loss = value.sum() * 3 + model.logits.sum()
+        with loss.backward():
+            own = value.grad.save()
+            value.grad = value.grad * 2
+            early = first.grad.save()
+    assert torch.equal(own, torch.full_like(own, 3.0))
+    with model.trace(ROW):
+        first = h[0].output
+        loss = first.sum() * 6 + model.logits.sum()
+        with loss.backward():
+            expected = first.grad.save()
+    assert torch.allclose(early, expected, atol=1e-5)
