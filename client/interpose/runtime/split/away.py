@@ -139,15 +139,14 @@ class Away:
         return self._job.error is not None
 
     def stops(self, run: int, step: int, after: int) -> list[int]:
-        """The shards beyond `after` behind which home has something to do in one step of a run."""
+        """The blocks beyond `after` behind which home has something to do in one step of a run."""
         return [
-            site for own, at, site in self.division.stops if own == run and at in (step, EVERY) and site > after
+            block for own, at, block in self.division.stops if own == run and at in (step, EVERY) and block > after
         ]
 
     def far(self, run: int, step: int) -> set[int]:
-        """The shards with reads or writes of one step of a run."""
-        places = self._job.plan.at(run, step).values()
-        return {self.division.site[node.id] for nodes in places for node in nodes} - {HOME}
+        """The blocks with reads or writes of one step of a run."""
+        return {block for module, _, _ in self._job.plan.at(run, step) if (block := self._sites.block(module))}
 
     def owns(self, path: str) -> bool:
         """Whether a module is on a shard."""

@@ -6,14 +6,13 @@ from collections.abc import Sequence
 from dataclasses import astuple
 from typing import Any
 
-from ...errors import InternalError
 from ..forward import Enough, Forward, Placed
 from ..interpreter import Interpreter
 from ..loading import Loaded
 from .away import Away
 from .letters import by_job
 from .placeholders import settled
-from .route import HOME, Landing, Mail, Nest
+from .route import Landing, Mail, Nest
 
 
 def forward_of(loaded: Loaded) -> type[Forward]:
@@ -27,20 +26,25 @@ class Carried(Forward):
     def __init__(self, loaded: Loaded, placed: Sequence[Placed], *args: Any, **kwargs: Any) -> None:
         super().__init__(loaded, placed, *args, **kwargs)
         assert loaded.split is not None
+        self._sites = loaded.split.sites
         self._last = loaded.split.last
-        self._at = self._next = HOME
-        """The shard that was visited last, and the last that will be before home has its turn."""
+        self._at = self._next = 0
+        """The block that was called last, and the last that will be before home has its turn; by number."""
         self._visited: set[int] = set()
         self._far = [(part, away_of(part.job).far(part.run, part.step)) for part in placed]
+        """The blocks at which each part has something to do."""
         self._jobs = {away_of(part.job).number: part.job for part in placed}
 
     @property
     def over(self) -> bool:
         return super().over and not self._beyond(self._at)
 
-    def _beyond(self, site: int) -> bool:
-        """Whether any job has something to do at a later shard."""
-        return any(max(sites, default=HOME) > site for part, sites in self._far if part.job.error is None)
+    def _live(self) -> list[tuple[Placed, set[int]]]:
+        return [(part, blocks) for part, blocks in self._far if part.job.error is None]
+
+    def _beyond(self, block: int) -> bool:
+        """Whether any job has something to do at a later block."""
+        return any(max(blocks, default=0) > block for _, blocks in self._live())
 
     def visit(self, module: str, event: str, call: int, value: Any) -> Any:
         return super().visit(module, event, call, settled(value))
@@ -52,32 +56,39 @@ class Carried(Forward):
             with part.job.guard():
                 if part.job.error is None:
                     part.job.check_wanted()
-        live = [(part, sites) for part, sites in self._far if part.job.error is None]
-        stops = [site for part, _ in live for site in away_of(part.job).stops(part.run, part.step, self._at)]
-        last = (
-            self._last if not super().over else max((max(sites, default=HOME) for _, sites in live), default=HOME)
-        )
-        self._next = min([*stops, last])
+        live = self._live()
+        last = self._last
+        if super().over:
+            last = max((max(blocks, default=0) for _, blocks in live), default=0)
+        self._next = min([*self._stops(self._at), last])
         return self._next
 
+    def _stops(self, after: int) -> list[int]:
+        """The blocks beyond one behind which home has something to do."""
+        return [block for part, _ in self._live() for block in away_of(part.job).stops(part.run, part.step, after)]
+
     def load(self, site: int) -> tuple[Nest, Sequence[Mail]]:
-        parts = [part for part, sites in self._far if site in sites and part.job.error is None]
+        own = [
+            block
+            for block in self._sites.numbers.values()
+            if self._at < block <= self._next and self._sites.at(block) == site
+        ]
+        parts = [part for part, blocks in self._live() if not blocks.isdisjoint(own)]
         if not parts:
             return None, ()
-        if site in self._visited:
-            raise InternalError(f"a forward came by shard {site} twice, and its jobs' graphs can't be divided so")
-        self._visited.add(site)
         jobs = dict.fromkeys(part.job for part in parts)
+        # A shard is visited twice where home has its turn between two of its blocks.
+        since, until = self._sites.end(own[0] - 1), self._sites.end(own[-1])
+        whole = all(self._sites.at(block) != site for block in (own[0] - 1, own[-1] + 1))
+        again = site in self._visited
+        self._visited.add(site)
         work = {
             "whole": astuple(self.whole),
-            "through": site < self._next or not super().over or self._beyond(site) or self._stops(site),
+            "through": not super().over or self._beyond(own[-1]) or own[-1] in self._stops(own[-1] - 1),
             "jobs": [told for job in jobs if (told := away_of(job).told(site)) is not None],
-            "parts": [_part(part) for part in parts],
+            "parts": [_part(part, None if whole else (since, until), again=again) for part in parts],
         }
         return work, [one for job in jobs for one in away_of(job).mail(site)]
-
-    def _stops(self, site: int) -> bool:
-        return any(site in away_of(part.job).stops(part.run, part.step, site - 1) for part, _ in self._far)
 
     def landed(self, landing: Landing) -> None:
         self.serving = True
@@ -116,14 +127,16 @@ def away_of(job: Interpreter) -> Away:
     return job.away
 
 
-def _part(part: Placed) -> Nest:
+def _part(part: Placed, moments: tuple[float, float] | None, *, again: bool) -> Nest:
+    """Args: moments: between which it is served on this visit, if not all the time; again: it was begun before."""
+    since, until = moments or (part.since, part.until)
     return {
         "number": away_of(part.job).number,
         "run": part.run,
         "step": part.step,
         "span": astuple(part.span),
         "invokes": [astuple(invoke) for invoke in part.invokes],
-        "since": part.since,
-        "until": part.until,
-        "ended": part.job.absences.ended(part.run),
+        "since": since,
+        "until": until,
+        "ended": None if again else part.job.absences.ended(part.run),
     }

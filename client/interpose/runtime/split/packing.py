@@ -24,11 +24,13 @@ class Place:
     """Where a stub's block is.
 
     Attributes:
+        number: of the block among all, from 1 on.
         first: the name by which it takes its hidden states.
     """
 
     path: str
     site: int
+    number: int
     first: str
 
 
@@ -52,10 +54,10 @@ def taken(place: Place, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[
 
 
 def leg(calls: Sequence[Call], reach: int) -> list[Call]:
-    """The first of some calls whose sites ascend, up to one site."""
+    """The first of some calls whose sites ascend, up to one block by its number."""
     found: list[Call] = []
     for call in calls:
-        if call.place.site > reach or (found and call.place.site < found[-1].place.site):
+        if call.place.number > reach or (found and call.place.site < found[-1].place.site):
             break
         found.append(call)
     return found

@@ -125,7 +125,7 @@ class Carrier(Protocol):
         """The work for a shard, and the mail that goes with it."""
 
     def reach(self) -> int:
-        """The last site that this forward needs; `HOME` if none, a large number for all and home again after."""
+        """The number (from 1 on) of the last block to be called before home has its turn; 0 for none."""
 
     def landed(self, landing: Landing) -> None:
         """The shards are done. Raises to end the forward here."""

@@ -7,17 +7,22 @@ modules called on values (as late as the graph allows), tokens and masks, and ba
 
 from __future__ import annotations
 
+import math
+from bisect import bisect_left
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
+from itertools import accumulate
 from typing import TypeAlias
 
+from ...errors import WrongOrder
 from ...graph.manifest import Manifest
 from ...graph.model import Node
 from ..plan import ACCESSES, Plan, place_of, step_of
 from .route import HOME
 
 Moment: TypeAlias = tuple[int, float, float]
-"""When: level of runs, step, position. A shard's position is twice its number; home's lie between, at odd ones."""
+"""When: level of runs, step, position. A block's is twice its number; home's lie between blocks, at odd ones."""
 
 BEGIN: Moment = (-1, 0, 0)
 """Before any forward."""
@@ -33,47 +38,65 @@ class Sites:
     """Where modules are.
 
     Args:
-        blocks: path of a block -> its site, 1 to `count`.
+        blocks: path of a block -> its site, 1 to `count`; in order.
     """
 
     blocks: Mapping[str, int]
     manifest: Manifest
-    count: int = field(init=False)
-    _order: tuple[tuple[int, int], ...] = field(init=False)
-    """(moment at which the last block of a site ends, site), in order."""
+    numbers: Mapping[str, int] = field(init=False)
+    """Path of a block -> its number, from 1 on."""
+    _ends: tuple[int, ...] = field(init=False)
+    """The moment at which each block ends, by number; ascending."""
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "count", max(self.blocks.values()))
-        ends: dict[int, int] = {}
-        for path, site in self.blocks.items():
-            moment = self.manifest.moment(path, "output", 0)
-            if moment is not None:
-                ends[site] = max(moment, ends.get(site, 0))
-        object.__setattr__(self, "_order", tuple(sorted((moment, site) for site, moment in ends.items())))
+        object.__setattr__(self, "numbers", {path: number for number, path in enumerate(self.blocks, 1)})
+        moments = [self.manifest.moment(path, "output", 0) or 0 for path in self.blocks]
+        object.__setattr__(self, "_ends", tuple(accumulate(moments, max)))
+
+    @property
+    def count(self) -> int:
+        """How many shards there are."""
+        return max(self.blocks.values())
 
     @property
     def last(self) -> int:
-        """Home's position after all shards."""
-        return 2 * self.count + 1
+        """Home's position after all blocks."""
+        return 2 * len(self.blocks) + 1
+
+    def block(self, path: str) -> int:
+        """The number of the block that a module is or lies in, 0 for one of home's."""
+        while path:
+            if path in self.numbers:
+                return self.numbers[path]
+            path = path.rpartition(".")[0]
+        return 0
 
     def of(self, path: str) -> int:
         """The site of a module."""
-        while path:
-            if path in self.blocks:
-                return self.blocks[path]
-            path = path.rpartition(".")[0]
-        return HOME
+        return self.at(self.block(path))
+
+    def at(self, block: int) -> int:
+        """The site of a block by its number."""
+        return self._sites[block] if block < len(self._sites) else HOME
+
+    @cached_property
+    def _sites(self) -> tuple[int, ...]:
+        return (HOME, *self.blocks.values())
+
+    def end(self, block: int) -> float:
+        """The moment at which a block by its number has ended, and the next hasn't begun."""
+        if block == 0:
+            return -math.inf
+        return math.inf if block >= len(self._ends) else self._ends[block - 1] + 1
 
     def position(self, node: Node) -> int:
         """When in a forward an access comes."""
         module, event, call = place_of(node)
-        site = self.of(module)
-        if site != HOME:
-            return 2 * site
+        block = self.block(module)
+        if block:
+            return 2 * block
         moment = self.manifest.moment(module, event, call)
-        if moment is None:
-            return self.last
-        return 2 * max((site for ended, site in self._order if ended < moment), default=0) + 1
+        return self.last if moment is None else 2 * bisect_left(self._ends, moment) + 1
 
 
 @dataclass(frozen=True)
@@ -83,7 +106,7 @@ class Division:
     Attributes:
         site: node -> where it runs; live nodes alone.
         sent: site -> node run there -> the other sites that need its value.
-        stops: (run, step, site): after that site's part of the forward, home has something to do before the next.
+        stops: (run, step, block): after that block, home has something to do before the next.
         first: the shards that have something to do before any forward.
     """
 
@@ -190,7 +213,9 @@ class _Divider:
         level = self.level.get(node.run, 0)
         if node.op in ACCESSES:
             position = self.sites.position(node)
-            return (level, self._step(node), position), self._site(position), own
+            when: Moment = (level, self._step(node), position)
+            self._check(node, when)
+            return when, self._site(position), own
         if node.op in ("attention_mask", "alive"):
             return (level, self._step(node), 1), HOME, own
         if node.op == "tokens":
@@ -215,11 +240,19 @@ class _Divider:
         """Whether a node needs a module that isn't where its arguments are: home alone can reach all."""
         return node.op in ("call", "param") and self.sites.of(node.args[0]) != site
 
+    def _check(self, node: Node, when: Moment) -> None:
+        """Home has no turn within a block. Raises WrongOrder where an access would need it to."""
+        if any(when < self.when.get(need, BEGIN) < (*when[:2], END) for need in self.plan.needs[node.id]):
+            raise WrongOrder(
+                "this model's blocks lie on several shards: what a module outside of them makes of a value can be "
+                "written, or decide, from the next block on"
+            ).at(node.id, node.op, node.source)
+
     def _step(self, node: Node) -> float:
         return EVERY if self.plan.template_of(node.id) is not None else step_of(node)
 
     def _site(self, position: float) -> int:
-        return HOME if position % 2 else int(position) // 2
+        return HOME if position % 2 else self.sites.at(int(position) // 2)
 
     def _latest(self, node: Node, needs: frozenset[int] | None = None) -> tuple[Moment, int, frozenset[int]]:
         """When and where the last of what a node needs comes into being."""
@@ -244,7 +277,7 @@ class _Divider:
         if node.id not in self.waited:
             return (level, step, max(position, self.sites.last)), HOME, runs
         if position < self.sites.last and self._site(int(position)) != HOME:
-            position = 2 * self._site(int(position)) + 1
+            position = int(position) + 1
             self.stops |= {(run, step, int(position) // 2) for run in runs}
         return (level, step, position), HOME, runs
 

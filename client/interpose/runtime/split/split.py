@@ -20,5 +20,5 @@ class Split:
 
     @property
     def last(self) -> int:
-        """The last shard."""
-        return self.sites.count
+        """The last block's number."""
+        return len(self.sites.numbers)

@@ -74,7 +74,7 @@ class Home:
         found: dict[int, Tensor] = {}
         begun, stayed = 0, False
         while begun < len(calls):
-            reach = calls[-1].place.site if carrier is None else carrier.reach()
+            reach = calls[-1].place.number if carrier is None else carrier.reach()
             part = leg(calls[begun:], reach)
             if carrier is not None and not part:
                 if stayed:
@@ -180,4 +180,8 @@ def settle_exit(model: nn.Module) -> None:
 
 
 def places(route: Route, blocks: Mapping[str, nn.Module]) -> dict[str, Place]:
-    return {path: Place(path, route.sites[path], first_parameter(block)) for path, block in blocks.items()}
+    numbers = {path: number for number, path in enumerate(route.sites, 1)}
+    return {
+        path: Place(path, route.sites[path], numbers[path], first_parameter(block))
+        for path, block in blocks.items()
+    }
