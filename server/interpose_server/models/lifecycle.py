@@ -9,6 +9,7 @@ there is room. Nothing here imports Ray, Redis or torch, or looks at a clock.
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
@@ -260,7 +261,11 @@ class _Decision:
         name = model.name
         if wanted and name in self._outgrown:
             self._copies[name] = 0
-            self._why[name] = f"a copy takes {_shown(model.parts)}, more than there are"
+            there = ", ".join(f"{node:g}" for node in self._room.nodes or ())
+            self._why[name] = (
+                f"a copy takes {_shown(model.parts)}; the nodes have {there or 'none'}. "
+                "`devices` says how many each part takes"
+            )
             # A node may be away: for long, where the model has been loaded before.
             if model.loaded:
                 self._crowded.add(name)
@@ -366,9 +371,13 @@ class _Decision:
 
 
 def _shown(parts: Parts) -> str:
-    each = " and ".join(f"{part:g}" for part in sorted(set(parts), reverse=True))
-    return (
-        f"{each} device{'s' if parts != (1.0,) else ''}"
-        if len(parts) == 1
-        else f"{len(parts)} times {each} devices"
-    )
+    """As "1 device", or "2 parts of 1 device, one of 0.5: 2.5 devices in all"."""
+    if len(parts) == 1:
+        return _devices(parts[0])
+    counts = Counter(parts)
+    each = [f"{count if count > 1 else 'one'} of {_devices(part)}" for part, count in counts.most_common()]
+    return f"{len(parts)} parts, {', '.join(each)}: {_devices(sum(parts))} in all"
+
+
+def _devices(number: float) -> str:
+    return f"{number:g} device{'' if number == 1 else 's'}"

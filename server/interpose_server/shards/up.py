@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import shutil
 import tempfile
+import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -20,6 +21,9 @@ from ..wanted import Served, Wanted
 from . import apps, cluster, keeper
 
 POLL_S = 0.1
+
+NO_ROOM_S = 90.0
+"""A model for which there was no room for so long isn't waited for any more."""
 
 
 class ClusterSupervisor(Supervisor):
@@ -94,6 +98,8 @@ class Loading:
         self._tell = tell
         self._waiting = {spec.name for spec in specs if spec.replicas.min or spec.pinned}
         self._told: dict[str, str] = dict.fromkeys((spec.name for spec in specs), ModelState.COLD)
+        self._crowded: dict[str, float] = {}
+        """Since when there has been no room for a model that is waited for."""
 
     async def watch(self, broker: Broker) -> None:
         """Return when it's over."""
@@ -107,12 +113,23 @@ class Loading:
             text = str(hosted.state)
             if hosted.state is ModelState.FAILED and hosted.failure is not None:
                 text += f": {hosted.failure.detail}"
+            elif hosted.told == "crowded" and name in self._waiting:
+                text += f": {hosted.note.partition('wanted: ')[2] or 'there is no room for it'}"
             if text != self._told[name]:
                 self._told[name] = text
                 self._tell(f"{name}: {text}")
             if name in self._waiting:
                 await self._settle(name, hosted.state)
+                self._bear(name, crowded=hosted.told == "crowded")
         return not self._waiting
+
+    def _bear(self, name: str, *, crowded: bool) -> None:
+        """Give up a model for which there is no room, and stays none."""
+        if not crowded:
+            self._crowded.pop(name, None)
+        elif time.monotonic() - self._crowded.setdefault(name, time.monotonic()) > NO_ROOM_S:
+            self.failed.append(name)
+            self._waiting.discard(name)
 
     async def _settle(self, name: str, state: ModelState) -> None:
         """Serve knows whether copies of an older version are still there."""
