@@ -106,14 +106,16 @@ def up(path: Path, print_env: bool) -> bool:
 
 async def _change(place: Place) -> bool:
     """Have a cluster that runs serve what the configuration says by now."""
-    from interpose_server.shards.up import Loading, deploy, put
+    from interpose_server.shards import apps
+    from interpose_server.shards.awaiting import Loading
+    from interpose_server.shards.up import deploy, put
 
     assert place.redis_url is not None
     settings = place.settings(place.redis_url)
     async with place.broker() as broker:
         await put(place.config.models, broker)
         await deploy(place.config.models, settings, broker)
-        loading = Loading(place.config.models, lambda line: typer.echo(line, err=True))
+        loading = Loading(place.config.models, lambda line: typer.echo(line, err=True), apps.states)
         await loading.watch(broker)
     return not loading.failed
 

@@ -5,25 +5,19 @@ from __future__ import annotations
 import asyncio
 import shutil
 import tempfile
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 from interpose.errors import ConfigError
 
 from ..broker.connect import Broker
-from ..broker.states import ModelState
 from ..datadir import DataDir
 from ..embedded import Supervisor, say
 from ..models.spec import ClusterConfig, ModelSpec
 from ..settings import Settings
 from ..wanted import Served, Wanted
 from . import apps, cluster, keeper
-
-POLL_S = 0.1
-
-NO_ROOM_S = 90.0
-"""A model for which there was no room for so long isn't waited for any more."""
+from .awaiting import Loading
 
 
 class ClusterSupervisor(Supervisor):
@@ -39,7 +33,7 @@ class ClusterSupervisor(Supervisor):
         self._config = config
         self._temp: Path | None = None
         self._reached = False
-        self._loading = Loading(config.models, say)
+        self._loading = Loading(config.models, say, apps.states)
 
     def _settings(self, redis_url: str) -> Settings:
         base = settings_of(self._config, redis_url, self._data.path)
@@ -88,60 +82,6 @@ class ClusterSupervisor(Supervisor):
         cluster.leave()
         if self._temp is not None:
             shutil.rmtree(self._temp, ignore_errors=True)
-
-
-class Loading:
-    """Models on their way, told of as they go. Those that are loaded when somebody asks are not waited for."""
-
-    def __init__(self, specs: Sequence[ModelSpec], tell: Callable[[str], None]) -> None:
-        self.failed: list[str] = []
-        self._tell = tell
-        self._waiting = {spec.name for spec in specs if spec.replicas.min or spec.pinned}
-        self._told: dict[str, str] = dict.fromkeys((spec.name for spec in specs), ModelState.COLD)
-        self._crowded: dict[str, float] = {}
-        """Since when there has been no room for a model that is waited for."""
-
-    async def watch(self, broker: Broker) -> None:
-        """Return when it's over."""
-        while not await self.over(broker):  # noqa: ASYNC110 - the broker is asked, and tells nobody by itself
-            await asyncio.sleep(POLL_S)
-
-    async def over(self, broker: Broker) -> bool:
-        """Whether each runs jobs, or can't. Takes a second at most."""
-        for name in list(self._told):
-            hosted = await broker.models.get(name)
-            text = str(hosted.state)
-            if hosted.state is ModelState.FAILED and hosted.failure is not None:
-                text += f": {hosted.failure.detail}"
-            elif hosted.told == "crowded" and name in self._waiting:
-                text += f": {hosted.note.partition('wanted: ')[2] or 'there is no room for it'}"
-            if text != self._told[name]:
-                self._told[name] = text
-                self._tell(f"{name}: {text}")
-            if name in self._waiting:
-                await self._settle(name, hosted.state)
-                self._bear(name, crowded=hosted.told == "crowded")
-        return not self._waiting
-
-    def _bear(self, name: str, *, crowded: bool) -> None:
-        """Give up a model for which there is no room, and stays none."""
-        if not crowded:
-            self._crowded.pop(name, None)
-        elif time.monotonic() - self._crowded.setdefault(name, time.monotonic()) > NO_ROOM_S:
-            self.failed.append(name)
-            self._waiting.discard(name)
-
-    async def _settle(self, name: str, state: ModelState) -> None:
-        """Serve knows whether copies of an older version are still there."""
-        if state not in (ModelState.READY, ModelState.FAILED):
-            return
-        serves = (await asyncio.to_thread(apps.states)).get(name)
-        status = serves.status if serves else ""
-        if state is ModelState.FAILED or status in ("DEPLOY_FAILED", "UNHEALTHY"):
-            self.failed.append(name)
-        elif status != "RUNNING":
-            return
-        self._waiting.discard(name)
 
 
 def settings_of(config: ClusterConfig, redis_url: str, data_dir: Path | None) -> Settings:
