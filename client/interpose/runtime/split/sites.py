@@ -244,8 +244,8 @@ class _Divider:
         """Home has no turn within a block. Raises WrongOrder where an access would need it to."""
         if any(when < self.when.get(need, BEGIN) < (*when[:2], END) for need in self.plan.needs[node.id]):
             raise WrongOrder(
-                "this model's blocks lie on several shards: what a module that lies elsewhere makes of a value can be "
-                "written, or decide, from the next block on"
+                "this model's blocks lie on several shards: what a module that lies elsewhere makes of a value can "
+                "be written, or decide, from the next block on"
             ).at(node.id, node.op, node.source)
 
     def _step(self, node: Node) -> float:
