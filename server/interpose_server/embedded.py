@@ -181,12 +181,16 @@ class Supervisor:
                 return False
         return True
 
+    def _served(self) -> list[str]:
+        """The models that can be used."""
+        return [model.name for model in self._wanted.models]
+
     def _tell(self, bound: socket.socket | None, token: str | None) -> None:
         """Say how to reach the server."""
         if bound is None:
-            say(f"ready: {', '.join(model.name for model in self._wanted.models)}; Ctrl-C stops it")
+            say(f"ready: {', '.join(self._served())}; Ctrl-C stops it")
             return
-        say(f"ready at {url_of(bound)}: {', '.join(model.name for model in self._wanted.models)}")
+        say(f"ready at {url_of(bound)}: {', '.join(self._served()) or 'no model'}")
         if self._wanted.print_env:
             print(f"INTERPOSE_HOST={url_of(bound)}", flush=True)
             if token is not None:

@@ -29,6 +29,15 @@ OF_WORKERS = frozenset(
 """Those that may differ from model to model."""
 
 
+GATEWAYS = frozenset(
+    {
+        *("metrics_open", "rate_per_s", "rate_burst", "queued_per_user", "queued_total", "streams_per_user"),
+        *("downloads_per_user", "subscriptions", "position_s", "drain_s", "sweep_s"),
+    }
+)
+"""Settings that say nothing to workers."""
+
+
 class Settings(BaseSettings):
     """Attributes end with their unit; `INTERPOSE_SERVER_LIMITS='{"wall_s": 60}'` sets limits one by one.
 

@@ -14,7 +14,7 @@ from interpose.runtime.loading import load
 from interpose_server.broker.connect import Broker
 from interpose_server.broker.states import ModelState
 from interpose_server.models.spec import ModelSpec
-from interpose_server.settings import Settings
+from interpose_server.settings import GATEWAYS, Settings
 from interpose_server.worker.engines import Ready, engine_for, ready
 from interpose_server.worker.hosting import Host
 from models import tiny
@@ -187,3 +187,7 @@ def test_a_model_that_remembers_is_given_one_batch_at_a_time(settings: Settings)
     found = ready(load(tiny("llama"), name="tiny"), settings, room=30 << 20, lanes=3)
     assert found.lanes == 3
     assert 3 * found.lane.memory_bytes <= found.allowed.memory_bytes < 30 << 20
+
+
+def test_the_settings_of_gateways_are_settings() -> None:
+    assert GATEWAYS < set(Settings.model_fields)

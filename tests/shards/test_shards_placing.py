@@ -54,6 +54,12 @@ def test_a_copy_in_parts_is_a_group_of_bundles_with_the_replica_in_the_first() -
     assert needed.devices(gpus=True) == (1, 1, 1)
 
 
+def test_without_gpus_a_copy_in_parts_takes_what_its_shards_take() -> None:
+    needed = of(gpus=False, placement="blocks", shards=2, devices=0.5)
+    assert [dict(bundle) for bundle in needed.bundles] == [{"CPU": 0.5}] * 2
+    assert needed.options["num_cpus"] == 0
+
+
 @pytest.mark.parametrize(
     ("cards", "placement", "most"),
     [("80GB", Placement.DEVICE, 0.5), ("2x9GB", Placement.DEVICE, 1), ("3x2GB", Placement.DEVICES, 2)],

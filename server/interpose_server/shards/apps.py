@@ -15,7 +15,7 @@ from ray.serve.api import RunTarget
 from ray.serve.config import AutoscalingConfig, AutoscalingPolicy
 
 from ..models.spec import ModelSpec
-from ..settings import Settings
+from ..settings import GATEWAYS, Settings
 from .choosing import chosen
 from .cluster import MODELS_NOTE, SETTINGS_NOTE, Cards, Notes, has_gpus, has_room
 from .naming import app_name
@@ -160,7 +160,8 @@ def _target(spec: ModelSpec, settings: Settings, wanted: Needs, plain: Mapping[s
 
 def _mark(spec: ModelSpec, settings: Mapping[str, Any], wanted: Needs) -> str:
     hosting = spec.model_dump(mode="json", exclude=SCHEDULING)
-    return _digest([hosting, settings, wanted.options, list(wanted.bundles), version("interpose")])
+    own = {name: value for name, value in settings.items() if name not in GATEWAYS}
+    return _digest([hosting, own, wanted.options, list(wanted.bundles), version("interpose")])
 
 
 def _digest(value: Any) -> str:

@@ -48,7 +48,7 @@ def needs(chosen: Chosen, settings: Settings, *, gpus: bool) -> Needs:
 
     Where no node has a GPU, a device is one core: a copy on two devices has two, and computes with two threads.
     A copy in parts has a bundle for each. Its replica lies in the first, beside the first shard, and takes a core
-    and the home's share of the device of it; the shard has what is left.
+    and the home's share of the device of it; the shard has what is left. Without GPUs it shares that shard's cores.
 
     Args:
         settings: their `worker_threads` are the cores beside a GPU, or instead of what `devices` says of cores.
@@ -62,7 +62,7 @@ def needs(chosen: Chosen, settings: Settings, *, gpus: bool) -> Needs:
         return Needs(_options(own, spec.resources))
     assert spec.shards is not None
     shard = _devices(min(spec.devices, 1.0), gpus, threads)
-    home = {"CPU": 1.0} | ({"GPU": chosen.home_share * shard["GPU"]} if "GPU" in shard else {})
+    home = {"CPU": 1.0, "GPU": chosen.home_share * shard["GPU"]} if "GPU" in shard else {"CPU": 0.0}
     first = {**shard, "CPU": shard["CPU"] + home["CPU"], **spec.resources}
     return Needs(_options(home, spec.resources), (first, *([shard] * (spec.shards - 1))))
 

@@ -63,6 +63,9 @@ class ClusterSupervisor(Supervisor):
     async def _loaded(self, broker: Broker) -> bool:
         return await self._loading.over(broker)
 
+    def _served(self) -> list[str]:
+        return [name for name in super()._served() if name not in self._loading.failed]
+
     async def _finish(self, grace_s: float) -> None:
         """The gateway, then the copies, which finish what they run; the broker last."""
         broker_alone, rest = self._stages[:1], self._stages[1:]
