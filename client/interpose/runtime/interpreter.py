@@ -39,6 +39,14 @@ if TYPE_CHECKING:
     from .split.away import Away
 
 
+LATE = "what this needs exists only later in the forward"
+
+TOO_LATE = (
+    "this model's blocks lie on several shards: what a module that lies elsewhere makes of a value can be written, "
+    "or decide, from the next block on"
+)
+
+
 class Interpreter:
     """Executes the nodes of one job. After `fail` it ignores everything."""
 
@@ -235,7 +243,7 @@ class Interpreter:
             return
         try:
             if self._waits[node.id]:
-                raise WrongOrder("what this needs exists only later in the forward")
+                raise WrongOrder(LATE if self.own is self.plan else TOO_LATE)
             if node.op == "write":
                 self._write(node, values, view)
                 self.release(node)

@@ -18,6 +18,7 @@ from typing import TypeAlias
 from ...errors import WrongOrder
 from ...graph.manifest import Manifest
 from ...graph.model import Node
+from ..interpreter import TOO_LATE
 from ..plan import ACCESSES, Plan, place_of, step_of
 from .route import HOME
 
@@ -241,12 +242,11 @@ class _Divider:
         return node.op in ("call", "param") and self.sites.of(node.args[0]) != site
 
     def _check(self, node: Node, when: Moment) -> None:
-        """Home has no turn within a block. Raises WrongOrder where an access would need it to."""
-        if any(when < self.when.get(need, BEGIN) < (*when[:2], END) for need in self.plan.needs[node.id]):
-            raise WrongOrder(
-                "this model's blocks lie on several shards: what a module that lies elsewhere makes of a value can "
-                "be written, or decide, from the next block on"
-            ).at(node.id, node.op, node.source)
+        """Home has no turn within a block. Raises WrongOrder where an access that surely comes would need it to."""
+        if not self.plan.scope[node.id] and any(
+            when < self.when.get(need, BEGIN) < (*when[:2], END) for need in self.plan.needs[node.id]
+        ):
+            raise WrongOrder(TOO_LATE).at(node.id, node.op, node.source)
 
     def _step(self, node: Node) -> float:
         return EVERY if self.plan.template_of(node.id) is not None else step_of(node)
