@@ -163,7 +163,7 @@ class Worker:
     def _bell(self) -> asyncio.Task[None]:
         """Done when a job may be waiting. The same until it is: one that is given up in between may have rung."""
         if self._ringing is not None and self._ringing.done() and not self._ringing.cancelled():
-            self._ringing.exception()  # asked for, or the loop complains that nobody did; who asks next sees its own
+            self._ringing.exception()  # asked for, or the loop complains that nobody did
         if self._ringing is None or self._ringing.done():
             self._ringing = asyncio.create_task(self._broker.queue.wait(self._model, IDLE_S))
         return self._ringing
