@@ -7,6 +7,7 @@ once. Nothing a server names becomes a path before it is known to be a hash.
 from __future__ import annotations
 
 import hashlib
+import math
 import os
 import tempfile
 import time
@@ -111,7 +112,8 @@ def _get_loaded(server: Endpoint, model: str, extra: Mapping[str, str]) -> httpx
 def _pause(progress: Progress, model: str, error: ModelLoading) -> None:
     """Sleep as long as the server asks for, with the progress line alive."""
     stated = error.details.get("retry_after_s")
-    until = time.monotonic() + min(max(stated if isinstance(stated, (int, float)) else 1.0, 0.1), 10.0)
+    wait_s = stated if isinstance(stated, (int, float)) and math.isfinite(stated) else 1.0
+    until = time.monotonic() + min(max(wait_s, 0.1), 10.0)
     while (left := until - time.monotonic()) > 0:
         progress.loading(model, str(error.details.get("state", "loading")))
         time.sleep(min(left, 0.2))

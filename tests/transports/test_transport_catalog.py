@@ -10,6 +10,7 @@ from interpose.client import fetch_manifest, fetch_tokenizer
 from interpose.config import CONFIG
 from interpose.errors import InvalidGraph, InvalidPayload, ModelFailed, ModelLoading
 from interpose.graph.manifest import Leaf, Manifest, ModuleInfo, encode_manifest, fingerprint
+from interpose.progress import Progress
 from interpose.tracing import notes
 from scripted_lab import Lab
 
@@ -134,3 +135,14 @@ def test_tokenizers_are_checked_and_kept(lab: Lab):
         fetch_tokenizer(MODEL)
     serve(lab, None)
     assert fetch_tokenizer(MODEL) is None
+
+
+@pytest.mark.parametrize("stated", [float("nan"), float("inf"), "soon", None])
+def test_a_server_that_states_no_time_is_asked_again_after_a_second(
+    stated: object, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    slept: list[float] = []
+    monkeypatch.setattr(catalog.time, "monotonic", lambda: sum(slept))
+    monkeypatch.setattr(catalog.time, "sleep", slept.append)
+    catalog._pause(Progress(), "tiny", ModelLoading("it loads", details={"retry_after_s": stated}))
+    assert 0.9 <= sum(slept) <= 1.1
