@@ -90,7 +90,7 @@ class ClusterLab:
             return self._copies(client, model)
 
     def lose_node(self, model: str, replaced: bool = False, timeout_s: float = 150) -> tuple[int, float]:
-        """Kill a node that copies of a model are on, at a moment when every copy has jobs.
+        """Kill a node that copies of a model are on, at a moment when they have jobs.
 
         Args:
             replaced: another of two cores comes at once.
@@ -101,11 +101,9 @@ class ClusterLab:
         before = self.ready(model)
         replicas = self.ray.processes(f"ServeReplica:{app_name(model)}")
         lost = [replica for replica in replicas if replica.ppid() == replicas[0].ppid()]
-        self._stop_at_work(replicas)
+        self._stop_at_work(lost)
         self.ray.kill_node_of(lost[0])
         began = time.monotonic()
-        for replica in set(replicas) - set(lost):
-            replica.resume()
         if replaced:
             self.ray.add(2)
         while len(self.ready(model) - before) < len(lost):
@@ -113,22 +111,24 @@ class ClusterLab:
             time.sleep(0.1)
         return len(lost), time.monotonic() - began
 
-    def _stop_at_work(self, replicas: Sequence[psutil.Process], timeout_s: float = 30) -> None:
+    def _stop_at_work(self, replicas: Sequence[psutil.Process], timeout_s: float = 60) -> None:
+        """Stop them at a moment when they have a job, which then stays leased while those of others end."""
         ends = time.monotonic() + timeout_s
         with redis.Redis.from_url(self.valkey.url) as broker:
             while True:
                 for replica in replicas:
                     replica.suspend()
                 time.sleep(0.05)
-                leased: Any = broker.zrange(keys.LEASES, 0, -1)
-                if len({broker.hget(keys.JOB.format(ref=ref.decode()), "worker") for ref in leased}) >= len(
-                    replicas
-                ):
+                leased: Any = set(broker.zrange(keys.LEASES, 0, -1))
+                if leased:
+                    time.sleep(1)
+                    leased &= set(broker.zrange(keys.LEASES, 0, -1))
+                if leased:
                     return
                 for replica in replicas:
                     replica.resume()
                 assert time.monotonic() < ends, "they have no jobs"
-                time.sleep(0.02)
+                time.sleep(random.uniform(0.01, 0.1))
 
     def ready(self, model: str) -> set[bytes]:
         """Workers that run jobs of a model, or did when they were last heard of."""
