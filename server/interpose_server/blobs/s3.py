@@ -26,7 +26,7 @@ from obstore.exceptions import BaseError
 from obstore.store import S3Store
 
 from ..broker.store import WRITE_MS, Entry, Store
-from .protocol import FULL, TOO_LONG, BlobKey, charged
+from .protocol import FULL, TOO_LONG, BlobKey, charged, put
 from .s3_errors import mapped, reason
 from .s3_reader import S3Reader
 
@@ -68,13 +68,7 @@ class S3Blobs:
         return await asyncio.get_running_loop().run_in_executor(self._threads, work)
 
     def put(self, key: BlobKey, parts: Iterable[Buffer], ttl_s: float) -> int:
-        views = [memoryview(part) for part in parts]
-        size = sum(view.nbytes for view in views)
-        with self.writer(key, size, ttl_s) as writer:
-            for view in views:
-                writer.write(view)
-            writer.commit()
-        return size
+        return put(self, key, parts, ttl_s)
 
     def writer(self, key: BlobKey, size: int, ttl_s: float) -> S3Writer:
         self._drop_given_up()

@@ -90,13 +90,6 @@ class Landing:
     replies: Mapping[int, Nest] = field(default_factory=dict)
 
 
-@dataclass(frozen=True, slots=True)
-class Wave:
-    """One backward of one forward, for one shard's guest. `work` says which gradients are asked for."""
-
-    work: Nest = None
-
-
 class Guest(Protocol):
     """What of the jobs' graphs runs on a shard. Called on the shard's compute thread."""
 
