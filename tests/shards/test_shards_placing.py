@@ -93,3 +93,14 @@ def test_names_of_applications_keep_models_apart() -> None:
 def test_a_replica_is_known_by_its_actor() -> None:
     assert actor_of(worker_name("0" * 30 + "ab")) == "0" * 30 + "ab"
     assert actor_of("vm#3:org/tiny") is None
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_a_setting_of_gateways_makes_no_other_copy() -> None:
+    from interpose_server.shards.apps import _mark
+
+    def mark(settings: Settings) -> str:
+        return _mark(ModelSpec(name="tiny"), settings.model_dump(mode="json"), of(gpus=False, settings=settings))
+
+    assert mark(PLAIN.model_copy(update={"metrics_open": True, "queued_per_user": 3})) == mark(PLAIN)
+    assert mark(PLAIN.model_copy(update={"batch_jobs": 3})) != mark(PLAIN)
