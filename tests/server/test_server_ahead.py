@@ -7,6 +7,7 @@ import threading
 import time
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager, suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -180,6 +181,39 @@ async def test_a_job_that_cannot_be_prepared_fails_alone(valkey: Valkey, tmp_pat
             assert (await ended(gateway, good))[-1].body["status"] == "completed"
 
 
+async def test_a_job_that_came_too_late_for_a_batch_counts_once(valkey: Valkey, tmp_path: Path) -> None:
+    engine = Held()
+    async with run_gateway(make_settings(valkey, tmp_path, lease_s=0.4)) as gateway:
+        budget = replace(BUDGET, seconds=0.06)
+        worker = Worker("tiny", "w1", engine, gateway.broker, gateway.blobs, gateway.settings, budget=budget)
+        async with driven(worker):
+            large = submission(tiny_graph(tokens=(1,) * 60), batching="exclusive")
+            await gateway.post(large)
+            assert await asyncio.to_thread(engine.began.wait, 10)
+            late = submission()
+            await gateway.post(late)
+            company = worker._desk.company
+            assert company is not None
+            for _ in range(1000):
+                if company.busy:
+                    break
+                await asyncio.sleep(0.005)
+            assert company.busy, "it was to come between two forwards"
+            engine.go_on.set()
+            await ended(gateway, late)
+            assert await ran(gateway, 2) == (2, 2)
+
+
+async def ran(gateway: Gateway, jobs: int) -> tuple[int, int]:
+    """Batches and jobs that the worker has told of, once it's so many jobs or more."""
+    for _ in range(1000):
+        hosted = await gateway.broker.models.get("tiny")
+        if hosted.jobs >= jobs:
+            return hosted.batches, hosted.jobs
+        await asyncio.sleep(0.01)
+    raise TimeoutError
+
+
 @asynccontextmanager
 async def driven(worker: Worker) -> AsyncIterator[None]:
     stop = asyncio.Event()
@@ -349,4 +383,5 @@ async def test_whatever_comes_ends_once(valkey: Valkey, tmp_path: Path) -> None:
                     "running",
                     "completed",
                 ]
+            assert (await ran(gateway, len(jobs)))[1] == len(jobs)
     assert torch.is_grad_enabled()

@@ -78,6 +78,8 @@ class Company:
         self._suspect = any(sink.claim.alone for sink, _ in begun)
         self.joinable = self.hosting
         """Whether more can join: not where the model's cache has no room for other rows."""
+        self.came = 0
+        """Jobs it has had, those that joined included."""
         self.aside_s = 0.0
         """Time that others had."""
         self.done = False
@@ -255,6 +257,7 @@ class Company:
 
     def _enter(self, ready: Ready) -> None:
         sink, job = ready
+        self.came += 1
         with self._lock:
             self._sinks[id(job)] = sink
             self._shared |= len(self._sinks) > 1

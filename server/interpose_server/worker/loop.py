@@ -27,6 +27,7 @@ from ..tasks import either, end
 from .budget import unmeasured
 from .company import Company, Ready
 from .desk import Desk
+from .meter import Ran
 from .patience import Patience
 from .prepare import Preparer
 from .publisher import Publisher
@@ -107,10 +108,7 @@ class Worker:
         """Since when, and which jobs, while the engine runs."""
         self._publisher = Publisher(name, broker.queue, blobs, settings, self._forget)
         self._held: dict[JobSink, None] = {}
-        self._ran = (0, 0)
-        """Batches and jobs run since the last heartbeat."""
-        self._busy_s = 0.0
-        """How long the engine has worked since then."""
+        self._ran = Ran()
         self._pace = 1.0
         """How many times what was foreseen batches take."""
         self._empty = asyncio.Event()
@@ -197,8 +195,6 @@ class Worker:
             return False
         sinks = self._hold(await self._broker.queue.claim(self._model, self._name, turn.refs))
         ready = await self._loop.run_in_executor(self._beside, self._preparer.ready, sinks)
-        if turn.place is not Place.NEXT:
-            self._count(turn.place is Place.ASIDE, len(ready))
         at_rest = self._desk.put(ready, turn.place, company)
         if at_rest:
             self._begin([], at_rest)
@@ -276,13 +272,12 @@ class Worker:
             self._desk.enter(company)
             if self._waiting:
                 self._tell()
-            self._count(1, len(ready))
             began = time.monotonic()
             if company.hosting:
                 self._generate(ready, company)
             else:
                 self._run(ready, company)
-            self._busy_s += time.monotonic() - began
+            self._ran = self._ran.and_batch(company.came, time.monotonic() - began)
             self._pace = company.pace(self._pace)
             ready = []
 
@@ -335,6 +330,7 @@ class Worker:
         before = self._running
         self._run(ready)
         self._running = before
+        self._ran = self._ran.and_batch(len(ready))
 
     def _attempt(
         self, ready: Sequence[Ready], company: Company | None
@@ -362,23 +358,27 @@ class Worker:
 
     # -- leases ------------------------------------------------------------------------------------------------
 
-    def _count(self, batches: int, jobs: int) -> None:
-        self._ran = self._ran[0] + batches, self._ran[1] + jobs
-
     def _sink(self, claim: Claim) -> JobSink:
         limits = replace(self._settings.limits, wall_s=min(claim.timeout_s, self._settings.limits.wall_s))
         return JobSink(claim, limits, self._publisher.backlog, self._publisher.put)
 
     async def _beat(self) -> None:
         """Keep the leases, and hear of jobs that were cancelled."""
-        every = min(1.0, self._settings.lease_s / 3)
+        every, told = min(1.0, self._settings.lease_s / 3), Ran()
         while True:
             await asyncio.sleep(every)
             await self._end_stuck()
             held = {sink.claim.ref: sink for sink in self._held}
             try:
-                (ran, self._ran), (busy_s, self._busy_s) = (self._ran, (0, 0)), (self._busy_s, 0.0)
-                await self._broker.models.beat(self._model, self._copy, *ran, busy_s / self._lanes)
+                ran = self._ran
+                await self._broker.models.beat(
+                    self._model,
+                    self._copy,
+                    ran.batches - told.batches,
+                    ran.jobs - told.jobs,
+                    (ran.busy_s - told.busy_s) / self._lanes,
+                )
+                told = ran
                 pairs = [(ref, sink.claim.attempt) for ref, sink in held.items()]
                 for ref in await self._broker.queue.heartbeat(self._name, pairs) if pairs else ():
                     held[ref].lose()

@@ -1,9 +1,27 @@
-"""Who used how much of the engine's time, when several jobs are on it at once and come and go."""
+"""What an engine has done, and who used how much of its time when several jobs are on it at once and come and go."""
 
 from __future__ import annotations
 
 import time
 from collections.abc import Callable, Hashable
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, slots=True)
+class Ran:
+    """What an engine has done so far. Only its thread adds to it, once a batch has ended.
+
+    Args:
+        jobs: over all batches; one that is run again counts again.
+        busy_s: how long it has worked on them.
+    """
+
+    batches: int = 0
+    jobs: int = 0
+    busy_s: float = 0.0
+
+    def and_batch(self, jobs: int, busy_s: float = 0.0) -> Ran:
+        return Ran(self.batches + 1, self.jobs + jobs, self.busy_s + busy_s)
 
 
 class Meter:
