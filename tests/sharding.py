@@ -9,6 +9,7 @@ from typing import Any
 from interpose.runtime.feeding import examples
 from interpose.runtime.loading import Loaded
 from interpose.runtime.pieces import joined
+from interpose.runtime.split.calling import answer
 from interpose.runtime.split.cutting import cut, ranges
 from interpose.runtime.split.guest import Exit, Graphs
 from interpose.runtime.split.sites import Sites
@@ -27,6 +28,7 @@ def split(loaded: Loaded, parts: int, leaving: Callable[[int], Exit | None] = la
     home = replace(_seen(loaded, made.home), split=Split(made.route, sites))
     inputs = joined([examples(home.model, home.feeding, [5])], home.feeding.inputs, home.device)
     home.model(**home.feeding.kwargs(inputs))  # shows what blocks return
+    answer(home)
     return home
 
 

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from interpose.errors import ShapeMismatch
 from interpose.runtime.split.route import BlockCall, Mail, Visit
-from interpose.runtime.split.station import tracked
+from interpose.runtime.split.station import tracked, way
 from interpose_server.shards.link import Link
 from interpose_server.shards.standing import Standing
 from torch import Tensor
@@ -31,6 +31,7 @@ class Matrices:
         self.kept: dict[int, tuple[list[Tensor], list[Tensor]]] = {}
         self.caches: set[int] = set()
         self.calls: list[int] = []
+        self.asked = 0
         self.go_on = threading.Event()
         self.go_on.set()
         self.shard: Standing | None = None
@@ -42,6 +43,7 @@ class Matrices:
         assert self.go_on.wait(20)
         work = visit.work or {}
         _raise(work.get("fail"))
+        self._ask(work)
         with torch.set_grad_enabled(visit.grad):
             result = torch.tanh(hidden @ weight(self.site))
             for letter in mail:
@@ -55,14 +57,26 @@ class Matrices:
     def wave(
         self, number: int, gradients: Sequence[Tensor | None], work: Any, mail: Sequence[Mail]
     ) -> tuple[Sequence[Tensor | None], Any, Sequence[Mail]]:
+        self._ask(work or {})
         given, returned = self.kept[number]
         pairs = [(tensor, grad) for tensor, grad in zip(returned, gradients, strict=True) if grad is not None]
         outs, grads = [tensor for tensor, _ in pairs], [grad for _, grad in pairs]
         found = torch.autograd.grad(outs, given, grads, retain_graph=True, allow_unused=True)
         return found, {"asked": work, "mail": [letter.value for letter in mail]}, []
 
+    def _ask(self, work: Any) -> None:
+        """In the middle of a forward or a backward."""
+        for site, name in work.get("ask", ()) if isinstance(work, dict) else ():
+            sent = torch.full((WIDTH,), float(self.site))
+            answer = way()(site, name, {"x": sent})
+            assert answer["site"] == site
+            assert torch.equal(answer["request"]["x"], sent + (site == 0))
+            self.asked += 1
+
     def errand(self, name: str, request: Any) -> Any:
         _raise(name)
+        if name == "wonder":
+            way()(0, "add", request)
         return {"site": self.site, "name": name, "request": request}
 
     def drop(self, numbers: Collection[int], caches: Collection[int]) -> None:

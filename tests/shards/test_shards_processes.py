@@ -28,8 +28,16 @@ def language(engine: Engine) -> LanguageModel:
     return model
 
 
+def steer(model: LanguageModel, block: int) -> None:
+    """Write into a block what home's modules and another shard's make of its own value."""
+    h = model.transformer.h
+    inner = h[block].mlp.output
+    lens = model.lm_head(model.transformer.ln_f(inner)).softmax(-1).amax(-1, keepdim=True)
+    h[block].output[0][:] += h[2 - block].mlp(inner) * lens
+
+
 def read(model: LanguageModel) -> dict[str, torch.Tensor]:
-    """Values of every site: read, changed, of gradients, of a generation."""
+    """Values of every site: read, changed, asked for in a block, of gradients, of a generation."""
     with model.trace(PROMPTS) as t:
         model.transformer.h[0].output[0][:, -1] *= 2
         hidden = model.transformer.h[2].output[0].save()
@@ -38,9 +46,13 @@ def read(model: LanguageModel) -> dict[str, torch.Tensor]:
     with model.trace(PROMPTS[0]):
         first = model.transformer.h[0].output[0]
         first.retain_grad()
+        steer(model, 1)
         model.lm_head.output[:, -1].sum().backward()
         grad = first.grad.save()
     with model.generate(PROMPTS[0], max_new_tokens=4) as t:
+        with t.all():
+            steer(model, 0)
+            steer(model, 2)
         ids = t.result.save()
     return {"hidden": hidden, "logits": logits, "grad": grad, "ids": ids}
 

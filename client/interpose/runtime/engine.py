@@ -31,6 +31,7 @@ from .refusals import Refused
 from .restart import Restart
 from .sink import Sink
 from .split.away import Away, over, settle
+from .split.calling import far
 from .split.remembering import Remembered
 from .split.route import HOME
 from .split.sites import divide
@@ -112,7 +113,9 @@ class Engine:
         self.loaded = loaded
         self.tokens = tokens
         self.manifest = loaded.manifest
-        self._world = World(loaded.modules, torch.device(loaded.device), loaded.manifest, loaded.adapters)
+        self._world = World(
+            loaded.modules, torch.device(loaded.device), loaded.manifest, loaded.adapters, far(loaded)
+        )
         self._buffers = Remembered(loaded)
         self._tail: Tail | None = measure(loaded)
         self._restart = Restart(loaded)

@@ -31,13 +31,16 @@ class Guard:
 
 
 def located(error: Exception, node: Node) -> Exception:
-    """The error as one of ours that names the node; torch's own become OpFailed with their first line."""
-    if isinstance(error, InterposeError):
-        return error.at(node.id, node.op, node.source)
-    if isinstance(error, (torch.OutOfMemoryError, torch.AcceleratorError, MemoryError)):
+    """The error as one of ours that names the node."""
+    found = plain(error)
+    return found.at(node.id, node.op, node.source) if isinstance(found, InterposeError) else found
+
+
+def plain(error: Exception) -> Exception:
+    """The error as one of ours, torch's own as OpFailed with their first line; but what is the device's stays."""
+    if isinstance(error, (InterposeError, torch.OutOfMemoryError, torch.AcceleratorError, MemoryError)):
         return error
-    reason = str(error).strip().split("\n")[0][:300] or type(error).__name__
-    return OpFailed(reason, node=node.id, op=node.op, source=node.source)
+    return OpFailed(str(error).strip().split("\n")[0][:300] or type(error).__name__)
 
 
 def unreached(node: Node) -> NotReached:

@@ -24,6 +24,7 @@ from .telling import told
 
 if TYPE_CHECKING:
     from .interpreter import Interpreter
+    from .world import Elsewhere
 
 
 def save(job: Interpreter, node: Node, args: tuple[Any, ...]) -> None:
@@ -44,8 +45,8 @@ def attachment(job: Interpreter, node: Node, args: tuple[Any, ...]) -> torch.Ten
 
 def param(job: Interpreter, node: Node, args: tuple[Any, ...]) -> Any:
     path, name = args
-    if job.away is not None and job.away.owns(path):
-        return job.away.parameter(path, name)
+    if (far := _far(job, path)) is not None:
+        return far.parameter(path, name)
     module = job.world.modules[path]
     own = parameter(module, name)
     with job.adapter(node):
@@ -58,14 +59,14 @@ def param(job: Interpreter, node: Node, args: tuple[Any, ...]) -> Any:
 
 def call(job: Interpreter, node: Node, args: tuple[Any, ...]) -> Any:
     path, value = args
-    far = job.away if job.away is not None and job.away.owns(path) else None
+    far = _far(job, path)
     if far is None:
         check_call(job.world.manifest, job.world.modules[path], path, value, job.limits)
     if job.unknown(node.id) and isinstance(value, torch.Tensor):
         spec, flops = called(job.world.manifest, path, described(value))
         job.afford(5 * nbytes(spec), flops)
     if far is not None:
-        return far.call(path, value)
+        return far.call(path, value, job.limits)
     if job.products is not None and job.products.take(job, node, path, value):
         return LATER
     with no_hooks(), job.adapter(node):
@@ -73,6 +74,12 @@ def call(job: Interpreter, node: Node, args: tuple[Any, ...]) -> Any:
     if not isinstance(output, torch.Tensor):
         raise BadArgument(f"{path} returns no single tensor, so it can't be called on a value")
     return output
+
+
+def _far(job: Interpreter, path: str) -> Elsewhere | None:
+    """Where a module is, if that isn't here."""
+    far = job.world.elsewhere
+    return far if far is not None and far.has(path) else None
 
 
 def update(job: Interpreter, node: Node, args: tuple[Any, ...]) -> torch.Tensor:

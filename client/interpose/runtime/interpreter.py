@@ -42,8 +42,8 @@ if TYPE_CHECKING:
 LATE = "what this needs exists only later in the forward"
 
 TOO_LATE = (
-    "this model's blocks lie on several shards: what a module that lies elsewhere makes of a value can be written, "
-    "or decide, from the next block on"
+    "this model's blocks lie on several shards: what a backward, or a module that holds blocks, makes of a block's "
+    "values can be written, or decide, from the next block on"
 )
 
 

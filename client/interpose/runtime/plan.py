@@ -300,6 +300,12 @@ def step_of(node: Node) -> int:
     return node.point.step if node.point else 0
 
 
+def _constant(graph: Graph, node: Node) -> bool:
+    """Whether a node of a body of steps gives the same at each of them, and is run once for all."""
+    body = None if node.when is None else graph.nodes[node.when]
+    return node.op in ("param", "attachment") and body is not None and body.op == "steps" and body.when is None
+
+
 def _taken(node: Node) -> set[int]:
     """The nodes whose values a node takes: what it refers to, and for a gradient only the value it writes."""
     if node.op in ("grad", "set_grad"):
@@ -313,7 +319,7 @@ def compile_graph(graph: Graph) -> Plan:
     scope: list[tuple[int, ...]] = []
     needed: list[set[int]] = []
     for node in graph.nodes:
-        scope.append(() if node.when is None else (*scope[node.when], node.when))
+        scope.append(() if node.when is None or _constant(graph, node) else (*scope[node.when], node.when))
         needed.append(_taken(node))
     for node in graph.nodes:
         for control in scope[node.id]:

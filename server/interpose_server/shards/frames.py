@@ -2,7 +2,8 @@
 
     "IS" | kind: 1 byte | 1 spare | head's length: 4 | call: 8 | bytes of tensors: 8 | head | tensors
 
-A call is a forward, a backward or an errand, numbered by home; 0 is none.
+A call is a forward, a backward or an errand, numbered by who makes it: home, or a shard that asks for an errand. 0
+is none.
 """
 
 from __future__ import annotations
@@ -47,8 +48,9 @@ class Kind(IntEnum):
     EBBED = 9
     """The first shard: a backward has come by."""
     FAILED = 10
-    """Shard: a forward or backward ends here."""
+    """A forward, a backward or an errand ends here."""
     ERRAND = 11
+    """Home: one for a shard. Shard: one for home, or by home for another shard. Answered with DONE."""
     DONE = 12
     DROP = 13
     PING = 14

@@ -12,6 +12,7 @@ from interpose.runtime.inputs import Feeding
 from interpose.runtime.loading import Loaded, tokenizer_of
 from interpose.runtime.sources import Source, torch_device
 from interpose.runtime.split.building import load_home
+from interpose.runtime.split.calling import answer
 from interpose.runtime.split.route import Nest
 from interpose.runtime.split.settling import settled
 from interpose.runtime.split.slices import Report, feeding_nest
@@ -91,7 +92,8 @@ class _Asked:
         return [Report.of_nest(nest) for nest in self._all(MEASURE, request)]
 
     def serve(self, loaded: Loaded) -> None:
-        """Have the shards run their parts of graphs from now on."""
+        """Have the shards run their parts of graphs from now on, and home do what they ask for."""
+        answer(loaded)
         request = {
             "feeding": self._feeding,
             "manifest": encode_manifest(loaded.manifest),

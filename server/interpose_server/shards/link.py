@@ -2,6 +2,9 @@
 
 A call (a forward, a backward, an errand) waits on the thread that makes it; several may be under way. A shard that
 is gone, or silent for too long, ends them all at once with ReplicaLost, and every later one.
+
+Shards ask, too, while they serve a forward or a backward. Each has a thread here that answers it, which waits for
+nobody but another shard's errands; and those wait for nobody.
 """
 
 from __future__ import annotations
@@ -11,19 +14,20 @@ import logging
 import queue
 import threading
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
 import torch
-from interpose.errors import InterposeError, InvalidPayload, ReplicaLost
+from interpose.errors import InternalError, InterposeError, InvalidPayload, ReplicaLost
 from interpose.runtime.split.route import HOME, Landing, Mail, Nest, Visit
 from interpose.runtime.split.station import tracked
 from torch import Tensor
 
 from .channel import Channel
-from .faults import raised
+from .faults import raised, told
 from .frames import Frame, Kind
 
 log = logging.getLogger(__name__)
@@ -87,6 +91,10 @@ class Link:
         # A plain queue, as whoever lets go of a cache may be the garbage collector, in the middle of anything.
         self._dropped: queue.SimpleQueue[tuple[list[int], ...] | None] = queue.SimpleQueue()
         self._channels: dict[int, Channel] = {}
+        self._own: Callable[[str, Nest], Nest] | None = None
+        """What home does for shards."""
+        # A shard computes one thing at a time, so no question waits for another's answer.
+        self._answering = ThreadPoolExecutor(max(len(addresses), 1), "answers")
         try:
             for site, address in sorted(addresses.items()):
                 self._channels[site] = Channel.dial(address, secret, HOME, site)
@@ -147,6 +155,9 @@ class Link:
         with self._call() as (call, inbox):
             self._send(site, Kind.ERRAND, call, [name, request])
             return self._next(inbox, Kind.DONE)[1]
+
+    def answer(self, errand: Callable[[str, Nest], Nest]) -> None:
+        self._own = errand
 
     def drop(self, numbers: Sequence[int] = (), caches: Sequence[int] = ()) -> None:
         for number in numbers:
@@ -231,10 +242,29 @@ class Link:
         if frame.kind is Kind.PONG:
             busy_s, waiting = _fields(frame.open(), 2)
             self._health[channel.peer] = float(busy_s), int(waiting)
+        elif frame.kind is Kind.ERRAND:
+            with suppress(RuntimeError):  # the link was closed, and the shard ends with it
+                self._answering.submit(self._answer, channel, frame)
         elif frame.kind is Kind.FAILED and not frame.call:
             self._lose(str(raised(frame.open())))
         elif (inbox := self._inboxes.get(frame.call)) is not None:
             inbox.put(frame)
+
+    def _answer(self, shard: Channel, frame: Frame) -> None:
+        """Do what a shard asks for. Whatever goes wrong is raised there."""
+        with suppress(ReplicaLost):
+            try:
+                site, name, request = _fields(frame.open(self._device), 3)
+                shard.send(Kind.DONE, frame.call, self._asked(site, name, request))
+            except Exception as error:  # noqa: BLE001
+                shard.send(Kind.FAILED, frame.call, told(HOME, error))
+
+    def _asked(self, site: int, name: str, request: Nest) -> Nest:
+        if site != HOME:
+            return self.errand(site, name, request)
+        if self._own is None:
+            raise InternalError("home does no errands yet")
+        return self._own(name, request)
 
     def _ended(self, channel: Channel, why: str) -> None:
         self._lose(f"shard {channel.peer} is gone: {why}")
@@ -246,6 +276,7 @@ class Link:
             channel.close()
         for inbox in list(self._inboxes.values()):
             inbox.put(None)
+        self._answering.shutdown(wait=False, cancel_futures=True)
 
     def _keep(self) -> None:
         """Carry out drops, and ask for signs of life."""

@@ -1,11 +1,13 @@
 """A shard's end of the link: it serves forwards and backwards in the order in which they come, and errands.
 
 One thread computes, another runs errands, so no shard ever waits for one that waits for it; connections are read
-by threads that only pass on. It ends when home does.
+by threads that only pass on. What computes may ask home, and by home another shard, and wait for the answer; an
+errand never does. It ends when home does.
 """
 
 from __future__ import annotations
 
+import itertools
 import logging
 import queue
 import socket
@@ -13,16 +15,17 @@ import threading
 import time
 from collections import OrderedDict
 from collections.abc import Callable
+from concurrent.futures import Future
 from contextlib import suppress
 from typing import Any, TypeAlias
 
 import torch
 from interpose.errors import InterposeError, InvalidPayload, ReplicaLost, Unauthorized
-from interpose.runtime.split.route import HOME
-from interpose.runtime.split.station import Station, Stop
+from interpose.runtime.split.route import HOME, Nest
+from interpose.runtime.split.station import Station, Stop, asking
 
 from .channel import Channel
-from .faults import told
+from .faults import raised, told
 from .frames import Frame, Kind
 from .greeting import checked
 from .strangers import Strangers
@@ -73,6 +76,9 @@ class Standing:
         self._addresses: dict[int, tuple[str, int]] = {}
         self._halves: dict[int, dict[Kind, Frame]] = {}
         """Calls of which either the work or the parcel has come."""
+        self._questions = itertools.count(1)
+        self._asked: dict[int, Future[Frame]] = {}
+        """What home was asked and hasn't answered."""
         self._dropped: OrderedDict[int, None] = OrderedDict()
         self._tasks: queue.SimpleQueue[Task | None] = queue.SimpleQueue()
         self._errands: queue.SimpleQueue[Task | None] = queue.SimpleQueue()
@@ -98,6 +104,11 @@ class Standing:
             channel.close()
         self._tasks.put(None)
         self._errands.put(None)
+        with self._lock:
+            asked = [*self._asked.values()]
+            self._asked.clear()
+        for answer in asked:
+            answer.set_exception(ReplicaLost("home is gone"))
 
     # -- connections -------------------------------------------------------------------------------------------
 
@@ -164,6 +175,11 @@ class Standing:
                 self._pair(frame, Kind.WAVE, Kind.EBB, self._backward)
             case Kind.ERRAND:
                 self._errands.put(lambda: self._errand(channel, frame))
+            case Kind.DONE | Kind.FAILED if channel.peer == HOME:
+                with self._lock:
+                    answer = self._asked.pop(frame.call, None)
+                if answer is not None:
+                    answer.set_result(frame)
             case Kind.DROP:
                 self._forget(frame)
             case Kind.PING:
@@ -202,7 +218,8 @@ class Standing:
     def _compute(self) -> None:
         while (task := self._tasks.get()) is not None:
             self._since = time.monotonic()
-            task()
+            with asking(self._ask):
+                task()
             del task  # and all that it holds, while the next is waited for
             self._since = None
 
@@ -268,6 +285,24 @@ class Standing:
             home.send(Kind.DONE, frame.call, self._stop.station.errand(name, request))
 
         self._attempt(frame.call, run)
+
+    def _ask(self, site: int, name: str, request: Nest) -> Nest:
+        """Have another site do an errand, on the thread that computes. Raises what it raises, and ReplicaLost."""
+        number, answer = next(self._questions), Future[Frame]()
+        with self._lock:
+            self._asked[number] = answer
+        try:
+            if self.ended.is_set():
+                raise ReplicaLost("home is gone")
+            self._to(HOME).send(Kind.ERRAND, number, [site, name, request])
+            frame = answer.result()
+        finally:
+            with self._lock:
+                self._asked.pop(number, None)
+        content = frame.open(self._device)
+        if frame.kind is Kind.FAILED:
+            raise raised(content)
+        return content
 
     def _join(self, home: Channel, frame: Frame) -> None:
         def run() -> None:

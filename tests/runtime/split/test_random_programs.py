@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from interpose import LanguageModel
-from interpose.errors import InterposeError, WrongOrder
+from interpose.errors import InterposeError
 from test_graphs import language
 
 SEEDS = 120
@@ -50,7 +50,9 @@ class Program:
         """A few things done, with the values there are so far."""
         for _ in range(self.rng.randrange(2, 7)):
             choices = (
-                [self.read] if not values else [self.read, self.read, self.mix, self.write, self.call, self.loop]
+                [self.read]
+                if not values
+                else [self.read, self.read, self.mix, self.write, self.steer, self.call, self.loop]
             )
             if values and depth < 2:
                 choices.append(self.condition)
@@ -69,6 +71,13 @@ class Program:
     def write(self, t: Any, values: list[Any], depth: int) -> None:
         block = self.block()
         block.output[:] = block.output * 0.5 + self.rng.choice(values) * 0.3
+
+    def steer(self, t: Any, values: list[Any], depth: int) -> None:
+        """Write into a block what a module, often one elsewhere, makes of the block's own value."""
+        block = self.block()
+        inner = self.rng.choice((block.input, block.attn.output[0], block.mlp.output))
+        self.call(t, seen := [inner], depth)
+        block.output[:] = block.output * 0.5 + seen[-1] * 0.3
 
     def call(self, t: Any, values: list[Any], depth: int) -> None:
         value, block = self.rng.choice(values), self.block()
@@ -115,18 +124,16 @@ def flat(nest: Any) -> list[Any]:
 
 @pytest.mark.parametrize("parts", [2, 3])
 def test_a_program_does_what_it_does_on_the_whole_model(parts: int) -> None:
-    ran = refused = 0
+    ran = 0
     for seed in range(1000 * parts, 1000 * parts + SEEDS):
         found, expected = outcome(language(parts), seed), outcome(language(0), seed)
         if isinstance(expected, InterposeError):
             assert type(found) is type(expected), (seed, found, expected)
-        elif isinstance(found, WrongOrder) and "several shards" in found.message:
-            refused += 1
         else:
             assert not isinstance(found, InterposeError), (seed, found)
             ran += 1
             same(seed, found, expected)
-    assert ran > SEEDS // 2 and refused < SEEDS // 20
+    assert ran > SEEDS // 2
 
 
 def same(seed: int, found: Sequence[Any], expected: Sequence[Any]) -> None:

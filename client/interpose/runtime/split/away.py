@@ -148,20 +148,6 @@ class Away:
         """The blocks with reads or writes of one step of a run."""
         return {block for module, _, _ in self._job.plan.at(run, step) if (block := self._sites.block(module))}
 
-    def owns(self, path: str) -> bool:
-        """Whether a module is on a shard."""
-        return self._sites.of(path) != HOME
-
-    def parameter(self, path: str, name: str) -> Any:
-        """A shard's parameter, brought here."""
-        return self._route.errand(self._sites.of(path), "parameter", {"path": path, "name": name})
-
-    def call(self, path: str, value: Any) -> Any:
-        """What a shard's module makes of a value; gradients come by."""
-        from .calling import call
-
-        return call(self._route, self._sites.of(path), path, value, self._job.limits)
-
     def _errand(self, site: int, name: str, request: Nest) -> None:
         self.answer(self._route.errand(site, name, request))
 

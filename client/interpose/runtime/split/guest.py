@@ -9,21 +9,20 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from ...errors import BadArgument, InternalError, JobTimeout
+from ...errors import InternalError, JobTimeout
 from ...graph.codec import decode_graph
 from ...graph.limits import Limits
-from ..calls import check_call
 from ..forward import Forward, Placed
-from ..hooks import no_hooks
 from ..interpreter import Interpreter
 from ..loading import Loaded
-from ..offloaded import parameter
 from ..prepared import Preparation
 from ..rows import Span
 from ..world import World
+from .calling import CALL, PARAMETER, Elsewhere, Owned
 from .letters import by_job, deliver, error_to_nest, letters
 from .route import Mail, Nest
 from .sites import Sites, divide
+from .station import way
 
 
 class Exit(Protocol):
@@ -130,7 +129,10 @@ class Graphs:
         self._site = site
         self._exit = exit_ or ByHome()
         self._prepare = Preparation(loaded.manifest)
-        self._world = World(loaded.modules, torch.device(loaded.device), loaded.manifest)
+        device = torch.device(loaded.device)
+        self._world = World(loaded.modules, device, loaded.manifest, elsewhere=Elsewhere(sites, site, way))
+        own = {path: module for path, module in loaded.modules.items() if sites.of(path) == site}
+        self._owned = Owned(own, loaded.manifest, device)
         self._parts: dict[int, Part] = {}
         self._early: dict[int, list[Mail]] = {}
         """Mail of jobs that have nothing to do here yet."""
@@ -211,10 +213,10 @@ class Graphs:
             "end_run": self._end_run,
             "settle": self._settle,
             "over": self._over,
-            "parameter": self._parameter,
-            "call": self._call,
             "stored": lambda request: self._exit.stored(request["token"]),
         }
+        if name in (CALL, PARAMETER):
+            return self._owned.errand(name, request)
         if name not in work:
             raise InternalError(f"a shard knows no errand {name!r}")
         with torch.no_grad():
@@ -265,17 +267,3 @@ class Graphs:
             if part is not None:
                 part.job.gradients.close()
         return None
-
-    def _parameter(self, request: Nest) -> Nest:
-        return parameter(self._loaded.modules[request["path"]], request["name"])
-
-    def _call(self, request: Nest) -> Nest:
-        path, value, gradient = request["path"], request["value"], request.get("gradient")
-        module = self._loaded.modules[path]
-        check_call(self._loaded.manifest, module, path, value, Limits(**request["limits"]))
-        with no_hooks(), torch.set_grad_enabled(gradient is not None):
-            given = value if gradient is None else value.detach().requires_grad_()
-            output = module(given)
-            if not isinstance(output, Tensor):
-                raise BadArgument(f"{path} returns no single tensor, so it can't be called on a value")
-            return output if gradient is None else torch.autograd.grad(output, given, gradient)[0]

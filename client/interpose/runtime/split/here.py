@@ -12,9 +12,10 @@ from typing import Any
 
 from torch import Tensor
 
+from ...errors import InternalError
 from .parcels import Swapped, leaf, readdressed
-from .route import Landing, Mail, Nest, Visit
-from .station import Station, Stop
+from .route import HOME, Landing, Mail, Nest, Visit
+from .station import Station, Stop, asking
 
 _Task = Callable[[], None]
 
@@ -65,6 +66,21 @@ def _close(threads: Sequence[Thread]) -> None:
         thread.close()
 
 
+class _Asked:
+    """Does errands on the thread of whoever asks."""
+
+    def __init__(self, stops: Mapping[int, Stop]) -> None:
+        self.home: Callable[[str, Nest], Nest] | None = None
+        self._stops = stops
+
+    def __call__(self, site: int, name: str, request: Nest) -> Nest:
+        errand = self.home if site == HOME else self._stops[site].station.errand
+        if errand is None:
+            raise InternalError("home does no errands yet")
+        with asking(None):
+            return errand(name, request)
+
+
 class Here:
     """A `Route` whose shards are in this process.
 
@@ -78,6 +94,7 @@ class Here:
         self._stops = {site: Stop(site, station) for site, station in stations.items()}
         self._threads = {site: Thread(f"interpose-shard-{site}") for site in stations}
         self._ways: dict[int, list[int]] = {}
+        self._asked = _Asked(self._stops)
         self._end = weakref.finalize(self, _close, [*self._threads.values()])
 
     def forward(self, number: int, hidden: Tensor, visits: Sequence[Visit], mail: Sequence[Mail]) -> Landing:
@@ -106,8 +123,8 @@ class Here:
         self, number: int, hidden: Tensor, visit: Visit, mail: Sequence[Mail]
     ) -> tuple[Tensor | None, Nest, list[Mail]]:
         stop = self._stops[visit.site]
-        found: tuple[Tensor | None, Nest, list[Mail]] = self._threads[visit.site].run(
-            lambda: stop.forward(number, hidden, visit, mail)
+        found: tuple[Tensor | None, Nest, list[Mail]] = self._serve(
+            visit.site, lambda: stop.forward(number, hidden, visit, mail)
         )
         return found
 
@@ -125,14 +142,26 @@ class Here:
         self, site: int, number: int, gradients: Sequence[Tensor | None], work: Nest, mail: Sequence[Mail]
     ) -> tuple[list[Tensor | None], Nest, list[Mail]]:
         stop = self._stops[site]
-        found: tuple[list[Tensor | None], Nest, list[Mail]] = self._threads[site].run(
-            lambda: stop.backward(number, gradients, work, mail)
+        found: tuple[list[Tensor | None], Nest, list[Mail]] = self._serve(
+            site, lambda: stop.backward(number, gradients, work, mail)
         )
         return found
 
+    def _serve(self, site: int, task: Callable[[], Any]) -> Any:
+        """Have a shard do something in which it may ask others."""
+
+        def run() -> Any:
+            with asking(self._asked):
+                return task()
+
+        return self._threads[site].run(run)
+
     def errand(self, site: int, name: str, request: Nest) -> Nest:
         """On the caller's own thread."""
-        return self._stops[site].station.errand(name, request)
+        return self._asked(site, name, request)
+
+    def answer(self, errand: Callable[[str, Nest], Nest]) -> None:
+        self._asked.home = errand
 
     def drop(self, numbers: Sequence[int] = (), caches: Sequence[int] = ()) -> None:
         """Forget forwards and caches, each shard when it has done what it was given before."""

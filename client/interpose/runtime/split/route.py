@@ -20,6 +20,9 @@ Nest: TypeAlias = Any
 
 HOME = 0
 
+Ask: TypeAlias = Callable[[int, str, Nest], Nest]
+"""Site, name, request -> what an errand there gives."""
+
 
 @dataclass(frozen=True, slots=True)
 class CacheRef:
@@ -152,6 +155,10 @@ class Route(Protocol):
 
     def errand(self, site: int, name: str, request: Nest) -> Nest:
         """Have one shard's guest do something else."""
+
+    def answer(self, errand: Callable[[str, Nest], Nest]) -> None:
+        """Let `errand` do what shards ask of home while they serve a forward or a backward. It is called on any
+        thread and waits for nobody. What shards ask of one another comes by home too."""
 
     def drop(self, numbers: Sequence[int] = (), caches: Sequence[int] = ()) -> None:
         """Forwards no backward will come to any more, and caches nobody will use."""

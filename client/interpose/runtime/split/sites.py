@@ -2,14 +2,15 @@
 
 A read or write runs where its module is. Everything else runs where, of what it needs, the last comes into being;
 so values travel the way the forward goes, and most don't travel at all. Home takes what only it can do: its own
-modules called on values (as late as the graph allows), tokens and masks, and backwards, which begin there.
+modules called on values (as late as the graph allows), tokens and masks, and backwards, which begin there. Where a
+block waits for what a module elsewhere makes of its own values, its shard asks for that (`calling.py`).
 """
 
 from __future__ import annotations
 
 import math
 from bisect import bisect_left
-from collections.abc import Collection, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import accumulate
@@ -75,6 +76,12 @@ class Sites:
     def of(self, path: str) -> int:
         """The site of a module."""
         return self.at(self.block(path))
+
+    def outside(self, path: str) -> bool:
+        """Whether a module is home's, and no block lies in it."""
+        return (
+            bool(path) and not self.block(path) and not any(block.startswith(f"{path}.") for block in self.blocks)
+        )
 
     def at(self, block: int) -> int:
         """The site of a block by its number."""
@@ -152,12 +159,14 @@ class _Divider:
         """The runs of a node's own level that it comes from."""
         self.stops: set[tuple[int, float, int]] = set()
         self.first: set[int] = set()
-        self.waited = self._upstream(ACCESSES)
+        self.waited = self._upstream(plan.nodes(*ACCESSES))
         """Nodes that a moment of some forward waits for."""
-        self.losses = self._upstream({"backward"})
+        self.losses = self._upstream(plan.nodes("backward"))
         self.after: set[int] = set()
         """Nodes that come of gradients."""
         self.loops = self._loops()
+        self.awaited: dict[Moment, set[int]] = {}
+        """What the accesses of a moment come from, of those it was asked of."""
 
     def divided(self) -> Division:
         for node in self.nodes:
@@ -176,11 +185,11 @@ class _Divider:
             frozenset(self.first),
         )
 
-    def _upstream(self, ops: Collection[str]) -> set[int]:
-        """All that nodes of some ops come from."""
-        found: set[int] = set()
+    def _upstream(self, ends: Iterable[Node]) -> set[int]:
+        """All that some nodes come from."""
+        wanted, found = {node.id for node in ends}, set[int]()
         for node in reversed(self.nodes):
-            if node.id in self.plan.live and (node.op in ops or node.id in found):
+            if node.id in self.plan.live and (node.id in wanted or node.id in found):
                 found |= self.plan.needs[node.id]
                 if node.op in ("grad", "set_grad"):
                     found |= {node.args[0].id, node.args[1].id}
@@ -213,10 +222,9 @@ class _Divider:
         own = frozenset({node.run})
         level = self.level.get(node.run, 0)
         if node.op in ACCESSES:
-            position = self.sites.position(node)
-            when: Moment = (level, self._step(node), position)
-            self._check(node, when)
-            return when, self._site(position), own
+            moment = self._moment(node)
+            self._check(node, moment)
+            return moment, self._site(moment[2]), own
         if node.op in ("attention_mask", "alive"):
             return (level, self._step(node), 1), HOME, own
         if node.op == "tokens":
@@ -233,16 +241,45 @@ class _Divider:
             return BEGIN, site, runs
         # What comes of a backward travels as a mere value; another's loss is made of it where gradients can follow.
         second = node.id in self.losses and not self.after.isdisjoint(self.plan.needs[node.id])
-        if node.op == "backward" or second or self._calls_out(node, site):
+        if node.op == "backward" or second or (self._calls_out(node, site) and not self._asks([node], node, when)):
             return self._at_home(node, when, runs)
         return when, site, runs
 
     def _calls_out(self, node: Node, site: int) -> bool:
-        """Whether a node needs a module that isn't where its arguments are: home alone can reach all."""
+        """Whether a node needs a module that isn't where its arguments are."""
         return node.op in ("call", "param") and self.sites.of(node.args[0]) != site
 
+    def _asks(self, nodes: Sequence[Node], last: Node, when: Moment) -> bool:
+        """Whether nodes that call out run where their arguments are, and ask: their block waits for what they make.
+
+        Else home, which can reach all, has its turn soon enough.
+
+        Args:
+            last: the node that gives what the others make.
+        """
+        asked = [self.sites.block(node.args[0]) or self.sites.outside(node.args[0]) for node in nodes]
+        return last.id in self._awaited(when) and all(asked)
+
+    def _awaited(self, when: Moment) -> set[int]:
+        """What the accesses of one moment come from."""
+        if when not in self.awaited:
+            self.awaited[when] = self._upstream(self.accesses.get(when, ()))
+        return self.awaited[when]
+
+    @cached_property
+    def accesses(self) -> Mapping[Moment, Sequence[Node]]:
+        """By their moments."""
+        found: dict[Moment, list[Node]] = {}
+        for node in self.plan.nodes(*ACCESSES):
+            found.setdefault(self._moment(node), []).append(node)
+        return found
+
+    def _moment(self, node: Node) -> Moment:
+        """Of an access."""
+        return self.level.get(node.run, 0), self._step(node), self.sites.position(node)
+
     def _check(self, node: Node, when: Moment) -> None:
-        """Home has no turn within a block. Raises WrongOrder where an access that surely comes would need it to."""
+        """Home has no turn within a block. Raises WrongOrder where an access that surely comes would need one."""
         if not self.plan.scope[node.id] and any(
             when < self.when.get(need, BEGIN) < (*when[:2], END) for need in self.plan.needs[node.id]
         ):
@@ -294,7 +331,8 @@ class _Divider:
         inside = {start.id, *(node.id for node in within)}
         needs = (self.plan.needs[end.id] | self.plan.needs[start.id]) - inside
         when, site, runs = self._latest(end, frozenset(needs))
-        if any(self._calls_out(node, site) for node in within):
+        out = [node for node in within if self._calls_out(node, site)]
+        if out and not self._asks(out, end, when):
             when, site, runs = self._at_home(end, when, runs)
         for node in (start, *within, end):
             if node.id in self.plan.live:

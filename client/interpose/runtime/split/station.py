@@ -6,14 +6,17 @@ the graph ends there; a backward goes from border to border.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Protocol
 
 from torch import Tensor
 
+from ...errors import InternalError
 from .. import nests
-from .route import Mail, Nest, Visit
+from .route import Ask, Mail, Nest, Visit
 
 
 class Station(Protocol):
@@ -65,6 +68,30 @@ class _Entry:
     passed: Sequence[Tensor]
     returned: Sequence[Tensor]
     left: Sequence[Tensor]
+
+
+_ASK: ContextVar[Ask | None] = ContextVar("interpose_ask", default=None)
+
+
+@contextmanager
+def asking(ask: Ask | None) -> Iterator[None]:
+    """Inside, a forward or a backward is served, and others are asked by this way; by none, nobody is.
+
+    Whoever does an errand asks nobody: so whoever waits for one waits for nobody who waits, and no circle closes.
+    """
+    token = _ASK.set(ask)
+    try:
+        yield
+    finally:
+        _ASK.reset(token)
+
+
+def way() -> Ask:
+    """How others are asked. Raises InternalError where that isn't allowed."""
+    ask = _ASK.get()
+    if ask is None:
+        raise InternalError("other sites are asked only while a forward or a backward is served")
+    return ask
 
 
 class Stop:
