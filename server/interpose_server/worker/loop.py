@@ -31,7 +31,7 @@ from .meter import Ran
 from .patience import Patience
 from .prepare import Preparer
 from .publisher import Publisher
-from .scheduler import Budget, Place, between, choose
+from .scheduler import Budget, between, choose
 from .shelf import Shelf
 from .sink import JobSink
 

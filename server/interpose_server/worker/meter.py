@@ -1,4 +1,4 @@
-"""What an engine has done, and who used how much of its time when several jobs are on it at once and come and go."""
+"""What an engine has done, and who used how much of its time while several jobs are on it, and come and go."""
 
 from __future__ import annotations
 
