@@ -309,6 +309,22 @@ async def test_stopping_finishes_the_running_batch(settings: Settings) -> None:
         assert (await gateway.broker.queue.info("ada", later.id)).status is JobStatus.QUEUED
 
 
+async def test_what_ran_just_before_it_stops_is_counted(settings: Settings) -> None:
+    def step(job: EngineJob) -> None:
+        time.sleep(0.05)
+        save_ones(job)
+
+    async with run_gateway(settings) as gateway:
+        jobs = [submission(batching="exclusive") for _ in range(2)]
+        for job in jobs:
+            await gateway.post(job)
+        async with working(gateway, Obedient(step)):
+            for job in jobs:
+                await ended(gateway, job)
+        hosted = await gateway.broker.models.get("tiny")
+    assert (hosted.batches, hosted.jobs) == (2, 2) and hosted.busy_s > 0.1
+
+
 @pytest.mark.parametrize("dtype", [torch.bool, torch.bfloat16, torch.complex64, torch.int64])
 async def test_nests_and_dtypes(settings: Settings, dtype: torch.dtype) -> None:
     def step(job: EngineJob) -> None:

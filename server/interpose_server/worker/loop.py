@@ -108,7 +108,8 @@ class Worker:
         """Since when, and which jobs, while the engine runs."""
         self._publisher = Publisher(name, broker.queue, blobs, settings, self._forget)
         self._held: dict[JobSink, None] = {}
-        self._ran = Ran()
+        self._ran = self._told = Ran()
+        """So far, and of that what the broker knows of."""
         self._pace = 1.0
         """How many times what was foreseen batches take."""
         self._empty = asyncio.Event()
@@ -138,11 +139,15 @@ class Worker:
                 self._sound()
                 self._empty.clear()
                 await self._empty.wait()
+            if self._driving is not None:
+                await self._driving  # which counts a batch after its jobs have ended
         except Exception:
             await self._give_back()
             raise
         finally:
             await end([*self._tasks, *self._returning, *([self._ringing] if self._ringing else [])])
+            with suppress(RedisError, OSError):
+                await self._count()
             self._thread.shutdown(wait=False)
             self._beside.shutdown(wait=False)
 
@@ -364,26 +369,30 @@ class Worker:
 
     async def _beat(self) -> None:
         """Keep the leases, and hear of jobs that were cancelled."""
-        every, told = min(1.0, self._settings.lease_s / 3), Ran()
+        every = min(1.0, self._settings.lease_s / 3)
         while True:
             await asyncio.sleep(every)
             await self._end_stuck()
             held = {sink.claim.ref: sink for sink in self._held}
             try:
-                ran = self._ran
-                await self._broker.models.beat(
-                    self._model,
-                    self._copy,
-                    ran.batches - told.batches,
-                    ran.jobs - told.jobs,
-                    (ran.busy_s - told.busy_s) / self._lanes,
-                )
-                told = ran
+                await self._count()
                 pairs = [(ref, sink.claim.attempt) for ref, sink in held.items()]
                 for ref in await self._broker.queue.heartbeat(self._name, pairs) if pairs else ():
                     held[ref].lose()
             except (RedisError, OSError) as error:
                 log.warning("no heartbeat (%s)", type(error).__name__)
+
+    async def _count(self) -> None:
+        """Say that the copy is alive, and what it has run since that was last said."""
+        ran, told = self._ran, self._told
+        await self._broker.models.beat(
+            self._model,
+            self._copy,
+            ran.batches - told.batches,
+            ran.jobs - told.jobs,
+            (ran.busy_s - told.busy_s) / self._lanes,
+        )
+        self._told = ran
 
     def stuck(self, patience_s: float = 2 * STUCK_S) -> str | None:
         """Why nobody can wait any longer for the operation under way; None while they can.
