@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from functools import partial
 from importlib.metadata import version
 
 from fastapi import FastAPI
@@ -15,11 +16,12 @@ from .broker.connect import Broker
 from .catalogue import Catalogue
 from .handshake import Handshake
 from .limits import RateLimit
-from .metrics import Metrics
+from .metrics import Metrics, count
 from .notifier import Notifier
 from .parts import Parts
 from .positions import Positions
-from .reaching import Reaching
+from .reaching import FRESH_S, STORED_FRESH_S, look, reaches
+from .recent import Recent
 from .routes import admin, admin_models, health, jobs, me, models, pages, stream, tensors
 from .settings import Settings
 from .streams import Open
@@ -39,7 +41,8 @@ def create_app(settings: Settings, broker: Broker, blobs: Blobs) -> FastAPI:
         catalogue=Catalogue(broker.models, broker.specs),
         notifier=Notifier(broker),
         positions=Positions(broker.queue, settings.position_s),
-        reaching=Reaching(blobs),
+        reached=Recent(partial(look, broker, Recent(partial(reaches, blobs), STORED_FRESH_S)), FRESH_S),
+        figures=Recent(partial(count, broker, blobs), FRESH_S),
         stopping=asyncio.Event(),
         rate=RateLimit(settings.rate_per_s, settings.rate_burst),
         metrics=metrics,

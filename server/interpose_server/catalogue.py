@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Awaitable
 
 import msgpack
-from interpose.errors import ModelLoading, ModelUnavailable
+from interpose.errors import ModelLoading, ModelUnavailable, UnknownModel
 from interpose.graph.manifest import Manifest, decode_manifest
 
+from .broker.accounts import Key
 from .broker.models import Hosted, Models
 from .broker.specs import Specs
 from .broker.states import ModelState
@@ -24,8 +26,8 @@ class Catalogue:
         self._hosted: dict[str, tuple[float, Hosted]] = {}
         self._manifests: dict[str, tuple[str, Manifest]] = {}
 
-    async def ready(self, name: str) -> Manifest:
-        """The manifest to check a job against.
+    async def ready(self, key: Key, name: str) -> Manifest:
+        """The manifest to check a job against that came with a key.
 
         Whether a copy is loaded now makes no difference where one would be: jobs that wait have it loaded.
 
@@ -35,7 +37,7 @@ class Catalogue:
             ModelFailed: it can't be loaded.
             ModelUnavailable: gone for long, or about to go.
         """
-        hosted = await self.get(name)
+        hosted = await self._for(key, self.lately(name))
         if hosted.removed:
             raise ModelUnavailable(
                 f"{name} is being taken out of service and takes no more jobs", details={"state": "draining"}
@@ -66,13 +68,24 @@ class Catalogue:
             told = "waits until a device is free for it"
         raise ModelLoading(f"{name} {told}; try again", details={"retry_after_s": RETRY_S, "state": hosted.told})
 
-    async def get(self, name: str) -> Hosted:
-        """How a model is, or was a moment ago. Raises UnknownModel."""
+    async def get(self, key: Key, name: str) -> Hosted:
+        """How a model is. Raises UnknownModel, which names those there are that the key may use."""
+        return await self._for(key, self._models.get(name))
+
+    async def lately(self, name: str) -> Hosted:
+        """How a model is, or was a moment ago. Raises UnknownModel, which names no others."""
         at, hosted = self._hosted.get(name, (0.0, None))
         if hosted is None or time.monotonic() - at > FRESH_S:
             hosted = await self._models.get(name)
             self._hosted[name] = time.monotonic(), hosted
         return hosted
+
+    async def _for(self, key: Key, asked: Awaitable[Hosted]) -> Hosted:
+        try:
+            return await asked
+        except UnknownModel as error:
+            its = [name for name in await self._models.names() if key.allows(name)]
+            raise UnknownModel(f"{error.message}; there is {', '.join(its) or 'none yet'}") from None
 
     async def _manifest(self, hosted: Hosted) -> Manifest:
         mark, manifest = self._manifests.get(hosted.name, ("", None))

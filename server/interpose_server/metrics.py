@@ -2,16 +2,38 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
 from interpose.wire.status import JobStatus
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 
+from .blobs import Blobs
+from .broker.connect import Broker
 from .broker.models import Hosted
 from .broker.queue import Demand
 from .broker.states import ModelState
 
 _BUCKETS = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.25, 1.0, 5.0, 30.0)
+
+
+@dataclass(frozen=True, slots=True)
+class Figures:
+    """What broker and blob store know.
+
+    Attributes:
+        models: how each is, what is asked of it, its tally.
+    """
+
+    models: Sequence[tuple[Hosted, Demand, Mapping[str, int]]]
+    blob_bytes: int
+
+
+async def count(broker: Broker, blobs: Blobs) -> Figures:
+    models = await broker.models.list()
+    queue = broker.queue
+    known = [(model, await queue.demand(model.name), await queue.tally(model.name)) for model in models]
+    return Figures(known, await blobs.ask(blobs.used))
 
 
 class Metrics:
@@ -50,12 +72,12 @@ class Metrics:
     def _gauge(self, name: str, help: str, *labels: str) -> Gauge:
         return Gauge(name, help, ["model", *labels], registry=self.registry)
 
-    def note(self, models: Iterable[tuple[Hosted, Demand, Mapping[str, int]]]) -> None:
-        """What the broker knows of each model: how it is, what is asked of it, its tally."""
+    def note(self, figures: Figures) -> None:
         told = (self.waiting, self.running, self.oldest, self.ready, self.copies, self.batches, self.ran, self.busy)
         for gauge in (*told, self.ended, self.started, self.requeued, self.waited):
             gauge.clear()  # Models come and go.
-        for hosted, demand, tally in models:
+        self.blob_bytes.set(figures.blob_bytes)
+        for hosted, demand, tally in figures.models:
             name = hosted.name
             self.waiting.labels(name).set(demand.waiting)
             self.running.labels(name).set(demand.running)

@@ -12,10 +12,11 @@ from .blobs import Blobs
 from .broker.connect import Broker
 from .catalogue import Catalogue
 from .limits import RateLimit
-from .metrics import Metrics
+from .metrics import Figures, Metrics
 from .notifier import Notifier
 from .positions import Positions
-from .reaching import Reaching
+from .reaching import Reached
+from .recent import Recent
 from .settings import Settings
 from .streams import Open
 
@@ -28,7 +29,8 @@ class Parts:
     catalogue: Catalogue
     notifier: Notifier
     positions: Positions
-    reaching: Reaching
+    reached: Recent[Reached]
+    figures: Recent[Figures]
     stopping: asyncio.Event
     """Set once the process is about to end: it serves on for a while, but nobody should come any more."""
     rate: RateLimit

@@ -1,31 +1,59 @@
-"""Whether the blob store answers, asked once for all who want to know within a few seconds."""
+"""Whether broker, blob store and models are there, for those who ask without a key: once a second, whoever asks."""
 
 from __future__ import annotations
 
-import asyncio
-import time
+from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import dataclass
 
 from interpose.errors import StorageUnavailable
+from redis.exceptions import RedisError
 
 from .blobs import Blobs
+from .broker.connect import Broker
+from .broker.models import Hosted
+from .broker.states import ModelState
+
+FRESH_S = 1.0
+STORED_FRESH_S = 2.0
+"""How old answers may be; asking a bucket costs more than asking the broker."""
 
 
-class Reaching:
-    """Args: fresh_s: how old an answer may be."""
+@dataclass(frozen=True, slots=True)
+class Reached:
+    """Attributes:
+    status: in a word or two; "ok" if jobs can be taken.
+    models: that are served here, or could be.
+    named: whether whoever has no key may see their names: not where some keys are for some of them only.
+    """
 
-    def __init__(self, blobs: Blobs, fresh_s: float = 2.0) -> None:
-        self._blobs = blobs
-        self._fresh_s = fresh_s
-        self._asked: tuple[float, bool] = (-fresh_s, False)
-        self._lock = asyncio.Lock()
+    status: str
+    models: Sequence[Hosted] = ()
+    named: bool = False
 
-    async def __call__(self) -> bool:
-        async with self._lock:
-            if time.monotonic() - self._asked[0] > self._fresh_s:
-                try:
-                    await self._blobs.ask(self._blobs.reach)
-                    found = True
-                except (StorageUnavailable, OSError):
-                    found = False
-                self._asked = time.monotonic(), found
-            return self._asked[1]
+    @property
+    def ready(self) -> int:
+        """Models that run jobs."""
+        return sum(model.state is ModelState.READY for model in self.models)
+
+
+async def look(broker: Broker, stored: Callable[[], Awaitable[bool]]) -> Reached:
+    """Args: stored: whether the blob store answers."""
+    try:
+        models = await broker.models.list()
+        on_demand = bool(await broker.specs.list())
+        named = not any(key.models for key in await broker.accounts.list())
+    except (RedisError, OSError):
+        return Reached("no broker")
+    if not await stored():
+        return Reached("no blob store", models, named)
+    found = Reached("ok", models, named)
+    return found if found.ready or on_demand else Reached("no model ready", models, named)
+
+
+async def reaches(blobs: Blobs) -> bool:
+    """Whether the blob store answers."""
+    try:
+        await blobs.ask(blobs.reach)
+    except (StorageUnavailable, OSError):
+        return False
+    return True

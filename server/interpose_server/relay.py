@@ -165,7 +165,7 @@ class Relay:
         if Loading.type not in self._line.takes:
             return
         try:
-            state = (await self._parts.catalogue.get(model)).told
+            state = (await self._parts.catalogue.lately(model)).told
         except UnknownModel:
             return
         if state != self._state and not bell.rung:

@@ -48,7 +48,7 @@ async def submit(
     if named not in (None, job.id):
         raise InvalidPayload("a submission is sent under another id than its own")
     allow(key, job.model)
-    manifest = await parts.catalogue.ready(job.model)
+    manifest = await parts.catalogue.ready(key, job.model)
     footprint = await _maybe_thread(large, lambda: _check(parts, job, manifest))
     digest = hashlib.sha256(body).hexdigest()
     payload = await _maybe_thread(large, lambda: _packed(job))

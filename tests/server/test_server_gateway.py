@@ -20,6 +20,7 @@ from interpose.wire.tensors import digest
 from interpose_server import blob_keys
 from interpose_server.broker import keys
 from interpose_server.broker.queue import Outcome, Record, Report
+from interpose_server.reaching import FRESH_S
 from interpose_server.settings import Settings
 from rig import Gateway, Valkey, make_settings, run_gateway, submission, tiny_graph, tiny_manifest
 from safetensors.numpy import load as load_safetensors
@@ -193,6 +194,43 @@ async def test_a_key_for_some_models(settings: Settings) -> None:
         assert (await gateway.post(submission(), headers=auth)).json()["code"] == "forbidden"
         assert (await gateway.client.get("/v1/models/tiny", headers=auth)).status_code == 403
         assert (await gateway.client.get("/v1/models", headers=auth)).json() == {"models": []}
+
+
+async def test_no_answer_names_a_model_that_the_key_is_not_for(settings: Settings) -> None:
+    async with run_gateway(settings) as gateway:
+        await gateway.broker.models.publish("secret", "w2", tiny_manifest("secret"), "")
+        everyone = await gateway.client.get("/v1/models/wrong")
+        assert (everyone.status_code, "there is secret, tiny" in everyone.json()["detail"]) == (404, True)
+        assert "secret" in (await gateway.client.get("/")).text
+        token, _ = await gateway.broker.accounts.create("eve", models=("tiny", "gone"))
+        auth = gateway.auth(token)
+        known = submission(model="secret")
+        answers = [
+            *[await gateway.client.get(path, headers=auth) for path in ("/v1/models", "/v1/me", "/v1/models/tiny")],
+            *[await gateway.client.get(f"/v1/models/{name}", headers=auth) for name in ("gone", "wrong")],
+            *[await gateway.client.get(f"/v1/models/{name}/tokenizer", headers=auth) for name in ("gone", "tiny")],
+            *[await gateway.post(submission(model=name), headers=auth) for name in ("gone", "wrong")],
+        ]
+        assert [answer.status_code for answer in answers] == [200, 200, 200, 404, 403, 404, 404, 404, 403]
+        assert all("secret" not in answer.text for answer in answers)
+        assert "there is tiny" in answers[3].json()["detail"]
+        refused = [await gateway.client.get(f"/v1/models/{name}", headers=auth) for name in ("secret", "secreu")]
+        refused += [await gateway.post(known, headers=auth)]
+        assert [answer.json()["code"] for answer in refused] == ["forbidden"] * 3
+        await asyncio.sleep(FRESH_S)
+        page = (await gateway.client.get("/", headers={"Authorization": ""})).text
+        assert "secret" not in page and "2, of which 2 run jobs" in page, "some keys are for some models only"
+
+
+async def test_who_has_no_key_cannot_have_the_broker_asked_over_and_over(settings: Settings) -> None:
+    async with run_gateway(settings) as gateway:
+        redis, asked = gateway.broker.redis, 0
+        for path in ("/readyz", "/") * 20:
+            assert (await gateway.client.get(path, headers={"Authorization": ""})).status_code == 200
+        before = (await redis.info("stats"))["total_commands_processed"]
+        await asyncio.gather(*(gateway.client.get("/readyz", headers={"Authorization": ""}) for _ in range(200)))
+        asked = (await redis.info("stats"))["total_commands_processed"] - before
+        assert asked < 100, "once a second, and what the sweeper asks"
 
 
 async def test_a_full_queue_says_when_to_come_back(valkey: Valkey, tmp_path: Path) -> None:

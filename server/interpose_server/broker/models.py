@@ -181,7 +181,7 @@ class Models:
             pipe.hget(keys.SPECS, name)
             (seconds, micros), known, (*found, budget, failure), states, heard, entry = await pipe.execute()
         if not known:
-            raise await self._unknown(name)
+            raise _unknown(name)
         now_ms = seconds * 1000 + micros // 1000
         own = {text(worker): ModelState(text(state)) for worker, state in states.items()}
         live = [text(worker) for worker, at in heard if now_ms - at <= self._silent_ms]
@@ -216,7 +216,7 @@ class Models:
         """The manifest's msgpack. Raises UnknownModel."""
         raw = await self._redis.hget(_key(name), "manifest")
         if raw is None:
-            raise await self._unknown(name)
+            raise _unknown(name)
         assert isinstance(raw, bytes)
         return raw
 
@@ -283,10 +283,10 @@ class Models:
     async def list(self) -> list[Hosted]:
         return [await self.get(name) for name in await self.names()]
 
-    async def _unknown(self, name: str) -> UnknownModel:
-        return UnknownModel(
-            f"no model {name!r} is served here; there is {', '.join(await self.names()) or 'none yet'}"
-        )
+
+def _unknown(name: str) -> UnknownModel:
+    """It doesn't name those there are: who asks may not be allowed to know."""
+    return UnknownModel(f"no model {name!r} is served here")
 
 
 def _key(name: str) -> str:

@@ -28,7 +28,7 @@ async def list_models(request: Request, user: User) -> dict[str, list[dict[str, 
 async def tokenizer(request: Request, model: str, user: User) -> Response:
     allow(user, model)
     parts = Parts.of(request)
-    hosted = await parts.broker.models.get(model)
+    hosted = await parts.catalogue.get(user, model)
     mark = f'"{hosted.tokenizer}"'
     if hosted.tokenizer and request.headers.get("if-none-match") == mark:
         return Response(status_code=304, headers={"ETag": mark})
@@ -46,14 +46,13 @@ async def tokenizer(request: Request, model: str, user: User) -> Response:
 async def manifest(request: Request, model: str, user: User) -> Response:
     allow(user, model)
     parts = Parts.of(request)
-    models = parts.broker.models
-    hosted = await models.get(model)
+    hosted = await parts.catalogue.get(user, model)
     await parts.catalogue.known(hosted)
     mark = f'"{hosted.fingerprint}"'
     headers = {"ETag": mark, "Vary": "Accept", "Cache-Control": "private, no-cache"}
     if request.headers.get("if-none-match") in (mark, hosted.fingerprint):
         return Response(status_code=304, headers=headers)
-    raw = await models.manifest(model)
+    raw = await parts.broker.models.manifest(model)
     if MSGPACK in request.headers.get("accept", ""):
         return Response(raw, media_type=MSGPACK, headers=headers)
     return JSONResponse(msgpack.unpackb(raw), headers=headers)

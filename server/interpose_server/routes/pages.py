@@ -37,12 +37,19 @@ with model.trace("The capital of France is", remote=True):
 
 @router.get("/", response_class=HTMLResponse)
 async def status(request: Request) -> str:
-    hosted = await Parts.of(request).broker.models.list()
+    """It may be a second old, as anybody may ask. Where keys are for some models only, it names none."""
+    found = await Parts.of(request).reached()
+    hosted = found.models if found.named else ()
     rows = "".join(
         f"<tr><td>{escape(model.name)}<td>{escape(_state(model))}{_budget(model.budget)}</tr>" for model in hosted
     )
+    none = (
+        f"{len(found.models)}, of which {found.ready} run jobs; /v1/models names yours"
+        if found.models
+        else "none yet"
+    )
     return _PAGE.format(
-        rows=rows or "<tr><td colspan=4>none yet</tr>",
+        rows=rows or f"<tr><td colspan=4>{none}</tr>",
         host=escape(str(request.base_url).rstrip("/")),
         model=escape(hosted[0].name if hosted else "org/name"),
     )
