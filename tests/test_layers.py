@@ -138,7 +138,8 @@ def test_redis_is_the_brokers_and_ray_the_shards() -> None:
 
 
 @pytest.mark.parametrize(
-    "path", ["worker/scheduler.py", "models/lifecycle.py", "models/packing.py", "models/schedule.py"]
+    "path",
+    ["worker/scheduler.py", "models/lifecycle.py", "models/rules.py", "models/packing.py", "models/schedule.py"],
 )
 def test_decisions_are_pure(path: str) -> None:
     for name, _ in imports(HOMES["interpose_server"] / path):

@@ -71,6 +71,8 @@ class Settings(BaseSettings):
         load_retry_s: a model that couldn't be loaded is left alone for so long, unless somebody asks.
         wish_s: a model that was asked for, but by no job, is loaded if there is room within so long.
         hold_s: a model that was loaded stays for at least so long before another may have its place.
+        patience_s: for a model that had no copy for so long, though somebody waits for it, one that has work makes
+            way, too, once it has had its turn.
         scale_jobs, scale_wait_s: another copy of a model is loaded where more jobs than this wait for each it has,
             or one for longer.
         metrics_open: whether /metrics answers without an admin's key.
@@ -112,6 +114,7 @@ class Settings(BaseSettings):
     load_retry_s: float = Field(default=300.0, gt=0)
     wish_s: float = Field(default=120.0, gt=0)
     hold_s: float = Field(default=60.0, ge=0)
+    patience_s: float = Field(default=300.0, ge=0)
     scale_jobs: int = Field(default=64, ge=1)
     scale_wait_s: float = Field(default=10.0, gt=0)
 

@@ -54,5 +54,5 @@ def test_states_and_reasons_are_all_told() -> None:
     assert set(told[states:reasons]) == set(ModelState)
     assert set(told[reasons:]) == SENTENCES.keys()
     text = (DOCS / "models-lifecycle.md").read_text()
-    for name in ("hold_s", "scale_jobs", "scale_wait_s", "load_retry_s"):
+    for name in ("hold_s", "patience_s", "scale_jobs", "scale_wait_s", "load_retry_s"):
         assert f"`INTERPOSE_SERVER_{name.upper()}` ({Settings.model_fields[name].default:g})" in text

@@ -11,7 +11,8 @@ from interpose_server.broker import keys
 from interpose_server.broker.connect import Broker
 from interpose_server.broker.states import ModelState
 from interpose_server.models.figures import Watch, rules
-from interpose_server.models.lifecycle import OUTGROWN_S, Figures, Memory, Room, decide
+from interpose_server.models.lifecycle import OUTGROWN_S, decide
+from interpose_server.models.rules import Figures, Memory, Room
 from interpose_server.models.spec import ModelSpec
 from interpose_server.settings import Settings
 from rig import new_job, tiny_manifest
@@ -80,7 +81,9 @@ async def test_the_share_of_time_at_work(broker: Broker) -> None:
 
 
 async def test_decisions_are_told(broker: Broker, settings: Settings) -> None:
-    assert rules(settings).hold_s == settings.hold_s
+    given = settings.model_copy(update={"hold_s": 1, "patience_s": 2, "scale_jobs": 3, "scale_wait_s": 4})
+    found = rules(given)
+    assert (found.hold_s, found.patience_s, found.scale_jobs, found.scale_wait_s) == (1, 2, 3, 4)
     await broker.specs.put(NEW)
     job = new_job()
     await broker.queue.submit(job)
@@ -94,6 +97,35 @@ async def test_decisions_are_told(broker: Broker, settings: Settings) -> None:
     assert "0 wanted: a copy takes 4 devices" in hosted.note
     assert hosted.failure is not None and hosted.failure.reason == "too_large" and not hosted.copies
     assert (await broker.queue.info(job.user, job.id)).status is JobStatus.FAILED
+
+
+async def test_what_is_told_is_what_was_decided_last(broker: Broker) -> None:
+    await broker.specs.put(NEW)
+    watch, memory, told = Watch(broker), Memory(), []
+
+    async def go(room: float) -> None:
+        nonlocal memory
+        wanted = decide(await watch.look(), Room((room,)), 0.0, memory)
+        await watch.tell(wanted)
+        memory = wanted.memory
+        told.append((await broker.models.get("tiny")).note.partition(" ")[2].partition(" ")[2])
+
+    await go(1)
+    await broker.specs.wish("tiny")
+    await go(0.5)
+    await go(1)
+    await go(1)
+    await broker.redis.hdel(keys.MODEL.format(model="tiny"), "wish_ms")
+    await go(1)
+    assert told[:1] == ["0 wanted"] and told[1].startswith("0 wanted: a copy takes 1 device")
+    assert told[2:] == ["1 wanted: somebody asked for it"] * 3, "a reason stands until something else is decided"
+    memory = Memory()
+    await go(0.5)
+    await broker.specs.wish("tiny")
+    await go(0.5)
+    await broker.redis.hdel(keys.MODEL.format(model="tiny"), "wish_ms")
+    await go(0.5)
+    assert told[-2].startswith("0 wanted: a copy takes") and told[-1] == "0 wanted", "nobody waits any more"
 
 
 async def test_who_waits_for_room_is_told_so(broker: Broker) -> None:

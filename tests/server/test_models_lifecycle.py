@@ -11,8 +11,9 @@ from itertools import pairwise
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from interpose_server.models.lifecycle import OUTGROWN_S, Figures, Memory, Room, Rules, Wanted, decide
+from interpose_server.models.lifecycle import OUTGROWN_S, decide
 from interpose_server.models.packing import packs
+from interpose_server.models.rules import Figures, Memory, Room, Rules, Wanted
 from interpose_server.models.spec import ModelSpec, Replicas
 
 NOW = datetime(2026, 11, 23, 12, tzinfo=UTC).timestamp()
@@ -133,10 +134,80 @@ def test_who_waits_longest_comes_first_and_wishes_come_after_jobs() -> None:
 
 
 def test_room_is_kept_for_one_who_has_waited_very_long() -> None:
-    large = model("a", waiting=1, oldest_wait_s=RULES.turn_s, parts=(2,))
+    large = model("a", waiting=1, oldest_wait_s=RULES.patience_s, parts=(2,))
     rest = [model("b", ready=1, working=1), model("c", waiting=1, oldest_wait_s=1)]
     assert copies(large, *rest, room=Room((2,))) == {"a": 0, "b": 1, "c": 0}
     assert copies(replace(large, oldest_wait_s=1), *rest, room=Room((2,))) == {"a": 0, "b": 1, "c": 1}
+
+
+def test_room_is_not_kept_for_one_that_will_never_have_it() -> None:
+    large = model("a", waiting=1, oldest_wait_s=RULES.patience_s, parts=(2,))
+    rest = [model("b", ready=1, pinned=True), model("c", waiting=1, oldest_wait_s=1)]
+    wanted = decide([large, *rest], Room((2,)), NOW)
+    assert wanted.copies == {"a": 0, "b": 1, "c": 1} and "pinned" in wanted.why["a"]
+
+
+BUSY = {"ready": 1, "working": 1, "waiting": 9, "oldest_wait_s": 1e6}
+
+
+def test_who_has_waited_too_long_has_a_busy_model_make_way() -> None:
+    busy, memory = model("b", **BUSY), replace(long_loaded("b"), asked={"a": 0, "b": 1})
+    for waited, expected in ((RULES.patience_s - 1, 0), (RULES.patience_s, 1)):
+        for asks in ({"waiting": 1}, {"wished": True}, {"least": 1}):
+            wanted = decide([model("a", **asks), busy], ONE, NOW, replace(memory, starved_s={"a": NOW - waited}))
+            assert wanted.copies == {"a": expected, "b": 1 - expected}
+    assert wanted.why["b"] == "it makes way for a, which has waited 300 s" and not wanted.crowded
+    assert wanted.memory.starved_s == {"a": NOW - RULES.patience_s}, "it has no copy yet"
+
+
+@pytest.mark.parametrize(
+    "stays", [{"pinned": True}, {"least": 1}, {"schedule": ("mon 00:00-24:00",)}, {"ready": 0, "loading": 1}]
+)
+def test_some_make_way_for_nobody_however_long_that_waits(stays: dict[str, object]) -> None:
+    holder = model("b", **BUSY | stays)
+    memory = replace(long_loaded("b"), starved_s={"a": NOW - 1e6})
+    assert decide([model("a", waiting=1), holder], ONE, NOW, memory).copies == {"a": 0, "b": 1}
+
+
+def test_a_busy_model_has_its_turn_which_is_longer_than_its_loading() -> None:
+    both = [model("a", waiting=1), model("b", **BUSY)]
+    for took_s in (0.0, 100.0):
+        turn = RULES.turn_s(took_s)
+        assert turn >= max(RULES.hold_s, 2 * took_s)
+        for had, expected in ((turn - 1, 0), (turn, 1)):
+            memory = Memory(loaded_s={"b": NOW - had}, took_s={"b": took_s}, starved_s={"a": NOW - 1e6})
+            wanted = decide(both, ONE, NOW, memory)
+            assert wanted.copies == {"a": expected, "b": 1 - expected}
+            assert wanted.crowded == ({"a"} if not expected else set())
+
+
+def test_the_longest_there_makes_way_and_a_last_copy_after_all_others() -> None:
+    asks, starved = model("a", waiting=1), {"a": NOW - RULES.patience_s}
+    held = [model("b", **BUSY), model("c", **BUSY), model("d", **BUSY)]
+    loaded = {"b": NOW - 400, "c": NOW - 500, "d": NOW - 450}
+    memory = Memory(loaded_s=loaded, starved_s=starved)
+    assert decide([asks, *held], Room((3,)), NOW, memory).copies == {"a": 1, "b": 1, "c": 0, "d": 1}
+    held[2] = model("d", most=2, **BUSY | {"ready": 2})
+    assert decide([asks, *held], Room((4,)), NOW, memory).copies == {"a": 1, "b": 1, "c": 1, "d": 1}
+    large = replace(asks, parts=(3,))
+    assert decide([large, *held], Room((4,)), NOW, memory).copies == {"a": 1, "b": 1, "c": 0, "d": 0}
+
+
+def test_what_it_waited_before_it_lost_its_copy_counts_for_nothing() -> None:
+    """Else the model with the longest queue would never have to wait."""
+    evicted = model("b", waiting=9, oldest_wait_s=1e6)
+    both = [model("a", ready=1, working=1), evicted]
+    memory = replace(long_loaded("a"), asked={"a": 1, "b": 0})
+    wanted = decide(both, ONE, NOW, memory)
+    assert wanted.copies == {"a": 1, "b": 0} and wanted.memory.starved_s == {"b": NOW}
+    assert decide(both, ONE, NOW + RULES.patience_s, wanted.memory).copies == {"a": 0, "b": 1}
+
+
+def test_nobody_is_taken_for_stuck_while_others_still_leave() -> None:
+    three = [model("a", waiting=1), model("b", ready=1, idle_s=100), model("c", leaving=1)]
+    memory = replace(long_loaded("b"), asked={"a": 1, "b": 1}, pending_s={"a": NOW - RULES.stuck_s})
+    wanted = decide(three, Room((2,)), NOW, memory)
+    assert wanted.copies["b"] == 1 and wanted.memory.pending_s["a"] == NOW
 
 
 def press(seconds: float, room: Room, **figures: object) -> Wanted:
@@ -249,9 +320,18 @@ class Played:
 
     spec: ModelSpec
     parts: tuple[float, ...]
+    wanted: int = 0
     ready: int = 0
+    since_s: float = math.inf
+    """Since when a copy has been ready."""
     loading: list[float] = field(default_factory=list)
     """When each copy under way will be ready."""
+    leaving: list[float] = field(default_factory=list)
+    """When each copy that was told to go will have ended what it runs."""
+    starved_s: float = math.inf
+    """Since when it has had no copy, though jobs wait."""
+    longest_s: float = 0.0
+    """It had none for."""
     jobs: list[float] = field(default_factory=list)
     """When each waiting job came."""
     ends: list[float] = field(default_factory=list)
@@ -268,6 +348,7 @@ class Cluster:
         self.room = Room(nodes)
         self.load_s, self.job_s = load_s, job_s
         self.now = NOW
+        self.step_s = 0.0
         self.memory = Memory()
 
     def figures(self, played: Played) -> Figures:
@@ -275,6 +356,7 @@ class Cluster:
             played.spec,
             ready=played.ready,
             loading=len(played.loading),
+            leaving=len(played.leaving),
             waiting=len(played.jobs),
             working=len(played.ends),
             oldest_wait_s=self.now - min(played.jobs, default=self.now),
@@ -285,9 +367,12 @@ class Cluster:
 
     def step(self, arrivals: dict[str, int], by_s: float = 1.0) -> Wanted:
         self.now += by_s
+        self.step_s = max(self.step_s, by_s)
         for played in self.models.values():
             came = [at for at in played.loading if at <= self.now]
             played.loading = [at for at in played.loading if at > self.now]
+            played.leaving = [at for at in played.leaving if at > self.now]
+            played.since_s = self.now if came and not played.ready else played.since_s
             played.ready += len(came)
             played.used_s = self.now if came or played.ends or played.jobs else played.used_s
             played.ends = [at for at in played.ends if at > self.now]
@@ -295,12 +380,17 @@ class Cluster:
             while played.jobs and len(played.ends) < played.ready:
                 played.jobs.pop(0)
                 played.ends.append(self.now + self.job_s)
+            waits = played.jobs and not played.ready
+            played.starved_s = min(played.starved_s, self.now) if waits else math.inf
+            played.longest_s = max(played.longest_s, self.now - played.starved_s)
         told = [self.figures(played) for played in self.models.values()]
         wanted = decide(told, self.room, self.now, self.memory)
         self.check(told, wanted)
         self.memory = wanted.memory
         for name, count in wanted.copies.items():
             self.obey(self.models[name], count)
+        for played in self.models.values():
+            self.begin(played)
         return wanted
 
     def check(self, told: list[Figures], wanted: Wanted) -> None:
@@ -308,18 +398,38 @@ class Cluster:
             count, held = wanted.copies[figures.name], figures.held
             assert 0 <= count <= figures.spec.replicas.max
             if held and not count:
-                assert not figures.work, "it had work"
                 assert not figures.spec.pinned and not figures.spec.replicas.min
+            if figures.ready and not count and figures.work:
+                # It may have loaded for a step longer than was seen.
+                turn_s = RULES.turn_s(max(self.load_s - self.step_s, 0.0))
+                assert self.now - self.models[figures.name].since_s >= turn_s, "its turn"
+                assert self.impatient(), "nobody had waited for long"
         parts = [figures.parts for figures in told for _ in range(wanted.copies[figures.name])]
         assert packs(parts, self.room.nodes or ())
 
+    def impatient(self) -> bool:
+        """Whether somebody has waited too long for a copy, but for the step in which that was seen."""
+        return any(self.now - one.starved_s >= RULES.patience_s - self.step_s for one in self.models.values())
+
     def obey(self, played: Played, count: int) -> None:
+        played.wanted = count
         while played.ready + len(played.loading) > count:
             if played.loading:
                 played.loading.pop()
             else:
                 played.ready -= 1
-        while played.ready + len(played.loading) < count:
+                played.leaving.append(max(played.ends, default=self.now))
+
+    def begin(self, played: Played) -> None:
+        """Load what is wanted, where there is room on the devices by now."""
+        while played.ready + len(played.loading) < played.wanted:
+            there = [
+                one.parts
+                for one in self.models.values()
+                for _ in range(one.ready + len(one.loading) + len(one.leaving))
+            ]
+            if not packs([*there, played.parts], self.room.nodes or ()):
+                return
             if not (played.ready or played.loading):
                 played.loads.append(self.now)
             played.loading.append(self.now + self.load_s)
@@ -381,3 +491,30 @@ def test_two_models_that_want_one_device_take_turns_no_faster_than_the_hold(seed
     loads = sorted(cluster.models["a"].loads + cluster.models["b"].loads)
     assert len(loads) > 5, "both come to be loaded"
     assert all(later - earlier >= RULES.hold_s for earlier, later in pairwise(loads))
+
+
+@pytest.mark.parametrize(
+    "devices, contend, pinned, load_s, job_s",
+    [(1, 2, 0, 0.5, 0.5), (1, 3, 0, 60.0, 0.5), (2, 4, 1, 20.0, 40.0), (2, 3, 0, 20.0, 0.5), (3, 6, 0, 60.0, 40.0)],
+)
+def test_nobody_waits_longer_than_said_however_much_the_others_have_to_do(
+    devices: int, contend: int, pinned: int, load_s: float, job_s: float
+) -> None:
+    """More models than devices, each under a load that never ends, of which no copy ever has enough."""
+    names = [f"m{index}" for index in range(pinned + contend)]
+    models = [Played(spec(name, most=2, pinned=index < pinned), (1.0,)) for index, name in enumerate(names)]
+    cluster = Cluster(models, (float(devices),), load_s, job_s)
+    for name in names:
+        cluster.step({name: 1}, 3.0)  # The pinned come first.
+    for _ in range(2400):
+        cluster.step({played.spec.name: 3 for played in models if len(played.jobs) < 3}, 3.0)
+    free, others = devices - pinned, models[pinned:]
+    turn = RULES.turn_s(load_s) + load_s + job_s + 9
+    bound = RULES.patience_s + math.ceil((contend - free) / free) * turn + load_s + job_s
+    longest = max(played.longest_s for played in models)
+    assert RULES.patience_s <= longest <= bound
+    assert all(len(played.loads) == 1 for played in models[:pinned])
+    assert all(len(played.loads) > 2 for played in others), "each has its turns"
+    turns = sum(len(played.loads) for played in others)
+    most = (cluster.now - NOW) / RULES.turn_s(load_s - cluster.step_s)
+    assert turns <= free * (1 + most), "and they are long"

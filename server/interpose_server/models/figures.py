@@ -5,7 +5,8 @@ from __future__ import annotations
 import math
 import time
 from collections import deque
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
+from dataclasses import dataclass
 from datetime import UTC, datetime
 
 from interpose.errors import ModelUnavailable, UnknownModel
@@ -15,8 +16,8 @@ from ..broker.models import Hosted
 from ..broker.queue import Demand
 from ..broker.states import ModelState
 from ..settings import Settings
-from .lifecycle import Figures, Rules, Wanted
 from .packing import Parts
+from .rules import Figures, Rules, Wanted
 from .spec import ModelSpec
 
 LATELY_S = 60.0
@@ -24,7 +25,12 @@ LATELY_S = 60.0
 
 def rules(settings: Settings) -> Rules:
     """The lifecycle's rules as the operator set them."""
-    return Rules(settings.hold_s, settings.scale_jobs, settings.scale_wait_s)
+    return Rules(
+        hold_s=settings.hold_s,
+        scale_jobs=settings.scale_jobs,
+        scale_wait_s=settings.scale_wait_s,
+        patience_s=settings.patience_s,
+    )
 
 
 class Watch:
@@ -39,7 +45,7 @@ class Watch:
         self._clock = clock
         self._work: dict[str, deque[tuple[float, float]]] = {}
         """By model: moments of the last minute, and the seconds worked by then."""
-        self._noted: dict[str, str] = {}
+        self._noted: dict[str, _Note] = {}
         self._crowded: dict[str, bool] = {}
 
     async def look(self, parts: Callable[[ModelSpec], Parts] = lambda spec: (1.0,)) -> list[Figures]:
@@ -66,11 +72,11 @@ class Watch:
         """Keep what was decided for the operator, and tell who waits for what can't be."""
         await self._broker.specs.keep()
         at = datetime.now(UTC).strftime("%m-%d %H:%M")
-        new = {name: why for name, why in wanted.why.items() if self._noted.get(name) != why}
-        self._noted |= new
-        copies: Mapping[str, int] = wanted.copies
-        await self._broker.models.note({name: f"{at} {copies[name]} wanted: {why}" for name, why in new.items()})
-        crowded = {name: name in wanted.crowded for name in copies}
+        notes = {name: _note(wanted, name, self._noted.get(name)) for name in wanted.copies}
+        new = {name: f"{at} {note.text}" for name, note in notes.items() if self._noted.get(name) != note}
+        await self._broker.models.note(new)
+        self._noted = notes
+        crowded = {name: name in wanted.crowded for name in wanted.copies}
         await self._broker.models.crowd(
             {name: now for name, now in crowded.items() if self._crowded.get(name) is not now}
         )
@@ -89,6 +95,26 @@ class Watch:
         return min(max(hosted.busy_s - before, 0.0) / (now - since) / copies, 1.0) if now > since else 0.0
 
 
+@dataclass(frozen=True, slots=True)
+class _Note:
+    """What was decided of a model's copies. `lasting`: the reason is over once it isn't given any more."""
+
+    copies: int
+    why: str
+    lasting: bool
+
+    @property
+    def text(self) -> str:
+        return f"{self.copies} wanted" + (f": {self.why}" if self.why else "")
+
+
+def _note(wanted: Wanted, name: str, before: _Note | None) -> _Note:
+    """What is to be told of a model. A reason that was given once stands until something else is decided."""
+    note = _Note(wanted.copies[name], wanted.why.get(name, ""), name in wanted.lasting)
+    stands = before is not None and not note.why and not before.lasting and before.copies == note.copies
+    return before if before is not None and stands else note
+
+
 def figures_of(
     spec: ModelSpec, removed: bool, hosted: Hosted, demand: Demand, busy: float, parts: Parts
 ) -> Figures:
@@ -103,6 +129,7 @@ def figures_of(
         spec=spec,
         ready=ready,
         loading=hosted.count(ModelState.LOADING),
+        leaving=hosted.count(ModelState.DRAINING),
         waiting=demand.waiting,
         working=demand.running,
         oldest_wait_s=max(wait_ms, 0) / 1000,

@@ -2,7 +2,8 @@
 
 On demand: a model somebody waits for gets a copy. Idleness: one that nobody used for its `idle_s` goes. Need: where
 there is no room, the least recently used idle model makes way, never one that is pinned, or has work, or was loaded
-less long than `hold_s` ago. Pins and schedules keep copies. Long queues and long waits bring further ones, while
+less long than `hold_s` ago. Turns: who has waited longer than `patience_s` takes the devices of one that has work,
+once that has had its turn. Pins and schedules keep copies. Long queues and long waits bring further ones, while
 there is room. Nothing here imports Ray, Redis or torch, or looks at a clock.
 """
 
@@ -11,140 +12,14 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from .packing import Parts, packs
+from .packing import Parts
+from .rules import Figures, Memory, Room, Rules, Wanted
 from .schedule import scheduled
-from .spec import ModelSpec
 
 OUTGROWN_S = 20.0
 """So long a model must have been larger than all devices before its users are told."""
-
-
-@dataclass(frozen=True, slots=True)
-class Figures:
-    """One model now.
-
-    Attributes:
-        ready, loading: copies.
-        waiting, working: jobs that wait, and that run.
-        oldest_wait_s: how long the first of them has waited.
-        idle_s: since a job last came or ended, or it was loaded.
-        busy: the share of its copies' time that went into work lately, 0 to 1.
-        wished: somebody wants it loaded, by no job.
-        evicted: an operator wants it to go as soon as it has no work.
-        failed: loading it failed, and it isn't time to try again.
-        draining: it is being taken out of the catalogue.
-        parts: what one copy takes.
-        loaded: it has been ready before.
-    """
-
-    spec: ModelSpec
-    ready: int = 0
-    loading: int = 0
-    waiting: int = 0
-    working: int = 0
-    oldest_wait_s: float = 0.0
-    idle_s: float = math.inf
-    busy: float = 0.0
-    wished: bool = False
-    evicted: bool = False
-    failed: bool = False
-    draining: bool = False
-    parts: Parts = (1.0,)
-    loaded: bool = False
-
-    @property
-    def name(self) -> str:
-        return self.spec.name
-
-    @property
-    def held(self) -> int:
-        return self.ready + self.loading
-
-    @property
-    def work(self) -> bool:
-        return self.waiting + self.working > 0
-
-    @property
-    def demand(self) -> bool:
-        return self.work or self.wished
-
-
-@dataclass(frozen=True, slots=True)
-class Room:
-    """Attributes:
-    nodes: how many devices each node has for models, those in use included; None where they don't count.
-    grows: copies without room are asked for all the same, since that makes the cluster larger.
-    """
-
-    nodes: tuple[float, ...] | None = None
-    grows: bool = False
-
-    def fits(self, copies: Sequence[Parts]) -> bool:
-        return self.nodes is None or packs(copies, self.nodes)
-
-
-@dataclass(frozen=True, slots=True)
-class Rules:
-    """Attributes:
-    hold_s: a model that was loaded makes way for none before.
-    scale_jobs, scale_wait_s: more jobs than this waiting for each copy, or one for longer, are a press;
-    press_s: one that has lasted so long brings another copy.
-    stuck_s: a copy that was asked for, and isn't loading after so long, has found no room.
-    turn_s: while a job has waited so long for a model without a copy, no other model gets the room it needs.
-    """
-
-    hold_s: float = 60.0
-    scale_jobs: int = 64
-    scale_wait_s: float = 10.0
-    press_s: float = 5.0
-    stuck_s: float = 120.0
-    turn_s: float = 300.0
-
-
-@dataclass(frozen=True, slots=True)
-class Memory:
-    """What one decision leaves for the next, by model.
-
-    Attributes:
-        asked: copies that were asked for.
-        loaded_s: since when it has had a ready copy.
-        pressed_s, slack_s: since when it has wanted more copies than it has, and could do with fewer.
-        pending_s: since when a copy that was asked for hasn't come.
-    outgrown_s: since when a copy has been larger than all devices.
-    """
-
-    asked: Mapping[str, int] = field(default_factory=dict)
-    loaded_s: Mapping[str, float] = field(default_factory=dict)
-    pressed_s: Mapping[str, float] = field(default_factory=dict)
-    slack_s: Mapping[str, float] = field(default_factory=dict)
-    pending_s: Mapping[str, float] = field(default_factory=dict)
-    outgrown_s: Mapping[str, float] = field(default_factory=dict)
-
-    def to_plain(self) -> dict[str, Any]:
-        return asdict(self)
-
-    @classmethod
-    def from_plain(cls, plain: Mapping[str, Any]) -> Memory:
-        return cls(**plain)
-
-
-@dataclass(frozen=True, slots=True)
-class Wanted:
-    """Attributes:
-    copies: how many each model should have.
-    why: where that differs from before, or from what its users ask for, the reason, for the operator.
-    crowded: models that are waited for, and that there is no room for.
-    impossible: models whose copy finds no place even on empty devices, and what it takes.
-    """
-
-    copies: Mapping[str, int]
-    why: Mapping[str, str]
-    crowded: frozenset[str]
-    impossible: Mapping[str, str]
-    memory: Memory
 
 
 def decide(
@@ -171,11 +46,15 @@ class _Decision:
         """Models that make way, this time, for others."""
         self._crowded: set[str] = set()
         self._why: dict[str, str] = {}
+        self._lasting: set[str] = set()
         self._impossible: dict[str, str] = {}
         self._least = {model.name: self._least_of(model) for model in models}
         self._pressed = self._since(memory.pressed_s, self._is_pressed)
         self._slack = self._since(memory.slack_s, self._is_slack)
-        self._pending = self._since(memory.pending_s, lambda model: self._asked(model) > model.held)
+        # While copies leave, what they had is about to be free.
+        leaving = any(model.leaving for model in models)
+        self._pending = self._since(memory.pending_s, lambda model: self._asked(model) > model.held and not leaving)
+        self._starved = self._since_when_starved(memory)
         self._outgrown = self._since(memory.outgrown_s, self._is_outgrown)
         self._reserved = False
         """Whether somebody has waited so long that room is kept for them alone."""
@@ -187,7 +66,8 @@ class _Decision:
         for model in sorted(self._models.values(), key=self._urgency):
             if model.name not in self._gone:
                 self._grow(model, own[model.name])
-        return Wanted(self._copies, self._why, frozenset(self._crowded), self._impossible, self._remember())
+        lasting, crowded = frozenset(self._lasting), frozenset(self._crowded)
+        return Wanted(self._copies, self._why, lasting, crowded, self._impossible, self._remember())
 
     # -- what a model wants for itself -------------------------------------------------------------------------
 
@@ -203,6 +83,7 @@ class _Decision:
         if not model.demand:
             return min(self._unasked(model, asked, least), most)
         count = max(asked, least, 1)
+        self._told(model, count, _asking(model))
         if self._lasted(self._pressed, model, self._rules.press_s):
             by_queue = math.ceil(model.waiting / self._rules.scale_jobs)
             count = max(count, model.ready + max(1, min(model.ready, by_queue - model.ready)))
@@ -212,7 +93,7 @@ class _Decision:
             count -= 1
             self._slack.pop(model.name)
             self._told(model, count, "fewer copies do")
-        return min(count, most)
+        return count if count <= most else self._told(model, most, f"{most} at most")
 
     def _unasked(self, model: Figures, asked: int, least: int) -> int:
         """Copies of a model that nobody waits for: what it has, until it has been idle for long enough."""
@@ -226,7 +107,7 @@ class _Decision:
         if asked > max(kept, 1) and self._lasted(self._slack, model, model.spec.idle_s):
             self._slack.pop(model.name)
             return self._told(model, asked - 1, "fewer copies do")
-        return max(asked, kept)
+        return self._told(model, max(asked, kept), f"{kept} kept, whether or not anybody asks")
 
     def _least_of(self, model: Figures) -> int:
         """Copies that stay whether or not anybody uses them."""
@@ -245,17 +126,37 @@ class _Decision:
         settled = model.ready > 1 and not model.loading
         return settled and not model.waiting and model.busy * model.ready < 0.5 * (model.ready - 1)
 
+    def _starves(self, model: Figures) -> bool:
+        asked_for = model.waiting or model.wished or self._least[model.name]
+        return bool(asked_for) and not model.held and not model.failed
+
+    def _since_when_starved(self, memory: Memory) -> dict[str, float]:
+        """Not since its first job came, which may have waited while it ran. But nobody knows better at first."""
+        first = {
+            name: self._now_s if name in memory.asked else self._now_s - model.oldest_wait_s
+            for name, model in self._models.items()
+        }
+        return self._since(first | dict(memory.starved_s), self._starves)
+
+    def _waited_s(self, model: Figures) -> float:
+        """How long it has had no copy, though somebody waits for one."""
+        return self._now_s - self._starved.get(model.name, self._now_s)
+
+    def _impatient(self, model: Figures) -> bool:
+        return self._lasted(self._starved, model, self._rules.patience_s)
+
     def _is_outgrown(self, model: Figures) -> bool:
         return not (model.held or self._room.grows or self._room.fits([model.parts]))
 
     # -- who gets the room -------------------------------------------------------------------------------------
 
     def _urgency(self, model: Figures) -> tuple[int, float, str]:
-        """First those who have no copy and are waited for, the longest wait first; last those who have one."""
+        """First those who have no copy and were waited for too long, whoever waits; then those with jobs, and those
+        that are wished for; the longest wait first. Last those who have a copy."""
         if self._copies[model.name]:
-            return 3, 0.0, model.name
-        kind = 0 if model.waiting else 1 if model.wished else 2
-        return kind, -model.oldest_wait_s, model.name
+            return 4, 0.0, model.name
+        kind = 0 if self._impatient(model) else 1 if model.waiting else 2 if model.wished else 3
+        return kind, -self._waited_s(model), model.name
 
     def _grow(self, model: Figures, wanted: int) -> None:
         name = model.name
@@ -266,6 +167,7 @@ class _Decision:
                 f"a copy takes {_shown(model.parts)}; the nodes have {there or 'none'}. "
                 "`devices` says how many each part takes"
             )
+            self._lasting.add(name)
             # A node may be away: for long, where the model has been loaded before.
             if model.loaded:
                 self._crowded.add(name)
@@ -275,27 +177,54 @@ class _Decision:
         if self._copies[name] and not model.held and self._lasted(self._pending, model, self._rules.stuck_s):
             # By the figures there is room, and yet the copy found none: one more makes way.
             self._pending[name] = self._now_s
-            self._make_way(model, at_once=True)
+            self._make_way(model, at_once=True, busy=self._impatient(model))
         while self._copies[name] < wanted:
             first = self._copies[name] == 0
             if self._reserved and any(model.parts):
-                self._why.setdefault(name, "another model has waited longer for the room")
-                self._crowded |= {name} if first else set()
+                if first:
+                    self._wait(name, "another model has waited longer for the room")
                 return
             self._copies[name] += 1
             if self._room.grows or self._fits() or (first and self._make_way(model)):
                 continue
+            if first and self._impatient(model) and self._make_way(model, busy=True):
+                continue
             self._copies[name] -= 1
             if first:
-                self._why[name] = "there is no room for it, and nothing idle that could make way"
-                self._crowded.add(name)
-                self._reserved = model.waiting > 0 and model.oldest_wait_s >= self._rules.turn_s
+                self._wait(name, self._hopes(model))
             return
 
-    def _make_way(self, model: Figures, *, at_once: bool = False) -> bool:
-        """Let idle models go until all fits, or with `at_once` one. Whether that was possible; else none goes."""
+    def _wait(self, name: str, why: str) -> None:
+        """There is no room for its first copy."""
+        self._why[name] = why
+        self._lasting.add(name)
+        self._crowded.add(name)
+
+    def _hopes(self, model: Figures) -> str:
+        """When there will be room for a model for which there is none. Keeps that for who has waited too long."""
+        if not self._impatient(model):
+            return "there is no room for it, and nothing idle that could make way"
+        if not self._possible(model):
+            return "there is no room for it beside what is pinned or always kept"
+        self._reserved = True
+        return "there is no room for it until what has just been loaded has had its turn"
+
+    def _possible(self, model: Figures) -> bool:
+        """Whether it would fit if all others went that ever do."""
+        stay = [model.parts]
+        for other in self._models.values():
+            pinned = min(self._copies[other.name], 1) if other.spec.pinned else 0
+            stay += [other.parts] * (max(self._least[other.name], pinned) if other.name != model.name else 0)
+        return self._room.fits(stay)
+
+    def _make_way(self, model: Figures, *, at_once: bool = False, busy: bool = False) -> bool:
+        """Let others go until all fits, or with `at_once` one. Whether that was possible; else none goes.
+
+        Args:
+            busy: also those that have work, and had their turn.
+        """
         before, gone = dict(self._copies), []
-        for victim in self._victims(model):
+        for victim in self._victims(model, busy=busy):
             self._copies[victim] -= 1
             gone.append(victim)
             if at_once or self._fits():
@@ -311,26 +240,41 @@ class _Decision:
         for victim in gone:
             if self._copies[victim] < before[victim]:
                 self._gone.add(victim)
-                self._why[victim] = f"it makes way for {model.name}"
+                waited = f", which has waited {self._waited_s(model):.0f} s" if busy else ""
+                self._why[victim] = f"it makes way for {model.name}{waited}"
         return True
 
-    def _victims(self, model: Figures) -> list[str]:
-        """Copies that may go for a model that has none, by their model's name: the least recently used first; then
-        those of models that would have others left, of which there are the most."""
-        others = [other for other in self._models.values() if other.name != model.name and self._settled(other)]
-        idle = [other for other in others if not other.demand and not other.spec.pinned]
-        extra = [other for other in others if other not in idle]
+    def _victims(self, model: Figures, *, busy: bool) -> list[str]:
+        """Copies that may go for a model that has none, by their model's name.
+
+        The least recently used first; then those of models that would have others left, the most numerous first;
+        with `busy` at last those whose turn is over, the longest there first.
+        """
+        others = [other for other in self._models.values() if other.name != model.name and other.ready]
+        settled = [other for other in others if self._settled(other)]
+        idle = [other for other in settled if not other.demand and not other.spec.pinned]
+        over = [other for other in others if busy and other not in idle and self._had_its_turn(other)]
+        extra = [other for other in others if (other in settled or other in over) and other not in idle]
         found = []
         for other in sorted(idle, key=lambda other: (-other.idle_s, other.name)):
             found += [other.name] * (self._copies[other.name] - self._least[other.name])
         for other in sorted(extra, key=lambda other: (-self._copies[other.name], other.name)):
             found += [other.name] * (self._copies[other.name] - max(self._least[other.name], 1))
+        for other in sorted(over, key=lambda other: (-self._held_s(other), other.name)):
+            last = self._copies[other.name] and not self._least[other.name] and not other.spec.pinned
+            found += [other.name] if last else []
         return found
 
+    def _held_s(self, model: Figures) -> float:
+        """How long it has had a copy that is loaded."""
+        return self._now_s - self._before.loaded_s.get(model.name, self._now_s)
+
     def _settled(self, model: Figures) -> bool:
-        """Whether its copies are loaded, and have been for long enough to be let go."""
-        since = self._before.loaded_s.get(model.name, self._now_s)
-        return model.ready > 0 and not model.loading and self._now_s - since >= self._rules.hold_s
+        """Whether its copies are loaded, and have been for long enough to be let go when they are idle."""
+        return not model.loading and self._held_s(model) >= self._rules.hold_s
+
+    def _had_its_turn(self, model: Figures) -> bool:
+        return self._held_s(model) >= self._rules.turn_s(self._before.took_s.get(model.name, 0.0))
 
     def _fits(self) -> bool:
         return self._room.fits(
@@ -360,14 +304,31 @@ class _Decision:
             for name, model in self._models.items()
             if self._copies[name] > model.held
         }
+        loaded = self._since(self._before.loaded_s, lambda model: model.ready > 0)
+        coming = self._since(self._before.coming_s, lambda model: model.loading > 0 and not model.ready)
+        came = self._before.coming_s.keys() & (loaded.keys() - self._before.loaded_s.keys())
+        took = {name: took for name, took in self._before.took_s.items() if name in self._models}
+        took |= {name: self._now_s - self._before.coming_s[name] for name in came}
         return Memory(
             asked=dict(self._copies),
-            loaded_s=self._since(self._before.loaded_s, lambda model: model.ready > 0),
+            loaded_s=loaded,
+            coming_s=coming,
+            took_s=took,
+            starved_s=self._starved,
             pressed_s=self._pressed,
             slack_s=self._slack,
             pending_s=pending,
             outgrown_s=self._outgrown,
         )
+
+
+def _asking(model: Figures) -> str:
+    """Who wants a model that nobody had asked for before."""
+    if model.work:
+        return (
+            f"{model.waiting + model.working} jobs for it" if model.waiting + model.working > 1 else "a job for it"
+        )
+    return "somebody asked for it"
 
 
 def _shown(parts: Parts) -> str:

@@ -16,7 +16,8 @@ from functools import cache
 from ..broker.connect import connect
 from ..models.figures import Watch as Figures
 from ..models.figures import rules
-from ..models.lifecycle import Memory, Room, decide
+from ..models.lifecycle import decide
+from ..models.rules import Memory, Room
 from ..models.spec import ModelSpec
 from ..settings import Settings
 from .cluster import MODELS_NOTE, SETTINGS_NOTE, Notes, devices

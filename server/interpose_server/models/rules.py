@@ -1,0 +1,156 @@
+"""What a decision about the models' copies goes by, what it says, and what it leaves for the next."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from .packing import Parts, packs
+from .spec import ModelSpec
+
+TURN_LOADS = 3.0
+"""A turn is so many times as long as loading took, so that devices spend most of their time at work."""
+
+
+@dataclass(frozen=True, slots=True)
+class Figures:
+    """One model now.
+
+    Attributes:
+        ready, loading, leaving: copies; those that leave finish what they run, on their devices.
+        waiting, working: jobs that wait, and that run.
+        oldest_wait_s: how long the first of them has waited.
+        idle_s: since a job last came or ended, or it was loaded.
+        busy: the share of its copies' time that went into work lately, 0 to 1.
+        wished: somebody wants it loaded, by no job.
+        evicted: an operator wants it to go as soon as it has no work.
+        failed: loading it failed, and it isn't time to try again.
+        draining: it is being taken out of the catalogue.
+        parts: what one copy takes.
+        loaded: it has been ready before.
+    """
+
+    spec: ModelSpec
+    ready: int = 0
+    loading: int = 0
+    leaving: int = 0
+    waiting: int = 0
+    working: int = 0
+    oldest_wait_s: float = 0.0
+    idle_s: float = math.inf
+    busy: float = 0.0
+    wished: bool = False
+    evicted: bool = False
+    failed: bool = False
+    draining: bool = False
+    parts: Parts = (1.0,)
+    loaded: bool = False
+
+    @property
+    def name(self) -> str:
+        return self.spec.name
+
+    @property
+    def held(self) -> int:
+        return self.ready + self.loading
+
+    @property
+    def work(self) -> bool:
+        return self.waiting + self.working > 0
+
+    @property
+    def demand(self) -> bool:
+        return self.work or self.wished
+
+
+@dataclass(frozen=True, slots=True)
+class Room:
+    """Attributes:
+    nodes: how many devices each node has for models, those in use included; None where they don't count.
+    grows: copies without room are asked for all the same, since that makes the cluster larger.
+    """
+
+    nodes: tuple[float, ...] | None = None
+    grows: bool = False
+
+    def fits(self, copies: Sequence[Parts]) -> bool:
+        return self.nodes is None or packs(copies, self.nodes)
+
+
+@dataclass(frozen=True, slots=True)
+class Rules:
+    """Attributes:
+    hold_s: a model that was loaded makes way for none before.
+    patience_s: who has waited so long for a first copy takes the devices of one that has work, too.
+    scale_jobs, scale_wait_s: more jobs than this waiting for each copy, or one for longer, are a press;
+    press_s: one that has lasted so long brings another copy.
+    stuck_s: a copy that was asked for, and isn't loading after so long, has found no room.
+    """
+
+    hold_s: float = 60.0
+    scale_jobs: int = 64
+    scale_wait_s: float = 10.0
+    press_s: float = 5.0
+    stuck_s: float = 120.0
+    patience_s: float = 300.0
+
+    def turn_s(self, took_s: float) -> float:
+        """How long a model that has work keeps its devices from those who wait.
+
+        Args:
+            took_s: how long its loading took.
+        """
+        return max(self.hold_s, TURN_LOADS * took_s)
+
+
+@dataclass(frozen=True, slots=True)
+class Memory:
+    """What one decision leaves for the next, by model.
+
+    Attributes:
+        asked: copies that were asked for.
+        loaded_s: since when it has had a ready copy.
+        coming_s: since when its first copy has been loading.
+        took_s: how long that took, when it last did.
+        starved_s: since when it has had no copy, though somebody waits for one.
+        pressed_s, slack_s: since when it has wanted more copies than it has, and could do with fewer.
+        pending_s: since when a copy that was asked for hasn't come.
+    outgrown_s: since when a copy has been larger than all devices.
+    """
+
+    asked: Mapping[str, int] = field(default_factory=dict)
+    loaded_s: Mapping[str, float] = field(default_factory=dict)
+    coming_s: Mapping[str, float] = field(default_factory=dict)
+    took_s: Mapping[str, float] = field(default_factory=dict)
+    starved_s: Mapping[str, float] = field(default_factory=dict)
+    pressed_s: Mapping[str, float] = field(default_factory=dict)
+    slack_s: Mapping[str, float] = field(default_factory=dict)
+    pending_s: Mapping[str, float] = field(default_factory=dict)
+    outgrown_s: Mapping[str, float] = field(default_factory=dict)
+
+    def to_plain(self) -> dict[str, Any]:
+        return asdict(self)
+
+    @classmethod
+    def from_plain(cls, plain: Mapping[str, Any]) -> Memory:
+        return cls(**plain)
+
+
+@dataclass(frozen=True, slots=True)
+class Wanted:
+    """Attributes:
+    copies: how many each model should have.
+    why: where that differs from before, or from what its users ask for, the reason, for the operator.
+    lasting: those of whom the reason holds as long as it is said, and is over then.
+    crowded: models that are waited for, and that there is no room for.
+    impossible: models whose copy finds no place even on empty devices, and what it takes.
+    """
+
+    copies: Mapping[str, int]
+    why: Mapping[str, str]
+    lasting: frozenset[str]
+    crowded: frozenset[str]
+    impossible: Mapping[str, str]
+    memory: Memory
