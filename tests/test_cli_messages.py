@@ -53,8 +53,13 @@ def test_a_data_folder_that_cannot_be_made(tmp_path: Path) -> None:
 
 def test_settings_that_are_wrong(tmp_path: Path) -> None:
     serve = ("serve", "org/name", "--port", "0")
-    assert "INTERPOSE_SERVER_LEASE_S" in ends_with(tmp_path, *serve, INTERPOSE_SERVER_LEASE_S="-1")
-    assert "no limit 'wal_s'" in ends_with(tmp_path, *serve, INTERPOSE_SERVER_LIMITS='{"wal_s": 3}')
+    for name, value, told in (
+        ("LEASE_S", "-1", "INTERPOSE_SERVER_LEASE_S: has to be above 0, not '-1'"),
+        ("LEASE", "3", "no setting INTERPOSE_SERVER_LEASE; did you mean INTERPOSE_SERVER_LEASE_S?"),
+        ("LIMITS", '{"wal_s": 3}', "no limit 'wal_s'; did you mean wall_s?"),
+        ("LIMITS", "{wall_s: 3}", 'INTERPOSE_SERVER_LIMITS has to be JSON, such as {"wall_s": 60}'),
+    ):
+        assert told in ends_with(tmp_path, *serve, **{f"INTERPOSE_SERVER_{name}": value})
 
 
 def test_folder_and_redis_come_from_the_environment_too(tmp_path: Path) -> None:

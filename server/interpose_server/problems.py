@@ -15,6 +15,8 @@ from redis.exceptions import RedisError
 from starlette.exceptions import HTTPException
 from starlette.responses import Response
 
+from .mistakes import words
+
 log = logging.getLogger(__name__)
 
 
@@ -55,9 +57,10 @@ async def _http(request: Request, error: Exception) -> Response:
 
 async def _invalid(_: Request, error: Exception) -> Response:
     assert isinstance(error, RequestValidationError)
-    first = error.errors()[0] if error.errors() else {"loc": (), "msg": "malformed"}
+    first = error.errors()[0] if error.errors() else {"loc": ()}
     where = ".".join(str(part) for part in first["loc"])
-    return problem(InvalidPayload(f"{where}: {first['msg']}"))
+    told = words(first) if "type" in first else "malformed"
+    return problem(InvalidPayload(f"{where}: {told}" if where else told))
 
 
 async def _broker(_: Request, error: Exception) -> Response:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import json
 import math
 import os
@@ -18,6 +17,8 @@ from interpose.graph.limits import Limits
 from interpose.wire.protocol import CHUNK_BYTES, PROTOCOL
 from pydantic import Field, ValidationError, field_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict, SettingsError
+
+from .mistakes import Mistake, mistakes, nearest, suggestion
 
 PREFIX = "INTERPOSE_SERVER_"
 _BASE = Limits()
@@ -133,7 +134,7 @@ class Settings(BaseSettings):
     def _limits(cls, value: Any) -> Any:
         """Named limits over the defaults; a name that doesn't exist is refused."""
         if isinstance(value, dict) and (wrong := sorted(value.keys() - _BASE.as_dict().keys())):
-            raise ValueError(f"there is no limit {wrong[0]!r}; there are {', '.join(_BASE.as_dict())}")
+            raise ValueError(f"there is no limit {wrong[0]!r}{suggestion(str(wrong[0]), _BASE.as_dict())}")
         if not isinstance(value, dict):
             return value
         for name, limit in value.items():
@@ -153,36 +154,49 @@ class Settings(BaseSettings):
     @classmethod
     def read(cls) -> Settings:
         """The environment's. Raises ConfigError, which names the variable at fault, also one that is no setting."""
-        names = {PREFIX + name.upper() for name in cls.model_fields}
-        if wrong := sorted(
-            name for name in os.environ if name.upper().startswith(PREFIX) and name.upper() not in names
-        ):
-            close = difflib.get_close_matches(wrong[0].upper(), names, 1)
-            raise ConfigError(f"there is no setting {wrong[0]}" + (f"; did you mean {close[0]}?" if close else ""))
+        names = [PREFIX + name.upper() for name in cls.model_fields]
+        for name in sorted(os.environ):
+            if name.upper().startswith(PREFIX) and name.upper() not in names:
+                close = nearest(name.upper().removeprefix(PREFIX), cls.model_fields)
+                advice = f"; did you mean {PREFIX}{close.upper()}?" if close else ""
+                raise ConfigError(f"there is no setting {name}{advice}")
         try:
             return cls()
         except ValidationError as error:
-            first = error.errors()[0]
-            name = "_".join(str(part) for part in first["loc"]).upper()
-            raise ConfigError(f"{PREFIX}{name}: {first['msg'].removeprefix('Value error, ')}") from error
+            wrong = mistakes(error, cls)[0]
+            name = "_".join(map(str, wrong.place)).upper()
+            raise ConfigError(f"{PREFIX}{name}: {wrong.told}") from error
         except SettingsError as error:
-            raise ConfigError(f"a setting {PREFIX}... can't be read: {error}") from error
+            raise ConfigError(_unreadable(cls)) from error
+
+    def mistakes_in(self, changes: Mapping[str, Any], *, only: Collection[str] = OF_WORKERS) -> list[Mistake]:
+        """What is wrong with changes of these settings; by default those of one model."""
+        wrong = []
+        for name in changes:
+            if name in only:
+                continue
+            told = f"there is no such setting{suggestion(name, sorted(only))}"
+            if name in type(self).model_fields:
+                told = f"can't differ from model to model; these can: {', '.join(sorted(only))}"
+            wrong.append(Mistake((name,), told, at_key=True))
+        if not wrong and changes:
+            try:
+                self._with(changes)
+            except ValidationError as error:
+                return mistakes(error, type(self))
+        return wrong
 
     def changed(self, changes: Mapping[str, Any], *, only: Collection[str] = OF_WORKERS) -> Settings:
         """These settings, some of them with other values; by default those of one model. Raises ConfigError."""
-        if wrong := sorted(changes.keys() - set(only)):
-            raise ConfigError(f"{wrong[0]!r} can't be set here; these can: {', '.join(sorted(only))}")
-        if not changes:
-            return self
+        if wrong := self.mistakes_in(changes, only=only):
+            raise ConfigError(f"setting {wrong[0]}")
+        return self._with(changes) if changes else self
+
+    def _with(self, changes: Mapping[str, Any]) -> Settings:
         limits = changes.get("limits")
         if isinstance(limits, Mapping):
             changes = {**changes, "limits": {**self.limits.as_dict(), **limits}}
-        try:
-            return Settings(**{**self.model_dump(), **changes})
-        except ValidationError as error:
-            first = error.errors()[0]
-            name = ".".join(map(str, first["loc"]))
-            raise ConfigError(f"setting {name}: {first['msg'].removeprefix('Value error, ')}") from error
+        return Settings(**{**self.model_dump(), **changes})
 
     @property
     def silent_ms(self) -> int:
@@ -199,3 +213,17 @@ class Settings(BaseSettings):
         texts = {name: value if isinstance(value, str) else json.dumps(value) for name, value in plain.items()}
         kept = {name: value for name, value in os.environ.items() if not name.startswith(PREFIX)}
         return {**kept, **{PREFIX + name.upper(): value for name, value in texts.items()}}
+
+
+def _unreadable(kind: type[Settings]) -> str:
+    """Which of the variables that hold JSON holds none."""
+    for name, field in kind.model_fields.items():
+        text = os.environ.get(PREFIX + name.upper())
+        if text is None or field.annotation not in (Limits, tuple[int, ...]):
+            continue
+        try:
+            json.loads(text)
+        except ValueError as error:
+            shown = '{"wall_s": 60}' if name == "limits" else "[1]"
+            return f"{PREFIX}{name.upper()} has to be JSON, such as {shown}: {error}"
+    return f"a setting {PREFIX}... can't be read"

@@ -73,12 +73,13 @@ async def test_a_models_life_over_http(settings: Settings) -> None:
         ({"colour": "red"}, "colour"),
         ({"replicas": {"min": 4, "max": 1}}, "can't both be"),
         ({"schedule": ["always"]}, "no time of the week"),
-        ({"settings": {"redis_url": "redis://elsewhere"}}, "'redis_url' can't be set"),
+        ({"settings": {"redis_url": "redis://elsewhere"}}, "setting redis_url: can't differ from model to model"),
         ({"settings": {"limits": {"nodes": "many"}}}, "the limit nodes is a number"),
         ({"settings": {"batch_s": math.inf}}, "JSON can't say"),
         ({"source": "\ud800"}, "JSON can't say"),
-        ({"idle_s": math.inf}, "finite"),
-        ({"devices": math.inf}, "finite"),
+        ({"idle_s": math.inf}, "idle_s: has to be a finite number"),
+        ({"devices": math.inf}, "devices: has to be a finite number"),
+        ({"placement": "block"}, "placement: has to be one of auto, device, devices, blocks, not 'block'; did you"),
     ],
 )
 async def test_wrong_entries_are_refused(settings: Settings, changes: dict[str, Any], words: str) -> None:

@@ -22,10 +22,34 @@ def test_a_name_alone_is_a_model(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("text", "told"),
     [
-        ("models: []", "models"),
-        ("models: [{name: a}, {name: a}]", "two models are named 'a'"),
-        ("models: [{name: 'a b'}]", "models.0.name"),
-        ("models: [{name: a, device: 2}]", "models.0.device"),
+        ("models: []", "1: models: holds nothing"),
+        ("port: 1\nmodels:\n- name: a\n- name: a", "2: models: two models are named 'a'"),
+        ("models:\n- {name: 'a b'}", "2: models.0.name: a model's name is"),
+        ("models:\n- name: a\n  device: 2", "3: models.0.device: there is no such key here; did you mean devices?"),
+        ("rays: auto\nmodels: [{name: a}]", "1: rays: there is no such key here; did you mean ray?"),
+        ("gpu: 1\nmodels: [{name: a}]", "there are ray, redis_url, data_dir"),
+        ("dtype: x\nmodels: [{name: a}]", "1: dtype: there is no such key here; it belongs to a model"),
+        ("models:\n- name: a\n  port: 1", "3: models.0.port: there is no such key here; it belongs at the"),
+        ("models:\n- name: a\n  batch_s: 1", "3: models.0.batch_s: there is no such key here; it belongs under"),
+        (
+            "models:\n- name: a\n  placement: block",
+            "auto, device, devices, blocks, not 'block'; did you mean blocks?",
+        ),
+        ("models:\n- name: a\n  devices: two", "3: models.0.devices: has to be a number, not 'two'"),
+        ("models:\n- name: a\n  revision: 12", "has to be text, not 12; write it in quotes"),
+        ("models:\n- name: a\n  replicas:\n    min: -1", "4: models.0.replicas.min: has to be at least 0, not -1"),
+        ("models:\n- name: a\n  replicas: 2", "3: models.0.replicas: has to be keys with values, not 2"),
+        ("port: 99999\nmodels: [{name: a}]", "1: port: has to be at most 65535, not 99999"),
+        ("host: h", "1: models: is missing"),
+        ("", "is empty"),
+        ("- name: a", "1: has to be keys with values, not a list"),
+        ("models:\n- name: a\n  name: b", "3: the key 'name' stands there twice"),
+        ("models:\n\t- name: a", "2: this is no YAML: found character '\\t'"),
+        ("settings:\n  leases: 2\nmodels: [{name: a}]", "2: settings.leases: no such setting; did you mean leas"),
+        ("settings: {lease_s: 0}\nmodels: [{name: a}]", "settings.lease_s: has to be above 0, not 0"),
+        ("settings: {limits: {wal_s: 3}}\nmodels: [{name: a}]", "no limit 'wal_s'; did you mean wall_s?"),
+        ("settings: {redis_url: x}\nmodels: [{name: a}]", "settings.redis_url: it belongs at the top of the file"),
+        ("models:\n- name: a\n  settings:\n    lease_s: 3", "4: models.0.settings.lease_s: can't differ from"),
         ("models: [{name: a, devices: 1.5}]", "devices come whole"),
         ("models: [{name: a, placement: blocks, adapters: {b: /x}}]", "adapters can't be chosen yet"),
         ("models: [{name: a, adapters: {'my one': /x}}]", "models.0.adapters: an adapter is named by"),
@@ -38,10 +62,25 @@ def test_a_name_alone_is_a_model(tmp_path: Path) -> None:
         ("models: [{name: a, settings: {since: 2020-01-01}}]", "JSON can't say"),
     ],
 )
-def test_what_is_wrong_is_named_with_its_place(tmp_path: Path, text: str, told: str) -> None:
+def test_what_is_wrong_is_named_with_its_line(tmp_path: Path, text: str, told: str) -> None:
     with pytest.raises(ConfigError, match=r"cluster\.yaml") as caught:
         read(tmp_path, text)
     assert told in str(caught.value)
+
+
+def test_all_mistakes_are_told_in_their_order_and_nothing_twice(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError) as caught:
+        read(tmp_path, "models:\n- name: a\n  device: 1\n- nam: b\nport: x")
+    lines = [line.partition("cluster.yaml:")[2].partition(": ")[0::2] for line in str(caught.value).splitlines()]
+    assert [(number, told.partition(":")[0]) for number, told in lines] == [
+        *(("3", "models.0.device"), ("4", "models.1.nam"), ("4", "models.1.name"), ("5", "port")),
+    ]
+
+
+def test_passwords_are_not_repeated(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError) as caught:
+        read(tmp_path, "redis_url: {redis: secret}\nmodels: [{name: a}]")
+    assert "redis_url: has to be text" in str(caught.value) and "secret" not in str(caught.value)
 
 
 def test_a_file_that_is_not_there_is_named(tmp_path: Path) -> None:

@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Collection, Iterator, Mapping
 from enum import StrEnum
 from pathlib import Path
 from typing import Any, TypeVar
 
-import yaml
 from interpose.errors import ConfigError, InvalidPayload
 from interpose.graph.adapters import check_name as check_adapter_name
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from ..broker.keys import check_model
+from ..mistakes import Mistake, mistakes
+from ..settings import Settings
+from .document import Document
 from .schedule import Window
 
 
@@ -121,6 +123,8 @@ class ModelSpec(Plain):
     def _sound(self) -> ModelSpec:
         if self.devices is not None and self.devices > 1 and self.devices != int(self.devices):
             raise ValueError("beyond one, devices come whole")
+        if self.placement is Placement.DEVICE and (self.devices or 0) > 1:
+            raise ValueError("placement: device is one device; for several, leave it out, or say devices or blocks")
         if self.adapters and (self.placement is Placement.BLOCKS or (self.shards or 1) > 1):
             raise ValueError("adapters can't be chosen yet where blocks lie in several processes")
         try:
@@ -133,7 +137,7 @@ class ModelSpec(Plain):
     @classmethod
     def checked(cls, plain: Any) -> ModelSpec:
         """Raises ConfigError, which names the field."""
-        return _checked(cls, plain, "")
+        return _checked(cls, plain)
 
     def located(self, folder: Path) -> ModelSpec:
         """Folders (`./x`, `../x`, `~/x`), as seen from `folder`, by whole paths: who loads them is elsewhere."""
@@ -157,7 +161,7 @@ class ClusterConfig(Plain):
     """
 
     ray: str | None = None
-    redis_url: str | None = None
+    redis_url: str | None = Field(default=None, repr=False)
     data_dir: Path | None = None
     host: str = "127.0.0.1"
     port: int = Field(default=8000, ge=0, le=65535)
@@ -175,19 +179,22 @@ class ClusterConfig(Plain):
 
     @classmethod
     def read(cls, path: Path) -> ClusterConfig:
-        """Raises ConfigError, which names the place in the file."""
-        config = _checked(cls, _yaml(path), f"{path}: ")
+        """Raises ConfigError, which names the lines in the file at fault."""
+        document = Document.read(path)
+        config = _read(cls, document, document.plain)
         return config.model_copy(update={"models": tuple(spec.located(path.parent) for spec in config.models)})
 
 
 def read_specs(path: Path) -> list[ModelSpec]:
-    """Models of a YAML file: one, a list, or a cluster's file. Raises ConfigError, which names the place in it."""
-    plain = _yaml(path)
+    """Models of a YAML file: one, a list, or a cluster's file. Raises ConfigError, which names lines."""
+    document = Document.read(path)
+    plain = document.plain
     if isinstance(plain, dict) and "models" in plain:
-        specs = list(_checked(ClusterConfig, plain, f"{path}: ").models)
+        specs = list(_read(ClusterConfig, document, plain).models)
+    elif isinstance(plain, list):
+        specs = [_read(ModelSpec, document, item, index) for index, item in enumerate(plain)]
     else:
-        listed = plain if isinstance(plain, list) else [plain]
-        specs = [_checked(ModelSpec, item, f"{path}: {number}: ") for number, item in enumerate(listed, 1)]
+        specs = [_read(ModelSpec, document, plain)]
     return [spec.located(path.parent) for spec in specs]
 
 
@@ -195,20 +202,42 @@ def _located(source: str, folder: Path) -> str:
     return str((folder / Path(source).expanduser()).resolve()) if source.startswith((".", "~")) else source
 
 
-def _yaml(path: Path) -> Any:
+HOMES: Mapping[str, Collection[str]] = {
+    "to a model, under `models`": ModelSpec.model_fields,
+    "at the top of the file": ClusterConfig.model_fields,
+    "under `settings`": Settings.model_fields,
+}
+
+
+def _read(kind: type[P], document: Document, plain: Any, *place: int) -> P:
+    """A part of a file. Raises ConfigError."""
+    if plain is None and not place:
+        raise ConfigError(f"{document.path} is empty")
     try:
-        return yaml.safe_load(path.read_text())
-    except OSError as error:
-        raise ConfigError(f"{path} can't be read: {error.strerror}") from error
-    except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
-        raise ConfigError(f"{path} is no YAML: {error}") from error
+        found = kind.model_validate(plain)
+    except ValidationError as error:
+        raise document.refused([wrong.within(*place) for wrong in mistakes(error, kind, HOMES)]) from error
+    if wrong := list(_settings(found)):
+        raise document.refused([one.within(*place) for one in wrong])
+    return found
 
 
-def _checked(kind: type[P], plain: Any, where: str) -> P:
+def _settings(found: Plain) -> Iterator[Mistake]:
+    """What is wrong with the settings in an entry, or in a file. Raises ConfigError where the environment's are."""
+    base = Settings.read()
+    if isinstance(found, ModelSpec):
+        yield from (wrong.within("settings") for wrong in base.mistakes_in(found.settings))
+    if isinstance(found, ClusterConfig):
+        known = Settings.model_fields
+        for name in found.settings.keys() & ClusterConfig.model_fields.keys():
+            yield Mistake(("settings", name), "it belongs at the top of the file", at_key=True)
+        yield from (wrong.within("settings") for wrong in base.mistakes_in(found.settings, only=known))
+        for index, spec in enumerate(found.models):
+            yield from (wrong.within("models", index) for wrong in _settings(spec))
+
+
+def _checked(kind: type[P], plain: Any) -> P:
     try:
         return kind.model_validate(plain)
     except ValidationError as error:
-        first = error.errors()[0]
-        place = ".".join(map(str, first["loc"]))
-        told = first["msg"].removeprefix("Value error, ")
-        raise ConfigError(f"{where}{place}: {told}" if place else f"{where}{told}") from error
+        raise ConfigError(str(mistakes(error, kind)[0])) from error
