@@ -153,6 +153,7 @@ async def test_what_may_pass_is_tried_again_before_jobs_are_given_up(broker: Bro
 
 def test_reasons() -> None:
     assert reason_of(GATED) == "gated" and reason_of(MemoryError()) == "memory"
+    assert reason_of(ConfigError("x", details={"reason": "misconfigured"})) == "misconfigured"
     assert reason_of(ConfigError("x")) == "unsupported" and reason_of(CRASH) == "crashed"
     assert reason_of(ModelUnavailable("x", details={"reason": "made up"})) == "crashed"
     assert set(SENTENCES) >= PASSING

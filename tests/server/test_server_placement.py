@@ -17,7 +17,7 @@ from interpose_server.models.devices import GIB, Devices
 from interpose_server.models.placement import Load, Plan, plan
 from interpose_server.models.planning import figures, ranges
 from interpose_server.models.ranges import divided
-from interpose_server.models.report import rows, show
+from interpose_server.models.report import fewest, rows, show
 from interpose_server.models.sizes import Part, Sizes
 from interpose_server.models.spec import ModelSpec, Placement
 from models import tiny
@@ -200,16 +200,29 @@ def test_batches_nobody_asked_for_are_made_smaller_before_a_model_is_refused() -
     ("devices", "fields", "text"),
     [
         ("2x4GB", {}, r"8\.2 GiB of weights in float32.*doesn't fit on 2x4GB, 5\.8 GiB of it usable"),
-        ("8x80GB", {"shards": 9}, "can't be placed as 9 shards on 8x80GB"),
-        ("1x24GB", {"shards": 2}, "not so many devices"),
+        (
+            "1x24GB",
+            {"shards": 2},
+            "made can't be placed as 2 shards on 1x24GB: that takes 2 devices, and there are 1",
+        ),
         ("1x4GB", {"placement": "device"}, "as placement device on 1x4GB"),
-        ("1x80GB+1x80GB", {"placement": "devices"}, "can't be placed as placement devices"),
+        ("1x80GB+1x80GB", {"placement": "devices"}, "as placement devices on .*: no machine has 2"),
     ],
 )
 def test_refusals_have_the_numbers(devices: str, fields: dict[str, Any], text: str) -> None:
     with pytest.raises(ConfigError, match=text) as caught:
         plan(model(), Devices.parse(devices), spec(**fields))
     assert caught.value.details["reason"] == "too_large"
+
+
+def test_what_no_devices_make_possible_isnt_called_too_large() -> None:
+    for fields, told in (
+        ({"shards": 9}, "made has 8 blocks, which can't be 9 ranges"),
+        ({"placement": "device", "shards": 2}, "placement device is one device, not 2"),
+    ):
+        with pytest.raises(ConfigError) as caught:
+            plan(model(), Devices.parse("8x80GB"), spec(**fields))
+        assert (caught.value.message, caught.value.details["reason"]) == (told, "misconfigured")
 
 
 def test_a_row_longer_than_the_model_takes_is_refused() -> None:
@@ -350,16 +363,39 @@ def test_the_command_plans_and_refuses() -> None:
     assert run.exit_code == 0 and "3 blocks, bfloat16" in run.stdout
     assert "Placement: device (one device); 1 device, 0.05 of it." in run.stdout
     run = CliRunner().invoke(app, [*start, "--devices", "2x4GB", "--shards", "2", "--rows", "1"])
-    assert run.exit_code == 0 and "0-0" in run.stdout and "batches in flight of 1 rows of 128 tokens" in run.stdout
+    assert run.exit_code == 0 and "0-0" in run.stdout and "batches in flight of 1 row of 128 tokens" in run.stdout
     for arguments, text in [
-        (["--devices", "2x2GB", "--shards", "3"], "can't be placed as 3 shards"),
+        (["--devices", "2x2GB", "--shards", "3"], "that takes 3 devices, and there are 2"),
+        (["--devices", "4x24GB", "--shards", "4"], "has 3 blocks, which can't be 4 ranges"),
         (["--devices", "two"], "aren't understood"),
         (["--devices", "1x2GB", "--dtype", "int3"], "no dtype 'int3'"),
-        (["--devices", "1x2GB", "--placement", "there"], "no placement 'there'"),
+        (["--devices", "1x2GB", "--placement", "there"], "no placement 'there'; there are auto, device"),
+        (["--devices", "1x2GB", "--placement", "block"], "did you mean blocks?"),
         (["--devices", "1x2GB", "--context", "500"], "at most 128 tokens"),
     ]:
         run = CliRunner().invoke(app, [*start, *arguments])
         assert run.exit_code == 1 and text in run.stderr
+
+
+def test_without_devices_the_command_names_the_fewest_of_each_kind() -> None:
+    run = CliRunner().invoke(app, ["plan", str(written("Llama-3.1-8B"))])
+    assert run.exit_code == 0, run.output
+    cells = [
+        [cell.strip() for cell in line.strip("│").split("│")] for line in run.stdout.splitlines() if "│" in line
+    ]
+    assert [row[:3] for row in cells] == [
+        *(["24", "1", "device"], ["48", "0.5", "device"], ["80", "0.3", "device"], ["141", "0.2", "device"]),
+    ]
+    assert "GB " in run.stdout and "tokens that fit" in run.stdout
+    assert run.stdout.rstrip().endswith("--devices 1x24GB")
+    run = CliRunner().invoke(app, ["plan", str(tiny("llama")), "--shards", "4"])
+    assert run.exit_code == 1 and "has 3 blocks, which can't be 4 ranges" in run.stderr
+
+
+@pytest.mark.slow
+def test_a_model_too_large_for_all_machines_of_a_kind_says_so_and_names_those_that_do() -> None:
+    found = fewest(spec(source=str(written("DeepSeek-R1"))))
+    assert [plan and (len(plan.shards), plan.nodes) for plan in found.values()] == [None, (20, 3), (10, 2), (6, 1)]
 
 
 def test_plans_import_no_torch() -> None:

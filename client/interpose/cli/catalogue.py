@@ -15,7 +15,7 @@ from interpose_server.broker.states import ModelState
 from interpose_server.models.overview import overview, take_out
 from interpose_server.models.spec import ModelSpec, read_specs
 
-from ..errors import ConfigError
+from ..errors import ConfigError, ModelFailed
 from .server import open_broker
 
 T = TypeVar("T")
@@ -100,8 +100,8 @@ async def _loaded(broker: Broker, name: str) -> None:
         if hosted.state is ModelState.READY:
             return
         if hosted.failure is not None and hosted.failure.final:
-            typer.echo(hosted.failure.detail, err=True)
-            raise hosted.failure.error(name, hosted.now_ms)
+            # The operator's own words for it, not those for users.
+            raise ModelFailed(f"{name} can't be loaded: {hosted.failure.detail}")
         await asyncio.sleep(POLL_S)
 
 

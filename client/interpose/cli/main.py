@@ -65,7 +65,12 @@ def serve(
 @plainly
 def plan(
     model: Annotated[str, typer.Argument(help="A hub id, a folder, or a config.json: no weights are needed.")],
-    devices: Annotated[str, typer.Option(help="8x80GB; 2x24GB,1x48GB; 4x80GB+4x80GB on two machines.")],
+    devices: Annotated[
+        str | None,
+        typer.Option(
+            help="8x80GB; 2x24GB,1x48GB; 4x80GB+4x80GB on two machines. Left out: the fewest of 24, 48, 80, 141 GB."
+        ),
+    ] = None,
     dtype: Annotated[str | None, typer.Option(help="float32, bfloat16, ...; default: as saved.")] = None,
     quantization: Annotated[str | None, typer.Option(help="A scheme; default: as saved.")] = None,
     rows: Annotated[int | None, typer.Option(help="Rows of a batch.", min=1)] = None,

@@ -41,7 +41,7 @@ def serve(
 
 def plan(
     model: str,
-    devices: str,
+    devices: str | None,
     dtype: str | None,
     quantization: str | None,
     rows: int | None,

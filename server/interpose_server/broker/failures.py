@@ -14,6 +14,7 @@ SENTENCES: Mapping[str, str] = {
     "missing": "its files, or this revision of them, aren't where the lab's catalogue says; ask the lab",
     "too_large": "it is too large for the lab's devices",
     "unsupported": "its files can't be used by this server: they may need another version, or code of their own",
+    "misconfigured": "what the lab's catalogue asks for it can't be; ask the lab",
     "network": "the place its files come from doesn't answer",
     "memory": "there isn't memory enough for it on the device it was given",
     "timeout": "loading it took longer than the lab allows",

@@ -282,7 +282,7 @@ def _refusal(sizes: Sizes, devices: Devices, spec: ModelSpec | None, load: Load,
     on = f"{asked} on {devices}, {_gib(usable)} of it usable"
     details = {"reason": "too_large", "weights": sizes.weights, "usable": usable}
     if best is None:
-        return ConfigError(f"{about} can't be placed{on}: there are not so many devices or blocks", details=details)
+        raise _unplaced(sizes, devices, spec)
     worst = max(best.shards, key=lambda shard: shard.lack)
     return ConfigError(
         f"{about} doesn't fit{on}. At best a device of {_gib(worst.usable)} has to hold "
@@ -291,6 +291,26 @@ def _refusal(sizes: Sizes, devices: Devices, spec: ModelSpec | None, load: Load,
         f"{_remedy(best)}",
         details=details,
     )
+
+
+def unranged(model: str, blocks: int, ranges: int) -> ConfigError:
+    """What is said where more ranges are asked for than there are blocks."""
+    told = f"{model} has {blocks} block{'s' * (blocks != 1)}, which can't be {ranges} ranges"
+    return ConfigError(told, details={"reason": "misconfigured"})
+
+
+def _unplaced(sizes: Sizes, devices: Devices, spec: ModelSpec | None) -> ConfigError:
+    """Why there is nothing even to try."""
+    count = _count(spec) or 2
+    if count > len(sizes.blocks):
+        return unranged(sizes.model, len(sizes.blocks), count)
+    if spec and spec.placement is Placement.DEVICE:
+        return ConfigError(f"placement device is one device, not {count}", details={"reason": "misconfigured"})
+    asked = f"{sizes.model} can't be placed as {_asked(spec)} on {devices}" if spec else sizes.model
+    lack = f"that takes {count} devices, and there are {len(devices.every)}"
+    if len(devices.every) >= count:
+        lack = f"no machine has {count}"
+    return ConfigError(f"{asked}: {lack}", details={"reason": "too_large"})
 
 
 def _at_first(shard: Shard) -> str:

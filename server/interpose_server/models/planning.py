@@ -5,10 +5,8 @@ from __future__ import annotations
 from functools import lru_cache
 from pathlib import Path
 
-from interpose.errors import ConfigError
-
 from .devices import Devices
-from .placement import Load, Plan, division, plan
+from .placement import Load, Plan, division, plan, unranged
 from .sizes import Sizes
 from .spec import ModelSpec
 
@@ -36,7 +34,7 @@ def ranges(spec: ModelSpec, shards: int, *, home: bool) -> tuple[tuple[str, ...]
     """
     sizes = figures(spec)
     if not 1 <= shards <= len(sizes.blocks):
-        raise ConfigError(f"{spec.name} has {len(sizes.blocks)} blocks, which can't be {shards} ranges")
+        raise unranged(spec.name, len(sizes.blocks), shards)
     found = division(sizes, [1] * shards, home=home)
     names = [f"{sizes.path}.{index}" if sizes.path else f"{index}" for index in range(len(sizes.blocks))]
     return tuple(tuple(names[index] for index in its) for its in found)

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from interpose.errors import ConfigError
 from rich.console import Console
 from rich.table import Table
 
+from ..mistakes import suggestion
 from .devices import GIB, Devices
 from .placement import Load, Plan, Shard
 from .planning import figures, plan_for
@@ -22,11 +23,17 @@ _WHERE = {
 }
 
 COLUMNS = ("shard", "device", "blocks", "weights", "KV", "activations", "saves", "total", "free")
+UNITS = ("number", "machine:device", "first-last", *["GiB"] * 6)
+
+CARDS = (24, 48, 80, 141)
+"""GB of the devices that are tried where nobody says which there are."""
+A_MACHINE, MACHINES = 8, 4
+"""Devices of each, and machines at most."""
 
 
 def report(
     model: str,
-    devices: str,
+    devices: str | None,
     *,
     rows: int | None,
     context: int | None,
@@ -36,18 +43,25 @@ def report(
 ) -> None:
     """Plan and print. `options`: others of a `ModelSpec`.
 
+    Args:
+        devices: as an operator states them; None for the fewest of each usual kind.
+
     Raises:
         ConfigError: devices or a placement that aren't understood, a model that isn't there or doesn't fit.
         ModelUnavailable: the hub doesn't give it.
     """
-    there = Devices.parse(devices)
+    there = None if devices is None else Devices.parse(devices)
     if placement not in set(Placement):
-        raise ConfigError(f"no placement {placement!r}; there are {', '.join(Placement)}")
+        raise ConfigError(f"no placement {placement!r}{suggestion(placement, list(Placement))}")
     spec = ModelSpec(name="planned", source=model, placement=Placement(placement), shards=shards)
     spec = spec.model_copy(update=options)
-    found = plan_for(spec, there, _load(rows, context, figures(spec)))
+    load = _load(rows, context, figures(spec))
     terminal = sys.stdout.isatty()
-    show(found, Console(width=None if terminal else 120, no_color=not terminal))
+    console = Console(width=None if terminal else 120, no_color=not terminal)
+    if there is None:
+        show_fewest(figures(spec), fewest(spec, load), console)
+    else:
+        show(plan_for(spec, there, load), console)
 
 
 def _load(rows: int | None, context: int | None, sizes: Sizes) -> Load | None:
@@ -56,11 +70,65 @@ def _load(rows: int | None, context: int | None, sizes: Sizes) -> Load | None:
     return Load(rows or Load.rows, context or min(Load.context, sizes.positions or Load.context))
 
 
+def fewest(spec: ModelSpec, load: Load | None = None) -> dict[int, Plan | None]:
+    """GB of a device -> the plan with the fewest of that kind; None where all that are tried are too few.
+
+    Raises:
+        ConfigError: it fits on none of them. As `plan_for` otherwise.
+    """
+    found: dict[int, Plan | None] = {}
+    for card in CARDS:
+        try:
+            found[card] = plan_for(spec, Devices.of([[card * GIB] * A_MACHINE] * MACHINES), load)
+        except ConfigError as error:
+            if error.details.get("reason") != "too_large" or (card == CARDS[-1] and not any(found.values())):
+                raise
+            found[card] = None
+    return found
+
+
+def show_fewest(sizes: Sizes, plans: Mapping[int, Plan | None], console: Console) -> None:
+    """A table of the fewest devices of each kind."""
+    table = _table(
+        f"{title(sizes)}, {gib(sizes.weights)} GiB of weights",
+        ("a device", "a copy takes", "placement", "fullest holds", "has left", "a batch", "all batches"),
+        ("GB", "devices", "", "GiB", "GiB", "rows x tokens", "tokens that fit"),
+        left=3,
+    )
+    for card, plan in plans.items():
+        table.add_row(f"{card}", *(_brief(plan) if plan else (f"over {A_MACHINE * MACHINES}", *["-"] * 5)))
+    console.print(table)
+    planned = [(card, plan) for card, plan in plans.items() if plan]
+    card, plan = min(planned, key=lambda one: (one[1].nodes, len(one[1].shards), one[0]))
+    machine = f"{len(plan.shards) if plan.nodes == 1 else A_MACHINE}x{card}GB"
+    devices = "+".join([machine] * plan.nodes)
+    for line in (
+        f"The fewest of each kind, on machines of {A_MACHINE}, up to {MACHINES} of them.",
+        f"What each device would hold: --devices {devices}",
+    ):
+        console.print(line, highlight=False, soft_wrap=True)
+
+
+def _brief(plan: Plan) -> tuple[str, ...]:
+    fullest = min(plan.shards, key=lambda shard: shard.free)
+    count = f"{plan.share:g}" if plan.share < 1 else f"{len(plan.shards)}"
+    machines = f", {plan.nodes} machines" if plan.nodes > 1 else ""
+    load = plan.load
+    figures = (gib(fullest.total), gib(fullest.free), f"{load.rows} x {load.context:,}", f"{plan.tokens:,}")
+    return f"{count}{machines}", plan.placement.value, *figures
+
+
+def _table(title: str, names: Sequence[str], units: Sequence[str], *, left: int) -> Table:
+    """Args: left: so many columns are of words."""
+    table = Table(title=title, title_justify="left", title_style="bold")
+    for index, (name, unit) in enumerate(zip(names, units, strict=True)):
+        table.add_column(f"{name}\n{unit}", justify="left" if index < left else "right", no_wrap=True)
+    return table
+
+
 def show(plan: Plan, console: Console) -> None:
-    """A table of what every device holds, in GiB, and what it means."""
-    table = Table(title=title(plan), title_justify="left", title_style="bold")
-    for index, name in enumerate(COLUMNS):
-        table.add_column(name, justify="left" if index < 3 else "right", no_wrap=True)
+    """A table of what every device holds, and what it means."""
+    table = _table(title(plan.sizes), COLUMNS, UNITS, left=3)
     for row in rows(plan):
         table.add_row(*row)
     table.add_section()
@@ -70,8 +138,7 @@ def show(plan: Plan, console: Console) -> None:
         console.print(line, highlight=False, soft_wrap=True)
 
 
-def title(plan: Plan) -> str:
-    sizes = plan.sizes
+def title(sizes: Sizes) -> str:
     kept = f"{sizes.quantization} and {sizes.dtype}" if sizes.quantization else sizes.dtype
     return f"{sizes.model}: {number(sizes.parameters)} parameters, {len(sizes.blocks)} blocks, {kept}"
 
@@ -95,7 +162,8 @@ def notes(plan: Plan) -> list[str]:
     found = [
         f"Placement: {plan.placement.value} ({_WHERE[plan.placement]}); "
         f"{count} device{'s' * (count > 1)}{share}{machines}.",
-        f"Planned for {plan.flight} batches in flight of {load.rows} rows of {load.context:,} tokens each; "
+        f"Planned for {plan.flight} batches in flight of {load.rows} row{'s' * (load.rows > 1)} of "
+        f"{load.context:,} tokens each; "
         f"{plan.tokens:,} tokens in flight would fit.",
     ]
     if not plan.sizes.measured:
