@@ -52,8 +52,7 @@ class Supervisor:
         self._stop = asyncio.Event()
 
     async def run(self) -> None:
-        for number in (signal.SIGTERM, signal.SIGINT):
-            asyncio.get_running_loop().add_signal_handler(number, self._stop.set)
+        self._take_signals()
         settings, broker = self._settings("redis://unknown"), None
         bound = listen(self._wanted.host, self._wanted.port) if self._wanted.gateway else None
         try:
@@ -69,7 +68,7 @@ class Supervisor:
             if await self._ready(broker, bound):
                 self._tell(bound, token)
                 await self._stop.wait()
-            say("stopping")
+            say(await self._ended(broker))
         finally:
             await self._finish(settings.grace_s)
             if bound:
@@ -78,6 +77,14 @@ class Supervisor:
             if broker is not None:
                 await broker.close()
             say("stopped")
+
+    def _take_signals(self) -> None:
+        for number in (signal.SIGTERM, signal.SIGINT):
+            asyncio.get_running_loop().add_signal_handler(number, self._stop.set)
+
+    async def _ended(self, broker: Broker) -> str:
+        """What is said when it stops."""
+        return "stopping"
 
     def _settings(self, redis_url: str) -> Settings:
         """The environment's settings, with what this command decides."""
@@ -94,7 +101,7 @@ class Supervisor:
     async def _valkey(self) -> str:
         """Start the embedded broker. Returns its URL."""
         say("starting the embedded Valkey")
-        valkey = EmbeddedValkey(self._data.path)
+        valkey = EmbeddedValkey(self._data.path, Settings.read().valkey_fsync)
         # It inherits the lock: should this process be killed, the folder is free only once Valkey is gone.
         child = Child("Valkey", valkey.command(), say, pass_fds=[self._lock])
         self._stages.append([child])

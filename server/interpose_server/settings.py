@@ -9,7 +9,7 @@ import re
 from collections.abc import Collection, Mapping
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 from urllib.parse import urlsplit
 
 from interpose.errors import ConfigError
@@ -45,6 +45,8 @@ class Settings(BaseSettings):
     Attributes:
         redis_url: redis://, rediss:// or unix://; it may hold a password.
         data_dir: blobs, and in embedded mode the broker's files, locks and logs.
+        valkey_fsync: of the embedded Valkey: "always" has each accepted job on the disk before it is answered;
+            "everysec" is for slow disks, and loses the last second's when the machine dies.
         blobs: where uploads and results are: "file" for the data folder, or s3://BUCKET/PREFIX, for which the
             usual AWS_* variables say where that is and who asks.
         blob_bytes: of all of them together.
@@ -83,6 +85,7 @@ class Settings(BaseSettings):
 
     redis_url: str = Field(default="redis://127.0.0.1:6379/0", repr=False)
     data_dir: Path = Path("interpose-data")
+    valkey_fsync: Literal["always", "everysec"] = "always"
     blobs: str = "file"
     limits: Limits = Field(default_factory=Limits)
     protocols: tuple[int, ...] = (PROTOCOL,)

@@ -13,7 +13,11 @@ def listen(host: str, port: int) -> socket.socket:
     try:
         return _listen(host, port)
     except OSError as error:
-        advice = "; choose another --port, 0 takes a free one" if error.errno == errno.EADDRINUSE else ""
+        advice = (
+            "; choose another port (--port, or `port` in a cluster's file), 0 takes a free one"
+            if error.errno == errno.EADDRINUSE
+            else ""
+        )
         reason = f"{error.strerror or error}{advice}"
         raise ConfigError(f"can't listen on {host}:{port}: {reason}") from error
 

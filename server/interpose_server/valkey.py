@@ -24,9 +24,14 @@ START_S = 60.0
 
 
 class EmbeddedValkey:
-    """Files and command of a Valkey on a data folder; `url` is where it listens once it runs."""
+    """Files and command of a Valkey on a data folder; `url` is where it listens once it runs.
 
-    def __init__(self, data_dir: Path) -> None:
+    Args:
+        fsync: when its log is brought to the disk: "always" before anything is answered, "everysec" once a second.
+    """
+
+    def __init__(self, data_dir: Path, fsync: str = "always") -> None:
+        self._fsync = fsync
         self._folder = data_dir / "valkey"
         self._folder.mkdir(parents=True, exist_ok=True, mode=0o700)
         self._socket = _socket_path(data_dir)
@@ -48,7 +53,7 @@ class EmbeddedValkey:
                 f'logfile "{self._folder / "valkey.log"}"',
                 'save ""',
                 "appendonly yes",
-                "appendfsync everysec",
+                f"appendfsync {self._fsync}",
                 "maxmemory-policy noeviction",
                 "daemonize no",
             ]

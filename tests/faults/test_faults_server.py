@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import time
 import uuid
 from collections.abc import Iterator
@@ -12,6 +13,7 @@ from typing import Any
 import httpx
 import psutil
 import pytest
+import redis
 from interpose.graph.model import Graph, Invoke, Node, Point, Run
 from interpose.graph.values import Ref
 from interpose.wire.submission import Submission, encode_submission
@@ -106,6 +108,17 @@ def test_a_killed_part_costs_the_running_job_nothing(lab: Served, client: httpx.
     state = finish(client, job)
     assert (state["status"], state["attempt"]) == ("completed", 1)
     assert len(load(client.get(f"/v1/jobs/{job.id}/result").content)) == 400
+
+
+def test_an_accepted_job_outlives_a_broker_killed_right_after(lab: Served, client: httpx.Client) -> None:
+    told = json.loads((lab.data_dir / "server.json").read_text())["redis_url"]
+    for _ in range(5):
+        with redis.Redis.from_url(told) as broker:
+            assert broker.config_get("appendfsync") == {"appendfsync": "always"}
+        job = forwards(3)
+        client.post("/v1/jobs", content=encode_submission(job)).raise_for_status()
+        kill(lab, "valkey")
+        assert finish(client, job)["status"] == "completed"
 
 
 def test_queued_jobs_outlive_the_whole_server(tmp_path: Path) -> None:

@@ -14,6 +14,7 @@ from interpose.cli.main import app
 from interpose.errors import ModelUnavailable
 from interpose_server.broker.connect import Broker, connect
 from interpose_server.broker.states import ModelState
+from interpose_server.models.inventory import Inventory, Node
 from interpose_server.models.spec import ModelSpec
 from interpose_server.settings import Settings
 from rig import Gateway, Valkey, make_settings, new_job, run_gateway, submission, tiny_manifest
@@ -52,7 +53,7 @@ async def test_a_models_life_over_http(settings: Settings) -> None:
         assert (await asked(gateway, "PUT", json=WHOLE))[0] == 200
         status, listed = await asked(gateway, "GET")
         big = {model["id"]: model for model in listed["models"]}["org/big"]
-        assert status == 200 and big["state"] == "cold" and not listed["kept"]
+        assert status == 200 and big["state"] == "cold" and not listed["kept"] and listed["devices"] is None
         assert big["spec"]["source"] == "/models/big" and big["waiting"] == 0
         for verb, field in (("load", "wished"), ("pin", "pinned")):
             assert (await asked(gateway, "POST", f"/org/big/{verb}"))[0] == 202
@@ -146,6 +147,40 @@ def test_adding_and_listing(lab: Lab) -> None:
     assert listed["spec"] == {"name": "org/big", "replicas": {"min": 2, "max": 2}}
 
 
+def test_devices_and_who_holds_them_are_shown(lab: Lab) -> None:
+    names = [f"gpu-a#{'0' * 32}", f"gpu-b#{'1' * 32}"]
+    shown = Inventory(
+        kind="GPU",
+        nodes=[Node("gpu-a", 4.0, 1.75), Node("gpu-b", 2.0, 1.0)],
+        takes={"tiny": [0.25], "org/big": [1.0, 1.0, 1.0]},
+        holds={names[0]: [("gpu-a", 0.25)], names[1]: [("gpu-a", 1.0), ("gpu-a", 1.0), ("gpu-b", 1.0)]},
+        pending={"tiny": 1},
+    )
+
+    async def run(broker: Broker) -> None:
+        for model, worker in zip(("tiny", "org/big"), names, strict=True):
+            await broker.specs.put(ModelSpec(name=model))
+            await broker.models.announce(model, worker, ModelState.LOADING)
+        await broker.specs.show(shown)
+
+    lab.do(run)
+    assert lab.models("list").splitlines()[:10] == [
+        "2.75 of 6 GPUs free, 2 nodes",
+        "    gpu-a: 1.75 of 4 free",
+        "    gpu-b: 1 of 2 free",
+        "org/big  loading  0 copies  0 waiting  0 running",
+        "    a copy takes 3 parts of 1 GPU",
+        "    copy 11111111: 2 GPUs of gpu-a, 1 GPU of gpu-b",
+        "tiny  loading  0 copies  0 waiting  0 running",
+        "    a copy takes 0.25 of a GPU",
+        "    copy 00000000: 0.25 of a GPU of gpu-a",
+        "    1 more to come: there is no room yet, or it is being started",
+    ]
+    told = json.loads(lab.run("models", "list", "--json").stdout)
+    assert (told["devices"]["total"], told["devices"]["free"], len(told["devices"]["nodes"])) == (6, 2.75, 2)
+    assert told["models"][1]["holds"] == [{"worker": names[0], "node": "gpu-a", "devices": 0.25}]
+
+
 def test_folders_are_named_from_here(lab: Lab, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     lab.models("add", "near", "--source", "./weights", "--adapter", "fr=./lora")
@@ -161,7 +196,7 @@ def test_entries_from_a_file(lab: Lab, tmp_path: Path) -> None:
     assert [spec.name for spec in lab.do(lambda broker: broker.specs.list())] == ["a", "b"]
     file.write_text("- name: a\n- name: b\n  colour: red\n")
     done = lab.run("models", "add", "--file", str(file))
-    assert done.exit_code == 1 and f"{file}: 2: colour: " in done.stderr
+    assert done.exit_code == 1 and f"{file}:3: 1.colour: there is no such key here" in done.stderr
 
 
 @pytest.mark.parametrize(
@@ -172,6 +207,11 @@ def test_entries_from_a_file(lab: Lab, tmp_path: Path) -> None:
         (["add", "x", "--schedule", "daily"], "no time of the week"),
         (["add", "x", "--adapter", "nice"], "an adapter is NAME=SOURCE"),
         (["add", "x", "--min", "3", "--max", "1"], "can't both be"),
+        (
+            ["add", "x", "--placement", "block"],
+            "placement: has to be one of auto, device, devices, blocks, not 'block'",
+        ),
+        (["add", "x", "--devices", "-1"], "devices: has to be at least 0, not -1.0"),
         (["load", "x"], "no model 'x' is in the catalogue; there is none"),
         (["pin", "x"], "no model 'x'"),
         (["remove", "x"], "no model 'x'"),
@@ -209,7 +249,7 @@ def test_loading_waits_for_the_model_or_for_the_reason(lab: Lab) -> None:
         return (await asyncio.gather(waited, fail(broker)))[0]
 
     done = lab.do(both)
-    assert done.exit_code == 1 and "403 Forbidden" in done.stderr and "the hub gives it only" in done.stderr
+    assert done.exit_code == 1 and "gated can't be loaded (gated): org/gated: 403 Forbidden" in done.stderr
     told = lab.models("list")
     assert "gated  failed" in told and "    gated: org/gated: 403 Forbidden\n    tried again from" in told
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import signal
 import subprocess
 from pathlib import Path
@@ -12,7 +13,7 @@ import pytest
 import yaml
 from interpose import LanguageModel
 from models import tiny
-from serving import INTERPOSE, deploy
+from serving import INTERPOSE, Served, deploy
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(240)]
 
@@ -21,6 +22,17 @@ TINY = {"name": "org/tiny", "source": str(tiny("gpt2")), "replicas": {"min": 1},
 
 def interpose(*words: str | Path) -> subprocess.CompletedProcess[str]:
     return subprocess.run([INTERPOSE, *words], capture_output=True, text=True, timeout=120)
+
+
+def workers(lab: Served) -> dict[str, set[int]]:
+    """Copies of the one model, as the broker knows them, and the processes of replicas."""
+    told = json.loads(interpose("models", "list", "--json", "--data-dir", lab.data_dir).stdout)
+    processes = psutil.Process(lab.process.pid).children(recursive=True)
+    replicas = {one.pid for one in processes if "ray::ServeReplica:interpose-org" in " ".join(one.cmdline())}
+    (model,) = told["models"]
+    assert told["devices"]["free"] == told["devices"]["total"] - 1
+    assert [held["worker"] for held in model["holds"]] == list(model["workers"])
+    return {",".join(model["workers"]): replicas}
 
 
 def test_one_command_serves_and_ctrl_c_ends_all_it_started(tmp_path: Path) -> None:
@@ -35,6 +47,12 @@ def test_one_command_serves_and_ctrl_c_ends_all_it_started(tmp_path: Path) -> No
 
         done = interpose("deploy", "status", config)
         assert done.returncode == 0 and "org/tiny  ready  1 copy  0 waiting" in done.stdout
+        assert re.search(r"^\d+ of \d+ cores free, 1 node; no node has a GPU$", done.stdout, re.M)
+        assert "a copy takes 1 core" in done.stdout and re.search("copy .*: 1 core of ", done.stdout)
+
+        before = workers(lab)
+        done = interpose("deploy", "up", config)
+        assert done.returncode == 0 and workers(lab) == before
 
         plain = yaml.safe_load(config.read_text())
         config.write_text(json.dumps(plain | {"models": [TINY, TINY | {"name": "other"}]}))
@@ -48,9 +66,32 @@ def test_one_command_serves_and_ctrl_c_ends_all_it_started(tmp_path: Path) -> No
     assert gone and not alive
 
 
+def test_taking_all_models_down_ends_it_in_one_line(tmp_path: Path) -> None:
+    config = tmp_path / "lab.yaml"
+    with deploy(config, TINY | {"replicas": {"min": 0}}) as lab:
+        plain = yaml.safe_load(config.read_text())
+        config.write_text(json.dumps(plain | {"port": 9, "settings": {"rate_per_s": 5}}))
+        done = interpose("deploy", "up", config)
+        assert done.returncode == 0
+        assert "port is 9 now; the cluster keeps 0 until it is started again" in done.stderr
+        assert "settings.rate_per_s is 5.0 now; what runs here keeps 1000.0 until" in done.stderr
+        assert "did you mean org/tiny" in interpose("deploy", "down", config, "org/tine").stderr
+
+        done = interpose("deploy", "down", config)
+        assert done.returncode == 0 and "stopped" in done.stderr
+        assert lab.process.wait(5) == 0
+    said = lab.data_dir.with_name(f"{lab.data_dir.name}.log").read_text()
+    assert said.splitlines()[-2:] == ["all models are taken down; stopping", "stopped"]
+    assert "SIGTERM" not in said and "Traceback" not in said
+
+
 @pytest.mark.parametrize(
     ("change", "word"),
-    [({"models": []}, "models"), ({"rays": "auto"}, "rays"), ({"settings": {"leases": 1}}, "leases")],
+    [
+        ({"models": []}, "models: holds nothing"),
+        ({"rays": "auto"}, "rays: there is no such key here; did you mean ray?"),
+        ({"settings": {"leases": 1}}, "leases: there is no such setting; did you mean lease_s?"),
+    ],
 )
 def test_a_file_that_cannot_be_is_refused_at_once(tmp_path: Path, change: dict[str, object], word: str) -> None:
     config = tmp_path / "lab.yaml"

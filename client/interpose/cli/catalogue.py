@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, TypeVar
@@ -12,6 +12,7 @@ from typing import Any, TypeVar
 import typer
 from interpose_server.broker.connect import Broker
 from interpose_server.broker.states import ModelState
+from interpose_server.models.inventory import Inventory, copies, count
 from interpose_server.models.overview import overview, take_out
 from interpose_server.models.spec import ModelSpec, read_specs
 
@@ -24,19 +25,32 @@ POLL_S = 0.3
 
 
 def show(as_json: bool, data_dir: Path | None, redis_url: str | None) -> None:
-    async def look(broker: Broker) -> tuple[list[dict[str, Any]], bool]:
-        return await overview(broker), await broker.specs.kept()
+    async def look(broker: Broker) -> tuple[list[dict[str, Any]], bool, Inventory | None]:
+        return await overview(broker), await broker.specs.kept(), await broker.specs.shown()
 
-    found, kept = _on(look, data_dir, redis_url)
+    found, kept, devices = _on(look, data_dir, redis_url)
     if as_json:
-        typer.echo(json.dumps({"models": found, "kept": kept}, indent=2))
+        told = None if devices is None else devices.summary()
+        typer.echo(json.dumps({"models": found, "kept": kept, "devices": told}, indent=2))
         return
-    for model in found:
-        typer.echo("\n    ".join(_lines(model)))
+    for line in told_of(found, devices):
+        typer.echo(line)
     if not found:
         typer.echo("there are no models; `interpose models add` adds one", err=True)
     if not kept and any(model["spec"] for model in found):
         typer.echo("nothing loads them at the moment: `interpose deploy up` does", err=True)
+
+
+def told_of(models: Sequence[Mapping[str, Any]], devices: Inventory | None) -> Iterator[str]:
+    """Models, and the devices they are on, for people. `models`: as `overview` has them."""
+    if devices is not None:
+        why = "" if devices.kind == "GPU" else "; no node has a GPU"
+        nodes = f"{len(devices.nodes)} node{'s' * (len(devices.nodes) != 1)}"
+        yield f"{devices.free:g} of {count(devices.total, devices.kind)} free, {nodes}{why}"
+        if len(devices.nodes) > 1:
+            yield from (f"    {node.name}: {node.free:g} of {node.total:g} free" for node in devices.nodes)
+    for model in models:
+        yield "\n    ".join(_lines(model, devices.kind if devices else ""))
 
 
 def add(
@@ -101,7 +115,7 @@ async def _loaded(broker: Broker, name: str) -> None:
             return
         if hosted.failure is not None and hosted.failure.final:
             # The operator's own words for it, not those for users.
-            raise ModelFailed(f"{name} can't be loaded: {hosted.failure.detail}")
+            raise ModelFailed(f"{name} can't be loaded ({hosted.failure.reason}): {hosted.failure.detail}")
         await asyncio.sleep(POLL_S)
 
 
@@ -113,18 +127,37 @@ def _on(ask: Callable[[Broker], Awaitable[T]], data_dir: Path | None, redis_url:
     return asyncio.run(run())
 
 
-def _lines(model: dict[str, Any]) -> list[str]:
-    """A model for people: one line, and below it what needs one of its own."""
+def _lines(model: Mapping[str, Any], kind: str) -> list[str]:
+    """A model for people: one line, and below it what needs one of its own. `kind`: of the devices."""
     ready = model["copies"].get("ready", 0)
     head = [model["id"], model["state"], f"{ready} {'copy' if ready == 1 else 'copies'}"]
     head += [f"{model['waiting']} waiting", f"{model['running']} running"]
     head += [word for word in ("pinned", "removed") if model[word]]
     lines = ["  ".join(head)]
+    lines += [f"a copy takes {copies(model['takes'], kind)}"] if model["takes"] else []
+    lines += [_held(worker, held, kind) for worker, held in _by_worker(model).items()]
+    if model["pending"]:
+        lines.append(f"{model['pending']} more to come: there is no room yet, or it is being started")
     if (failure := model["failure"]) is not None:
         at = datetime.fromtimestamp(failure["retry_ms"] / 1000, UTC).strftime("%H:%M:%S")
         again = f"tried again from {at} UTC on if somebody asks, or by: interpose models load {model['id']}"
         lines += [f"{failure['reason']}: {failure['detail']}", again]
     return lines + ([model["note"]] if model["note"] else [])
+
+
+def _by_worker(model: Mapping[str, Any]) -> dict[str, list[Mapping[str, Any]]]:
+    found: dict[str, list[Mapping[str, Any]]] = {}
+    for held in model["holds"]:
+        found.setdefault(held["worker"], []).append(held)
+    return found
+
+
+def _held(worker: str, held: Sequence[Mapping[str, Any]], kind: str) -> str:
+    """One copy: its worker, and the devices it has of each node."""
+    nodes: dict[str, float] = {}
+    for part in held:
+        nodes[part["node"]] = nodes.get(part["node"], 0.0) + part["devices"]
+    return f"copy {worker[-8:]}: " + ", ".join(f"{count(number, kind)} of {node}" for node, number in nodes.items())
 
 
 def _adapter(text: str) -> tuple[str, str]:

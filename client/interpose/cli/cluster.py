@@ -5,8 +5,9 @@ from __future__ import annotations
 import asyncio
 import os
 import signal
+import time
 from collections.abc import AsyncIterator, Mapping, Sequence
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
@@ -14,13 +15,19 @@ from pathlib import Path
 import typer
 from interpose_server.broker.connect import Broker, connect
 from interpose_server.datadir import DataDir, default_dir
+from interpose_server.mistakes import suggestion
+from interpose_server.models.overview import overview
 from interpose_server.models.spec import ClusterConfig
 from interpose_server.settings import PREFIX, Settings
 from interpose_server.shards import local
 
-from ..errors import ConfigError
+from ..errors import ConfigError, UnknownModel
+from .catalogue import told_of
 
 POLL_S = 0.2
+
+STOP_S = 120.0
+"""A cluster that was started here ends within so long."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,11 +42,10 @@ class Place:
     def of(cls, path: Path) -> Place:
         """What the file leaves out comes from the environment, where passwords stand. Raises ConfigError."""
         config = ClusterConfig.read(path)
-        named = {
-            name: value for name in ("redis_url", "data_dir") if (value := os.environ.get(PREFIX + name.upper()))
-        }
-        left_out = {name: value for name, value in named.items() if getattr(config, name) is None}
-        config = ClusterConfig.model_validate({**config.model_dump(), **left_out})
+        if config.redis_url is None and (url := os.environ.get(f"{PREFIX}REDIS_URL")):
+            config = config.model_copy(update={"redis_url": url})
+        if config.data_dir is None and (folder := os.environ.get(f"{PREFIX}DATA_DIR")):
+            config = config.model_copy(update={"data_dir": Path(folder)})
         data = DataDir(config.data_dir or default_dir())
         running = data.noted() if data.busy() else {}
         if running and "ray" not in running:
@@ -64,6 +70,15 @@ class Place:
         from interpose_server.shards.up import settings_of
 
         return settings_of(self.config, redis_url, self.data.path)
+
+    def ignored(self) -> list[str]:
+        """What the file says that changes nothing of what runs."""
+        from interpose_server.shards.restarts import ignored, unused
+
+        if not self.running:
+            return unused(self.config)
+        noted = self.running.get("decided")
+        return ignored(noted, self.config, self.settings(self.redis_url or "")) if noted else []
 
     @asynccontextmanager
     async def broker(self) -> AsyncIterator[Broker]:
@@ -92,6 +107,8 @@ def up(path: Path, print_env: bool) -> bool:
     _need_ray()
     if place.elsewhere:
         place.join()
+        for line in place.ignored():
+            typer.echo(f"{path}: {line}", err=True)
         return asyncio.run(_change(place))
     local.prepare(place.data.path, own=place.config.ray is None)
     from interpose_server.shards.up import ClusterSupervisor
@@ -127,12 +144,8 @@ def status(path: Path) -> bool:
     async def show() -> bool:
         async with place.broker() as broker:
             kept = await broker.specs.kept()
-            for hosted in await broker.models.list():
-                waiting = await broker.queue.depth(hosted.name)
-                copies = f"{len(hosted.copies)} cop{'y' if len(hosted.copies) == 1 else 'ies'}"
-                typer.echo(f"{hosted.name}  {hosted.state}  {copies}  {waiting} waiting")
-                if hosted.failure is not None:
-                    typer.echo(f"  {hosted.failure.detail}")
+            for line in told_of(await overview(broker), await broker.specs.shown()):
+                typer.echo(line)
             if not kept:
                 typer.echo("the cluster isn't heard of: models are neither loaded nor let go")
             return kept
@@ -148,25 +161,55 @@ def down(path: Path, models: Sequence[str]) -> None:
 
 async def _down(place: Place, models: Sequence[str]) -> None:
     async with place.broker() as broker:
-        known = {entry.spec.name for entry in await broker.specs.entries()}
-        left = set(models) or {spec.name for spec in place.config.models if spec.name in known}
-        for name in sorted(left):
-            await broker.specs.remove(name)
-        while left:
-            for name in sorted(left):
-                if await broker.specs.find(name) is None:
-                    typer.echo(f"{name}: taken down", err=True)
-                    left.discard(name)
-            await asyncio.sleep(POLL_S)
-        if await broker.specs.entries():
-            return
-    if "pid" in place.running:
-        os.kill(int(place.running["pid"]), signal.SIGTERM)
-        return
-    place.join()
-    from interpose_server.shards import keeper
+        known = [entry.spec.name for entry in await broker.specs.entries()]
+        for name in models:
+            if name not in known:
+                raise UnknownModel(f"no model {name!r} is deployed{suggestion(name, known)}")
+        await _taken_down(broker, sorted(set(models) or {spec.name for spec in place.config.models} & {*known}))
+        others = [entry.spec.name for entry in await broker.specs.entries()]
+    if others:
+        typer.echo(f"what runs on goes on for {', '.join(others)}", err=True)
+    elif "pid" in place.running:
+        await _stopped(place)
+    else:
+        place.join()
+        from interpose_server.shards import keeper
 
-    await asyncio.to_thread(keeper.stop)
+        await asyncio.to_thread(keeper.stop)
+
+
+async def _taken_down(broker: Broker, models: Sequence[str]) -> None:
+    """Remove models, and return once they are gone."""
+    for name in models:
+        await broker.specs.remove(name)
+    if models and not await broker.specs.kept():
+        typer.echo("the cluster isn't heard of; models are taken down once it is back", err=True)
+    told: dict[str, str] = {}
+    left = list(models)
+    while left:
+        for name in list(left):
+            if await broker.specs.find(name) is None:
+                typer.echo(f"{name}: taken down", err=True)
+                left.remove(name)
+                continue
+            demand = await broker.queue.demand(name)
+            line = f"{name}: {demand.waiting} jobs wait and {demand.running} run; it goes once they are over"
+            if demand.waiting + demand.running and told.get(name) != line:
+                typer.echo(line, err=True)
+                told[name] = line
+        await asyncio.sleep(POLL_S)
+
+
+async def _stopped(place: Place) -> None:
+    """End the `deploy up` that started all, and return once it has ended. Raises ConfigError."""
+    with suppress(ProcessLookupError):
+        os.kill(int(place.running["pid"]), signal.SIGTERM)
+    ends = time.monotonic() + STOP_S
+    while place.data.busy():
+        if time.monotonic() > ends:
+            raise ConfigError(f"process {place.running['pid']}, which `deploy up` is, doesn't end")
+        await asyncio.sleep(POLL_S)
+    typer.echo("stopped", err=True)
 
 
 def _need_ray() -> None:

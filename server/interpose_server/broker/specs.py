@@ -11,6 +11,7 @@ from redis.asyncio import Redis
 from redis.asyncio.client import Pipeline
 from redis.exceptions import WatchError
 
+from ..models.inventory import Inventory
 from ..models.spec import ModelSpec
 from ..settings import Settings
 from . import keys
@@ -128,6 +129,15 @@ class Specs:
 
     async def kept(self) -> bool:
         return bool(await self._redis.exists(keys.KEEPER))
+
+    async def show(self, inventory: Inventory) -> None:
+        """Tell operators what devices there are."""
+        await self._redis.set(keys.INVENTORY, json.dumps(inventory.to_plain()), ex=KEPT_S)
+
+    async def shown(self) -> Inventory | None:
+        """What devices there are; None where nobody has said so lately."""
+        raw = await self._redis.get(keys.INVENTORY)
+        return None if raw is None else Inventory.from_plain(json.loads(raw))
 
     async def _wish(self, name: str, for_s: float) -> None:
         seconds, micros = await self._redis.time()

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 from ..broker.connect import Broker
 from ..broker.states import ModelState
+from .inventory import Inventory
 
 
 async def overview(broker: Broker) -> list[dict[str, Any]]:
-    """All models, by name: their entry in the catalogue, state, copies, queue, and why loading failed."""
+    """All models, by name: their entry in the catalogue, state, copies, queue, devices, and why loading failed."""
+    devices = await broker.specs.shown()
     entries = {entry.spec.name: entry.spec for entry in await broker.specs.entries()}
     found = []
     for hosted in await broker.models.list():
@@ -24,6 +27,9 @@ async def overview(broker: Broker) -> list[dict[str, Any]]:
                 "wished": hosted.wished,
                 "copies": {str(state): count for state in ModelState if (count := hosted.count(state))},
                 "workers": {worker: str(state) for worker, state in sorted(hosted.copies.items())},
+                "takes": list(devices.takes.get(hosted.name, ())) if devices else [],
+                "holds": _holds(hosted.copies, devices),
+                "pending": devices.pending.get(hosted.name, 0) if devices else 0,
                 "waiting": demand.waiting,
                 "running": demand.running,
                 "oldest_wait_s": max(waited_ms, 0) / 1000,
@@ -36,6 +42,16 @@ async def overview(broker: Broker) -> list[dict[str, Any]]:
             }
         )
     return found
+
+
+def _holds(workers: Iterable[str], devices: Inventory | None) -> list[dict[str, Any]]:
+    """Which devices each copy's parts have."""
+    held = devices.holds if devices else {}
+    return [
+        {"worker": worker, "node": node, "devices": number}
+        for worker in sorted(workers)
+        for node, number in held.get(worker, ())
+    ]
 
 
 async def take_out(broker: Broker, name: str, *, now: bool) -> int:

@@ -15,10 +15,15 @@ from ..parts import Parts
 router = APIRouter(prefix="/v1/admin/models", tags=["admin"])
 
 
-@router.get("", summary="All models: entry, state, copies, queue, why loading failed")
+@router.get("", summary="All models: entry, state, copies, queue, devices, why loading failed; and all devices")
 async def list_models(request: Request, _: Admin) -> dict[str, Any]:
-    broker = Parts.of(request).broker
-    return {"models": await overview(broker), "kept": await broker.specs.kept()}
+    """`devices` is null where no cluster is heard of."""
+    specs, devices = Parts.of(request).broker.specs, await Parts.of(request).broker.specs.shown()
+    return {
+        "models": await overview(Parts.of(request).broker),
+        "kept": await specs.kept(),
+        "devices": None if devices is None else devices.summary(),
+    }
 
 
 @router.put("", summary="Add a model to the catalogue, or replace its entry")

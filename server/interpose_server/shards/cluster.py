@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -35,8 +35,12 @@ APPLIED_NOTE = "applied"
 ASK_S = 60.0
 
 
-def start(temp_dir: Path) -> str:
-    """Start a cluster on this machine, as a part of this process. Returns its address."""
+def start(temp_dir: Path, connected: Callable[[], object] = lambda: None) -> str:
+    """Start a cluster on this machine, as a part of this process. Returns its address.
+
+    Args:
+        connected: called as soon as Ray runs in this process, before Serve does.
+    """
     _hush()
     ray.init(
         address="local",
@@ -47,18 +51,20 @@ def start(temp_dir: Path) -> str:
         logging_level=logging.ERROR,
         _temp_dir=str(temp_dir),
     )
+    connected()
     _start_serve()
     return str(ray.get_runtime_context().gcs_address)
 
 
-def join(address: str) -> None:
-    """Use a cluster that runs. Raises ConfigError if there is none, or none that lets us in."""
+def join(address: str, connected: Callable[[], object] = lambda: None) -> None:
+    """Use a cluster that runs; `connected` as of `start`. Raises ConfigError if there is none that lets us in."""
     _hush()
     try:
         ray.init(address=address, namespace=NAMESPACE, log_to_driver=False, logging_level=logging.ERROR)
     except (ConnectionError, RuntimeError, ValueError, ray.exceptions.RayError) as error:
         reason = str(error).strip().partition("\n")[0].rstrip(".")
         raise ConfigError(f"no Ray cluster can be used at {address}: {reason}") from error
+    connected()
     _start_serve()
 
 
@@ -79,18 +85,18 @@ def _start_serve() -> None:
 
 
 def nodes() -> int:
-    return len(_total())
+    return len(total())
 
 
 def has_gpus() -> bool:
     """Whether any node has one."""
-    return any(has.get("GPU") for has in _total().values())
+    return any(has.get("GPU") for has in total().values())
 
 
 def devices() -> tuple[float, ...]:
     """How many GPUs each node that has one has; where none has any, the cores of each."""
     kind = "GPU" if has_gpus() else "CPU"
-    return tuple(has[kind] for has in _total().values() if has.get(kind))
+    return tuple(has[kind] for has in total().values() if has.get(kind))
 
 
 class Cards:
@@ -101,7 +107,7 @@ class Cards:
 
     def __call__(self, spec: ModelSpec) -> Devices | None:
         """All there are, with their memory, or what the spec says of that; None where there are none."""
-        counts = {node: int(has["GPU"]) for node, has in _total().items() if has.get("GPU", 0) >= 1}
+        counts = {node: int(has["GPU"]) for node, has in total().items() if has.get("GPU", 0) >= 1}
         if not counts:
             return None
         if spec.device_memory is not None:
@@ -138,7 +144,7 @@ def _cards() -> list[int]:
 
 def has_room(resources: Iterable[Mapping[str, float]]) -> bool:
     """Whether bundles fit beside what runs on the cluster now. Nodes are filled first fit."""
-    nodes = [dict(free) for free in _free().values()]
+    nodes = [dict(free) for free in free().values()]
     for bundle in resources:
         node = next((free for free in nodes if all(free.get(k, 0) >= v for k, v in bundle.items())), None)
         if node is None:
@@ -148,13 +154,13 @@ def has_room(resources: Iterable[Mapping[str, float]]) -> bool:
     return True
 
 
-def _total() -> Mapping[str, Mapping[str, float]]:
+def total() -> Mapping[str, Mapping[str, float]]:
     """Node -> what it has of each resource."""
     found: Mapping[str, Mapping[str, float]] = state.total_resources_per_node()  # type: ignore[no-untyped-call]
     return found
 
 
-def _free() -> Mapping[str, Mapping[str, float]]:
+def free() -> Mapping[str, Mapping[str, float]]:
     """Node -> what it has left of each resource."""
     found: Mapping[str, Mapping[str, float]] = state.available_resources_per_node()  # type: ignore[no-untyped-call]
     return found

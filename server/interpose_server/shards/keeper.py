@@ -20,6 +20,7 @@ from ..settings import Settings
 from ..tasks import end
 from . import apps
 from .cluster import APPLIED_NOTE, SETTINGS_NOTE, Notes
+from .inventory import inventory
 from .orphans import reap_orphans
 
 log = logging.getLogger(__name__)
@@ -28,6 +29,8 @@ APP = "interpose"
 """Serve's name for its application."""
 
 EVERY_S = 1.0
+SHOWN_S = 2.0
+"""Devices, and what holds them, are shown anew so often."""
 AGAIN_S = 60.0
 """A model that fitted nowhere may do so later, as nodes come; and somebody may have deleted an application."""
 
@@ -105,6 +108,7 @@ class Rounds:
     settings: Settings
     _seen: int | None = field(default=None, init=False)
     _applied_at: float = field(default=float("-inf"), init=False)
+    _shown_at: float = field(default=float("-inf"), init=False)
 
     async def go(self) -> None:
         await self.broker.specs.keep()
@@ -113,6 +117,10 @@ class Rounds:
             await self._apply(revision)
             self._seen, self._applied_at = revision, time.monotonic()
         await reap_orphans(self.broker)
+        if time.monotonic() - self._shown_at > SHOWN_S:
+            self._shown_at = time.monotonic()
+            workers = [worker for hosted in await self.broker.models.list() for worker in hosted.copies]
+            await self.broker.specs.show(await asyncio.to_thread(inventory, workers))
 
     async def _apply(self, revision: int) -> None:
         entries = await self.broker.specs.entries()

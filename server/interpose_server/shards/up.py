@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import shutil
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from interpose.errors import ConfigError
@@ -18,6 +18,7 @@ from ..settings import Settings
 from ..wanted import Served, Wanted
 from . import apps, cluster, keeper
 from .awaiting import Loading
+from .restarts import decided
 
 
 class ClusterSupervisor(Supervisor):
@@ -40,17 +41,23 @@ class ClusterSupervisor(Supervisor):
         return base.model_copy(update={"metrics_open": base.metrics_open or self._wanted.private})
 
     async def _host(self, settings: Settings, broker: Broker) -> None:
-        # Not on this thread: Ray would take the signals that stop us.
-        address = await asyncio.to_thread(self._reach)
+        loop = asyncio.get_running_loop()
+        # Not on this thread, where Ray's Python would take the signals that stop us. Its C++ takes SIGTERM all the
+        # same, and would print a stack and end the process.
+        address = await asyncio.to_thread(self._reach, lambda: loop.call_soon_threadsafe(self._take_signals))
         self._reached = True
-        self._data.note(**self._data.noted(), ray=address)
+        self._data.note(**self._data.noted(), ray=address, decided=decided(self._config, settings))
         await put(self._config.models, broker, alone=self._wanted.redis_url is None)
         await deploy(self._config.models, settings, broker)
 
-    def _reach(self) -> str:
+    async def _ended(self, broker: Broker) -> str:
+        # As by `deploy down` in another shell.
+        return "stopping" if await broker.specs.entries() else "all models are taken down; stopping"
+
+    def _reach(self, connected: Callable[[], object]) -> str:
         if self._config.ray is not None:
             say(f"joining Ray at {self._config.ray}")
-            cluster.join(self._config.ray)
+            cluster.join(self._config.ray, connected)
             if self._config.redis_url is None and cluster.nodes() > 1:
                 raise ConfigError(
                     "Ray has several nodes, and only this one would reach a Valkey here; set redis_url"
@@ -58,7 +65,7 @@ class ClusterSupervisor(Supervisor):
             return self._config.ray
         say("starting Ray on this machine")
         self._temp = Path(tempfile.mkdtemp(prefix="interpose-ray-"))
-        return cluster.start(self._temp)
+        return cluster.start(self._temp, connected)
 
     async def _loaded(self, broker: Broker) -> bool:
         return await self._loading.over(broker)

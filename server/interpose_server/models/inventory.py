@@ -1,0 +1,72 @@
+"""The devices of a cluster, and what holds them: as the keeper last saw them, for operators."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+
+@dataclass(frozen=True, slots=True)
+class Node:
+    """Attributes: total, free: devices, also parts of one."""
+
+    name: str
+    total: float
+    free: float
+
+
+@dataclass(frozen=True, slots=True)
+class Inventory:
+    """Attributes:
+    kind: "GPU", or "core" where no node has a GPU.
+    takes: model -> devices of each part of one copy.
+    holds: worker -> for each part of its copy, the node and how many devices of that.
+    pending: model -> copies that wait for room, or for their processes to start.
+    """
+
+    kind: str
+    nodes: Sequence[Node]
+    takes: Mapping[str, Sequence[float]]
+    holds: Mapping[str, Sequence[tuple[str, float]]]
+    pending: Mapping[str, int]
+
+    def to_plain(self) -> dict[str, Any]:
+        return asdict(self)
+
+    @classmethod
+    def from_plain(cls, plain: Mapping[str, Any]) -> Inventory:
+        return cls(**{**plain, "nodes": [Node(**node) for node in plain["nodes"]]})
+
+    @property
+    def total(self) -> float:
+        return sum(node.total for node in self.nodes)
+
+    @property
+    def free(self) -> float:
+        return sum(node.free for node in self.nodes)
+
+    def summary(self) -> dict[str, Any]:
+        """Without what is of a model."""
+        return {
+            "kind": self.kind,
+            "total": round(self.total, 2),
+            "free": round(self.free, 2),
+            "nodes": [asdict(node) for node in self.nodes],
+        }
+
+
+def count(number: float, kind: str) -> str:
+    """As "1 GPU", "0.25 of a core"."""
+    if 0 < number < 1:
+        return f"{number:g} of a {kind}"
+    return f"{number:g} {kind}{'' if number == 1 else 's'}"
+
+
+def copies(parts: Sequence[float], kind: str) -> str:
+    """What a copy takes, as "2 GPUs", "3 parts of 1 GPU"."""
+    if len(parts) == 1:
+        return count(parts[0], kind)
+    if len(set(parts)) == 1:
+        return f"{len(parts)} parts of {count(parts[0], kind)}"
+    return f"{len(parts)} parts, of {', '.join(f'{part:g}' for part in parts)} {kind}s"
