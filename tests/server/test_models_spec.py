@@ -45,7 +45,7 @@ def test_a_name_alone_is_a_model(tmp_path: Path) -> None:
         ("- name: a", "1: has to be keys with values, not a list"),
         ("models:\n- name: a\n  name: b", "3: the key 'name' stands there twice"),
         ("models:\n\t- name: a", "2: this is no YAML: found character '\\t'"),
-        ("settings:\n  leases: 2\nmodels: [{name: a}]", "2: settings.leases: no such setting; did you mean leas"),
+        ("settings:\n  leases: 2\nmodels: [{name: a}]", "settings.leases: there is no such setting; did you mean"),
         ("settings: {lease_s: 0}\nmodels: [{name: a}]", "settings.lease_s: has to be above 0, not 0"),
         ("settings: {limits: {wal_s: 3}}\nmodels: [{name: a}]", "no limit 'wal_s'; did you mean wall_s?"),
         ("settings: {redis_url: x}\nmodels: [{name: a}]", "settings.redis_url: it belongs at the top of the file"),
