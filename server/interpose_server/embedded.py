@@ -43,6 +43,9 @@ class Supervisor:
         lock: descriptor of the data folder's lock.
     """
 
+    fsync = "everysec"
+    """Of the embedded Valkey, where nobody says: with "always" a trace of few milliseconds would take twice as long."""
+
     def __init__(self, wanted: Wanted, data: DataDir, lock: int) -> None:
         self._wanted = wanted
         self._data = data
@@ -101,7 +104,7 @@ class Supervisor:
     async def _valkey(self) -> str:
         """Start the embedded broker. Returns its URL."""
         say("starting the embedded Valkey")
-        valkey = EmbeddedValkey(self._data.path, Settings.read().valkey_fsync)
+        valkey = EmbeddedValkey(self._data.path, Settings.read().valkey_fsync or self.fsync)
         # It inherits the lock: should this process be killed, the folder is free only once Valkey is gone.
         child = Child("Valkey", valkey.command(), say, pass_fds=[self._lock])
         self._stages.append([child])

@@ -45,8 +45,9 @@ class Settings(BaseSettings):
     Attributes:
         redis_url: redis://, rediss:// or unix://; it may hold a password.
         data_dir: blobs, and in embedded mode the broker's files, locks and logs.
-        valkey_fsync: of the embedded Valkey: "always" has each accepted job on the disk before it is answered;
-            "everysec" is for slow disks, and loses the last second's when the machine dies.
+        valkey_fsync: of the embedded Valkey: "always" has each accepted job on the disk before it is answered, for
+            a few waits for the disk a job; "everysec" may lose the last second's when the machine dies, or when
+            Valkey is killed while the disk is slow. Left out, `deploy up` takes the first and `serve` the second.
         blobs: where uploads and results are: "file" for the data folder, or s3://BUCKET/PREFIX, for which the
             usual AWS_* variables say where that is and who asks.
         blob_bytes: of all of them together.
@@ -85,7 +86,7 @@ class Settings(BaseSettings):
 
     redis_url: str = Field(default="redis://127.0.0.1:6379/0", repr=False)
     data_dir: Path = Path("interpose-data")
-    valkey_fsync: Literal["always", "everysec"] = "always"
+    valkey_fsync: Literal["always", "everysec"] | None = None
     blobs: str = "file"
     limits: Limits = Field(default_factory=Limits)
     protocols: tuple[int, ...] = (PROTOCOL,)

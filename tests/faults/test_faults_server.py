@@ -22,12 +22,13 @@ from safetensors.torch import load
 from serving import Served, serve
 
 SETTINGS = {"INTERPOSE_SERVER_LEASE_S": "3", "INTERPOSE_SERVER_MAX_ATTEMPTS": "2"}
+SYNCED = {"INTERPOSE_SERVER_VALKEY_FSYNC": "always"}
 
 
 @pytest.fixture(scope="module")
 def lab(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
     folder = tmp_path_factory.mktemp("faults")
-    with serve(f"tiny={tiny('gpt2')}", data_dir=folder / "data", env=SETTINGS) as served:
+    with serve(f"tiny={tiny('gpt2')}", data_dir=folder / "data", env=SETTINGS | SYNCED) as served:
         yield served
 
 

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import psutil
 import pytest
+import redis
 import yaml
 from interpose import LanguageModel
 from models import tiny
@@ -75,6 +76,8 @@ def test_taking_all_models_down_ends_it_in_one_line(tmp_path: Path) -> None:
         assert done.returncode == 0
         assert "port is 9 now; the cluster keeps 0 until it is started again" in done.stderr
         assert "settings.rate_per_s is 5.0 now; what runs here keeps 1000.0 until" in done.stderr
+        with redis.Redis.from_url(json.loads((lab.data_dir / "server.json").read_text())["redis_url"]) as broker:
+            assert broker.config_get("appendfsync") == {"appendfsync": "always"}
         assert "did you mean org/tiny" in interpose("deploy", "down", config, "org/tine").stderr
 
         done = interpose("deploy", "down", config)

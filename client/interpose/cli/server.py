@@ -125,7 +125,7 @@ async def open_broker(data_dir: Path | None, redis_url: str | None) -> AsyncIter
             raise ConfigError(f"a server is starting or stopping on {data.path}; try again in a moment")
     if redis_url is None:
         lock = data.lock()
-        embedded = EmbeddedValkey(data.path, Settings.read().valkey_fsync)
+        embedded = EmbeddedValkey(data.path)
         valkey = Child("Valkey", embedded.command(), lambda text: typer.echo(text, err=True), pass_fds=[lock])
         await valkey.start()
         await embedded.ready()

@@ -24,6 +24,8 @@ from .restarts import decided
 class ClusterSupervisor(Supervisor):
     """`interpose serve`, but that models run on Ray: on a cluster of this machine's own, or one that is joined."""
 
+    fsync = "always"
+
     def __init__(self, config: ClusterConfig, data: DataDir, lock: int, *, print_env: bool = False) -> None:
         served = [Served(spec.name, spec.place) for spec in config.models]
         gateway = config.gateway is not False
