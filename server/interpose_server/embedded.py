@@ -44,7 +44,7 @@ class Supervisor:
     """
 
     fsync = "everysec"
-    """Of the embedded Valkey, where nobody says: with "always" a trace of few milliseconds would take twice as long."""
+    """Of the embedded Valkey, where nobody says: "always" would make a trace of few milliseconds twice as long."""
 
     def __init__(self, wanted: Wanted, data: DataDir, lock: int) -> None:
         self._wanted = wanted
