@@ -11,14 +11,14 @@ from typing import Any
 import pytest
 import torch
 from interpose import LanguageModel
-from interpose.errors import InterposeError, LimitExceeded, OpFailed, WrongOrder
+from interpose.errors import InterposeError, JobCancelled, LimitExceeded, OpFailed, WrongOrder
 from interpose.graph.limits import UNLIMITED
 from interpose.graph.model import Graph, Node, Point
 from interpose.graph.values import Ref
 from interpose.runtime.engine import EngineJob
 from interpose.runtime.split.calling import Owned
 from test_engine_isolation import BLOCK, LOGITS, Kept, close, graph, random_job, read, run, save
-from test_graphs import ROW, both, language, parts, shards, whole
+from test_graphs import ROW, both, language, parts, shards, watched, whole
 
 
 @contextmanager
@@ -165,6 +165,22 @@ def test_jobs_that_share_a_forward_each_ask_for_themselves() -> None:
     assert seen["call", "transformer.ln_f"] >= 3
     for one, job in zip(found, jobs(), strict=True):
         close(one, run(whole("gpt2"), [job])[0])
+    assert parts(shards("gpt2")) == 0
+
+
+def test_later_shards_are_not_called_where_nobody_needs_them() -> None:
+    job = graph(*steering(1, 2.0), read(4, BLOCK.format(1)), save(5, 4))
+    with watched(shards("gpt2")) as seen:
+        (found,) = run(shards("gpt2"), [job])
+    assert [site for site, _ in seen] == [2]
+    close(found, run(whole("gpt2"), [job])[0])
+
+
+@pytest.mark.parametrize("patience", range(4))
+def test_a_job_that_asks_is_cancelled(patience: int) -> None:
+    (error,) = shards("gpt2").run([EngineJob(jobs()[2], {}, Kept(patience))])
+    assert error is None or isinstance(error, JobCancelled)
+    assert patience or error is not None
     assert parts(shards("gpt2")) == 0
 
 
