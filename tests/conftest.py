@@ -25,6 +25,7 @@ RAY = {"test_e2e_cluster", "test_shards_blocks", "test_shards_cluster", "test_sh
 """Files that start Ray clusters of a gigabyte each: where files run beside each other, never two of these."""
 
 
+@pytest.hookimpl(tryfirst=True)  # xdist reads the marks in the same hook
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """`-n 2 --dist loadgroup` gives each process whole files, as most share a server or a model among their tests."""
     for item in items:

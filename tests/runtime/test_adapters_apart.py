@@ -94,7 +94,9 @@ def test_at_once_each_has_its_own_numbers() -> None:
     assert all(float((one - other).abs().max()) > 1e-2 for one, other in pairwise(apart))
 
 
-def test_forwards_are_shared_by_one_adapter_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_forwards_are_shared_by_one_adapter_alone(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
     groups: list[list[str | None]] = []
     stock_forward = Engine._feed
 
@@ -103,7 +105,8 @@ def test_forwards_are_shared_by_one_adapter_alone(monkeypatch: pytest.MonkeyPatc
         stock_forward(self, group, pace)
 
     monkeypatch.setattr(Engine, "_feed", feed)
-    engine().run([forward(name) for name in (*NAMES, *NAMES)])
+    assert engine().run([forward(name) for name in (*NAMES, *NAMES)]) == [None] * 6
+    assert not caplog.records
     assert sorted(groups, key=str) == sorted([[name, name] for name in NAMES], key=str)
 
 

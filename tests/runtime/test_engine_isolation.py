@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from interpose.errors import GraphError, IndexOutOfRange, InternalError, JobCancelled
 from interpose.graph.manifest import Leaf, Manifest, leaves
@@ -175,7 +175,8 @@ def close(found: Kept, expected: Kept, exact: Kept | None = None, tolerance: flo
     Then float32 itself knows no figure that company could leave unchanged: the job alone strays as far from what it
     is in float64. So with `exact`, the same job alone in float64, a value may also differ by `OWN` times what the
     run alone errs by. Of 46,135 values of 1,800 random sets of jobs 6 needed that, all of llama's, one of them off
-    by 2e-3, none by more than 6.4 times the own error.
+    by 2e-3, none by more than 6.4 times the own error. Where float64 itself has no number (its masks are so low that
+    what a job makes of them overflows) nothing says how far the job alone strays: there ten times the share holds.
     """
     assert found.values.keys() == expected.values.keys()
     for node, wanted in expected.values.items():
@@ -186,8 +187,8 @@ def close(found: Kept, expected: Kept, exact: Kept | None = None, tolerance: flo
             one, other = one.masked_fill(hidden, 0), other.masked_fill(hidden, 0)
             bound = tolerance * max(float(other.abs().max()), 0.5)
             if exact is not None:
-                true = exact.values[node][index].masked_fill(hidden, 0)
-                bound = max(bound, OWN * float((other - true).abs().max()))
+                own = (other - exact.values[node][index].masked_fill(hidden, 0)).abs()
+                bound = max(bound, OWN * float(own.max())) if own.isfinite().all() else 10 * bound
             assert float((one - other).abs().max()) <= bound
 
 
@@ -224,6 +225,7 @@ def common(one: Manifest, other: Manifest) -> list[Point]:
 
 @pytest.mark.parametrize("arch", ["gpt2", "llama", "bert"])
 @settings(max_examples=25, deadline=None)
+@example(seed=422)  # llama's float64 has no numbers there
 @given(seed=st.integers(0, 2**32))
 def test_jobs_together_get_what_each_gets_alone(arch: str, seed: int) -> None:
     together_as_alone(arch, seed)
