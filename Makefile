@@ -9,7 +9,7 @@ demo: setup
 		exec .venv/bin/python scripts/demo.py "$$folder" .venv-client/bin/python
 
 test: lint
-	@.venv/bin/python -m pytest -n 2 --dist loadgroup --no-loadscope-reorder
+	@.venv/bin/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 lint: setup
 	@.venv/bin/python -m ruff check

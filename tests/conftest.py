@@ -7,9 +7,11 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from buckets import S3, run_s3
+from xdist.scheduler import LoadFileScheduling
 
 # Before anything imports torch, and inherited by every process a test starts: one thread a process, since several
 # run at once, and no look at the hub. A developer's own host and key must not reach the tests.
@@ -22,15 +24,19 @@ FETCH = Path(__file__).parent.parent / "scripts" / "fetch_models.py"
 
 
 RAY = {"test_e2e_cluster", "test_shards_blocks", "test_shards_cluster", "test_shards_lifecycle", "test_shards_up"}
-"""Files that start Ray clusters of a gigabyte each: where files run beside each other, never two of these."""
+"""Files that start Ray clusters of a gigabyte each."""
 
 
-@pytest.hookimpl(tryfirst=True)  # xdist reads the marks in the same hook
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """`-n 2 --dist loadgroup` gives each process whole files, as most share a server or a model among their tests."""
-    for item in items:
-        group = "ray" if item.path.stem in RAY else str(item.path.relative_to(item.config.rootpath))
-        item.add_marker(pytest.mark.xdist_group(group))
+class Files(LoadFileScheduling):
+    """Whole files to each process, as most share a server or a model among their tests; all with Ray to one."""
+
+    def _split_scope(self, nodeid: str) -> str:
+        file = str(super()._split_scope(nodeid))
+        return "Ray" if Path(file).stem in RAY else file
+
+
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Files:
+    return Files(config, log)
 
 
 def real_model(name: str) -> Path:

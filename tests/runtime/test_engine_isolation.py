@@ -175,8 +175,8 @@ def close(found: Kept, expected: Kept, exact: Kept | None = None, tolerance: flo
     Then float32 itself knows no figure that company could leave unchanged: the job alone strays as far from what it
     is in float64. So with `exact`, the same job alone in float64, a value may also differ by `OWN` times what the
     run alone errs by. Of 46,135 values of 1,800 random sets of jobs 6 needed that, all of llama's, one of them off
-    by 2e-3, none by more than 6.4 times the own error. Where float64 itself has no number (its masks are so low that
-    what a job makes of them overflows) nothing says how far the job alone strays: there ten times the share holds.
+    by 2e-3, none by more than 6.4 times the own error. Where float64 itself has no number (its masks are so low
+    that what a job makes of them overflows) nothing says how far the job alone strays: ten times the share holds.
     """
     assert found.values.keys() == expected.values.keys()
     for node, wanted in expected.values.items():
