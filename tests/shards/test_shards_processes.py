@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import os
 import signal
+import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 import pytest
 import torch
@@ -34,6 +36,13 @@ def steer(model: LanguageModel, block: int) -> None:
     inner = h[block].mlp.output
     lens = model.lm_head(model.transformer.ln_f(inner)).softmax(-1).amax(-1, keepdim=True)
     h[block].output[0][:] += h[2 - block].mlp(inner) * lens
+
+
+def steered(model: LanguageModel) -> None:
+    """The first shard asks home, and then the second."""
+    with model.trace(PROMPTS[0]):
+        steer(model, 0)
+        model.logits.save()
 
 
 def read(model: LanguageModel) -> dict[str, torch.Tensor]:
@@ -98,13 +107,26 @@ def test_a_shard_without_a_secret_or_of_no_blocks_is_none() -> None:
 
 @pytest.mark.slow
 def test_a_shard_that_hangs_ends_the_replica(running: Running) -> None:
-    """The last of them: it ends what the others use."""
-    model = language(Engine(running.home.loaded))
+    """While the other waits for what it is asked. The last of them: it ends what the others use."""
+    model, link = language(Engine(running.home.loaded)), running.home.link
+    asked, stopped, own = threading.Event(), threading.Event(), link._own
+    assert own is not None
+
+    def slow(name: str, request: Any) -> Any:
+        asked.set()
+        assert stopped.wait(20)
+        return own(name, request)
+
+    link.answer(slow)
     begun = time.monotonic()
-    os.kill(running.shards[2].pid, signal.SIGSTOP)
     try:
-        with pytest.raises(ReplicaLost, match="sign of life"):
-            read(model)
+        with ThreadPoolExecutor(1) as pool:
+            reading = pool.submit(steered, model)
+            assert asked.wait(20)
+            os.kill(running.shards[2].pid, signal.SIGSTOP)
+            stopped.set()
+            with pytest.raises(ReplicaLost, match="sign of life"):
+                reading.result(30)
         assert time.monotonic() - begun < 30
         with pytest.raises(ReplicaLost):
             running.home.link.check()
