@@ -26,7 +26,7 @@ class Bench:
 
     @property
     def engine(self) -> Engine:
-        return self.model._home.local.engine
+        return self.model._access.local.engine
 
     def ids(self, rows: int, tokens: int) -> torch.Tensor:
         draw = torch.Generator().manual_seed(rows)

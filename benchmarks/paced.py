@@ -21,7 +21,7 @@ from functools import partial
 import torch
 from interpose.runtime.split.route import BlockCall, Mail, Visit
 from interpose_server.shards.link import Link
-from interpose_server.shards.shard import SECRET
+from interpose_server.shards.process import SECRET
 from interpose_server.shards.standing import Standing
 from table import Row, markdown
 from timing import interleaved, ratio

@@ -29,8 +29,8 @@ os.environ["THP_MEM_ALLOC_ENABLE"] = "1"
 
 import torch
 from interpose.runtime.split.building import blocks_of
-from interpose_server.shards.home import Home, assemble
-from interpose_server.shards.shard import SECRET
+from interpose_server.shards.assembly import SplitModel, assemble
+from interpose_server.shards.process import SECRET
 from table import Row, markdown, ms
 from timing import interleaved, ratio
 from torch import Tensor, nn
@@ -49,12 +49,12 @@ def made(folder: Path) -> Path:
 
 
 @contextmanager
-def split(source: Path, parts: int) -> Iterator[Home]:
+def split(source: Path, parts: int) -> Iterator[SplitModel]:
     """The model over so many processes of one thread each."""
     secret = secrets.token_bytes(32)
     blocks = blocks_of(source)
     size = len(blocks) // parts
-    command = [sys.executable, "-m", "interpose_server.shards.shard", "--source", str(source), "--device", "cpu"]
+    command = [sys.executable, "-m", "interpose_server.shards.process", "--source", str(source), "--device", "cpu"]
     shards = [
         subprocess.Popen(
             [*command, "--threads", "1", "--site", f"{site}", "--blocks", f"{(site - 1) * size}:{site * size}"],

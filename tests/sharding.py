@@ -6,11 +6,11 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
+from cutting import cut, ranges
 from interpose.runtime.feeding import examples
 from interpose.runtime.loading import Loaded
 from interpose.runtime.pieces import joined
 from interpose.runtime.split.calling import answer
-from interpose.runtime.split.cutting import cut, ranges
 from interpose.runtime.split.guest import Exit, Graphs
 from interpose.runtime.split.sites import Sites
 from interpose.runtime.split.split import Split

@@ -35,7 +35,7 @@ GRAPH_NEEDS = {"msgpack", "pydantic"} | set(sys.stdlib_module_names)
 VERBS = {"alone.py", "server.py", "catalogue.py", "cluster.py"}
 """Files of the command line that need the server's package, imported when their verb is called."""
 
-SERVER_MAY_NOT = {"tracing", "transports", "lab", "models", "client", "cli", "home"}
+SERVER_MAY_NOT = {"tracing", "transports", "lab", "models", "client", "cli", "access"}
 
 Import = tuple[str, bool]
 """Absolute name, and whether it is made only when a function is called."""

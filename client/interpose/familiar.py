@@ -41,20 +41,20 @@ def other_options(given: Mapping[str, Any]) -> None:
 class Familiar:
     """Mixed into models: properties and methods that other libraries' users look for."""
 
-    _home: Any
+    _access: Any
 
     @property
     def config(self) -> Any:
         """The transformers library's config of a local model; of one on a server, the figures its manifest has."""
-        if not self._home.prefers_server:
-            return self._home.local.loaded.model.config
-        manifest = self._home.manifest(remote=True)
+        if not self._access.prefers_server:
+            return self._access.local.loaded.model.config
+        manifest = self._access.manifest(remote=True)
         return SimpleNamespace(**{"vocab_size": manifest.vocab, **manifest.config})
 
     @property
     def dtype(self) -> Any:
         """Of the weights."""
-        name = self._home.manifest(self._home.prefers_server).dtype
+        name = self._access.manifest(self._access.prefers_server).dtype
         if importlib.util.find_spec("torch") is None:
             return name
         from .tracing.torch_face import named_dtype
@@ -72,8 +72,8 @@ class Familiar:
 
     def dispatch(self) -> None:
         """Load a local model now rather than at its first run."""
-        if not self._home.prefers_server:
-            _ = self._home.local
+        if not self._access.prefers_server:
+            _ = self._access.local
 
     def eval(self) -> Any:
         """The model itself: it never trains."""

@@ -8,13 +8,13 @@ from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, Any, Literal
 
+from .access import ModelAccess
 from .errors import BadArgument, UnknownAdapter
 from .familiar import Familiar, other_options
 from .graph.adapters import AdapterInfo, check_adapter
 from .graph.generation import OPTIONS
 from .graph.inputs import TOKENS
 from .graph.manifest import Manifest
-from .home import Home
 from .traced import Traced
 from .tracing.edits import Editor
 from .tracing.execution import Execute, Execution, Options
@@ -70,7 +70,7 @@ class LanguageModel(Familiar, Traced):
             "dtype": None if chosen is None else str(chosen).removeprefix("torch."),
             "revision": revision,
         }
-        self._set_up(Home(source, host, api_key, load, tokenizer, adapters), ())
+        self._set_up(ModelAccess(source, host, api_key, load, tokenizer, adapters), ())
         self.__dict__["_aliases"] = aliases(rename or {})
 
     # -- blocks ------------------------------------------------------------------------------------------------
@@ -162,7 +162,7 @@ class LanguageModel(Familiar, Traced):
     def _taken(self, options: dict[str, Any], remote: bool) -> dict[str, Any]:
         """The model's inputs among options, taken out of these."""
         names = options.keys() - OPTIONS.keys()
-        inputs = {*TOKENS, *self._further, *self._home.manifest(remote).inputs} if names else set()
+        inputs = {*TOKENS, *self._further, *self._access.manifest(remote).inputs} if names else set()
         return {name: options.pop(name) for name in names & inputs}
 
     @property
@@ -185,12 +185,12 @@ class LanguageModel(Familiar, Traced):
             adapter: of those of its traces that choose none; others as of a trace.
         """
         begin = partial(self._execution, Options(remote, blocking, timeout, batching))
-        chosen = self._adapter if adapter is None else self._chosen(adapter, self._home.manifest(remote))
+        chosen = self._adapter if adapter is None else self._chosen(adapter, self._access.manifest(remote))
         return Session(begin, self, self._edits, remote=remote, adapter=chosen)
 
     def scan(self, prompt: Any = None, *, adapter: str | None = None, **inputs: Any) -> Tracer:
         """Open a block that runs nothing: shapes, order and errors are told as in a trace."""
-        how = Options(remote=self._home.prefers_server)
+        how = Options(remote=self._access.prefers_server)
         return self._open(prompt, how, adapter, execute=None, inputs=inputs)
 
     def edit(self, *, inplace: bool = False, adapter: str | None = None) -> Editor:
@@ -220,12 +220,12 @@ class LanguageModel(Familiar, Traced):
             ConfigError: they aren't LoRA weights, or aren't of this model.
             BadArgument: the model isn't loaded here: a server's adapters are its operator's choice.
         """
-        if self._home.prefers_server:
+        if self._access.prefers_server:
             raise BadArgument(
                 "a server's adapters are chosen by who runs it (interpose serve MODEL --adapter NAME=FOLDER); "
-                f"{self._home.name} has {', '.join(sorted(self.adapters)) or 'none'} there"
+                f"{self._access.name} has {', '.join(sorted(self.adapters)) or 'none'} there"
             )
-        self._home.load_adapter(adapter_name, source)
+        self._access.load_adapter(adapter_name, source)
 
     def _chosen(self, adapter: str | None, manifest: Manifest) -> str | None:
         """The adapter of a block that chose one, or none. Raises UnknownAdapter at the user's line."""
@@ -242,7 +242,7 @@ class LanguageModel(Familiar, Traced):
     @property
     def tokenizer(self) -> Any:
         """The model's tokenizer; needs neither a hub nor the transformers library."""
-        return self._home.tokenizer(self._home.prefers_server)
+        return self._access.tokenizer(self._access.prefers_server)
 
     @property
     def manifest(self) -> Manifest:
@@ -257,15 +257,15 @@ class LanguageModel(Familiar, Traced):
     @property
     def _model(self) -> Any:
         """The underlying torch module of a local model; of one on a server, its tree to print."""
-        return self if self._home.prefers_server else self._home.local.loaded.model
+        return self if self._access.prefers_server else self._access.local.loaded.model
 
     # -- parts -------------------------------------------------------------------------------------------------
 
     def _execution(self, options: Options, execute: Execute | None = None) -> Execution:
         remote = options.remote
-        manifest = self._home.manifest(remote)
-        recorder = Recorder(manifest, self._home.face(remote), edits=self._edits)
-        return Execution(recorder, execute or self._home.execute, replace(options, revision=manifest.revision))
+        manifest = self._access.manifest(remote)
+        recorder = Recorder(manifest, self._access.face(remote), edits=self._edits)
+        return Execution(recorder, execute or self._access.execute, replace(options, revision=manifest.revision))
 
     def _open(self, prompt: Any, options: Options, adapter: str | None = None, **rest: Any) -> Tracer:
         session = SESSION.get()
@@ -295,20 +295,20 @@ class LanguageModel(Familiar, Traced):
         return super().__iter__()
 
     def _tokenize(self, remote: bool, text: str) -> list[int]:
-        ids: list[int] = self._home.tokenizer(remote).encode(text)
+        ids: list[int] = self._access.tokenizer(remote).encode(text)
         return ids
 
     def _edit_recorder(self) -> Recorder:
-        remote = self._home.prefers_server
-        return Recorder(self._home.manifest(remote), self._home.face(remote), symbolic=True)
+        remote = self._access.prefers_server
+        return Recorder(self._access.manifest(remote), self._access.face(remote), symbolic=True)
 
     def _tree(self) -> Manifest:
         tracer = ACTIVE.get()
         if tracer is not None and self._is(tracer.model):
             open_: Manifest = tracer.recorder.manifest
             return open_
-        home: Home = self._home
-        return home.manifest(home.prefers_server)
+        access: ModelAccess = self._access
+        return access.manifest(access.prefers_server)
 
 
 _OPTIONS = ("remote", "blocking", "timeout", "batching", "adapter", "trace", "scan", "validate")

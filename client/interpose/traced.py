@@ -14,14 +14,14 @@ from .tracing.tracer import ACTIVE, Session
 
 
 class Traced(Module):
-    """A model, edited or not. Its home, the model itself, it shares with its edited copies."""
+    """A model, edited or not. The access to the model itself it shares with its edited copies."""
 
     _output_is_logits = True
     _runs_programs = True
 
-    def _set_up(self, home: Any, edits: Sequence[Edit]) -> None:
+    def _set_up(self, access: Any, edits: Sequence[Edit]) -> None:
         Module.__init__(self, self, "")
-        self.__dict__.update(_home=home, _edits=tuple(edits), _adapter=None)
+        self.__dict__.update(_access=access, _edits=tuple(edits), _adapter=None)
 
     def edit(self, *, inplace: bool = False) -> Editor:
         """Open a block whose interventions stay: they come first in every later block of the edited model.
@@ -30,7 +30,7 @@ class Traced(Module):
         """
         edited = self if inplace else type(self).__new__(type(self))
         if not inplace:
-            edited._set_up(self._home, self._edits)
+            edited._set_up(self._access, self._edits)
             edited.__dict__.update(_aliases=self._aliases, _adapter=self._adapter)
         return Editor(edited, self._edit_recorder())
 
@@ -71,7 +71,7 @@ class Traced(Module):
 
     def _is(self, other: Any) -> bool:
         """Whether `other` is this model, edited or not."""
-        return getattr(other, "_home", None) is self._home
+        return getattr(other, "_access", None) is self._access
 
     def _recording(self) -> Recorder:
         tracer = ACTIVE.get()

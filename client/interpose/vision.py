@@ -24,15 +24,15 @@ class VisionLanguageModel(LanguageModel):
 
     def __init__(self, source: Any, *, processor: Any = None, **options: Any) -> None:
         super().__init__(source, **options)
-        self._home.processor = processor
+        self._access.processor = processor
 
     @property
     def processor(self) -> Any:
         """What makes inputs of texts and images. Raises ConfigError where there is none."""
-        home = self._home
-        if home.processor is None:
-            home.processor = _load(home.source)
-        return home.processor
+        access = self._access
+        if access.processor is None:
+            access.processor = _load(access.source)
+        return access.processor
 
     @property
     def _further(self) -> frozenset[str]:

@@ -72,8 +72,8 @@ class Model(Traced):
 
     @property
     def _local(self) -> LocalModule:
-        home: LocalModule = self._home
-        return home
+        access: LocalModule = self._access
+        return access
 
     def _open(self, args: tuple[Any, ...], kwargs: dict[str, Any], *, run: bool = True) -> ModuleTracer:
         if "remote" in kwargs and "remote" not in self._parameters() and kwargs.pop("remote"):

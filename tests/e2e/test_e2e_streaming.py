@@ -45,7 +45,7 @@ def model(request: Any, folder: Path, served: Served) -> Any:
 
 
 def where(model: Any) -> dict[str, bool]:
-    return {"remote": model._home.source == "tiny"}
+    return {"remote": model._access.source == "tiny"}
 
 
 def test_each_token_comes_in_order(model: Any) -> None:

@@ -44,7 +44,7 @@ def _ours(arch: str, shards: int) -> Any:
     torch.set_num_threads(1)
     model = LanguageModel(str(tiny(arch)))
     if shards:
-        local = model._home.local
+        local = model._access.local
         local.engine = Engine(split(local.loaded, shards))
     return model
 

@@ -414,7 +414,7 @@ def beside(points: Sequence[At]) -> None:
         rows.append(row)
     sinks = [Kept() for _ in points]
     jobs = [EngineJob(graph, {}, sink) for graph, sink in zip(graphs, sinks, strict=True)]
-    assert model._home.local.engine.run(jobs) == [None] * len(jobs)
+    assert model._access.local.engine.run(jobs) == [None] * len(jobs)
     for at, row, sink in zip(points, rows, sinks, strict=True):
         value, logits = at.hand(scale(at), [row])
         assert not torch.equal(logits, at.hand(None, [row])[1]), f"the twin moves nothing at {at}"

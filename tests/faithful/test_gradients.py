@@ -68,7 +68,7 @@ def nothing_is_left(place: Any) -> Any:
     if place.options:
         return
     for module in (GPT2, SMOL):
-        loaded = place.open(module)._home._local
+        loaded = place.open(module)._access._local
         for param in loaded.loaded.model.parameters() if loaded else ():
             assert param.grad is None
             assert not param.requires_grad

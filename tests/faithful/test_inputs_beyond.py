@@ -222,7 +222,7 @@ def job_of(arch: str, inputs: dict[str, Tensor]) -> EngineJob:
 
 @pytest.mark.parametrize("arch", BATCHED)
 def test_rows_in_company_are_as_alone(arch: str) -> None:
-    engine = ours(arch)._home.local.engine
+    engine = ours(arch)._access.local.engine
     assert engine.manifest.row_independent, engine.manifest.row_note
     jobs = jobs_of(arch, [1, 2, 3, 4])
     widths: list[int] = []
@@ -243,7 +243,7 @@ def test_rows_in_company_are_as_alone(arch: str) -> None:
 
 def test_an_images_places_are_its_own_prompts() -> None:
     """Else the features of one job's image would go to another's."""
-    engine = ours("llava")._home.local.engine
+    engine = ours("llava")._access.local.engine
     inputs = given("llava")
     wrong = {**inputs, "pixel_values": pixels(2)}
     good = job_of("llava", inputs)
@@ -438,7 +438,7 @@ def test_a_server_refuses_what_a_client_makes_up(arch: str, tensors: Any, rows: 
 
 
 def test_values_are_checked_where_the_model_runs() -> None:
-    engine = ours("bert_base")._home.local.engine
+    engine = ours("bert_base")._access.local.engine
     bad, good = (job_of("bert_base", given("bert_base", 1, seed)) for seed in (1, 2))
     bad.attachments[f"{0:064x}"][0, 0] = 7  # type: ignore[index]
     errors = engine.run([bad, good])

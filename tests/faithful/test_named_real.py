@@ -117,7 +117,7 @@ class Kept(dict[int, Tensor]):
 def test_beside_other_jobs(arch: str) -> None:
     """Jobs that write the same names in one forward get what each gets alone, residual in place or not."""
     model = LanguageModel(str(tiny(arch)))
-    engine = model._home.local.engine
+    engine = model._access.local.engine
     graphs = []
     for row in ([5, 6, 7, 8, 9], [21, 22, 23], [40, 41, 42, 43, 44, 45, 46]):
         with model.scan(row) as tracer:

@@ -200,7 +200,7 @@ def the_same_code_twice(block: Block) -> None:
 @block("core-concepts/languagemodel-wrapper")
 def wrapping(block: Block) -> None:
     model = block.run()["model"]
-    assert model._home._local is None  # nothing is loaded before it is needed
+    assert model._access._local is None  # nothing is loaded before it is needed
     assert len(model.model.layers) == 42
     assert "LlamaDecoderLayer" in repr(model)
 

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from interpose.errors import InterposeError
 from interpose.runtime.blocklists import main_list
-from interpose.runtime.parts import Keep, inside, load_part, outline
+from interpose.runtime.partial_loading import Keep, inside, load_part, outline
 from interpose.runtime.sources import Source
 
 FOLDER, PARTS, BEYOND = Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3])

@@ -36,14 +36,14 @@ def graph(arch: str, fill: Fill) -> Graph:
 def run(arch: str, *graphs: Graph, **options: Any) -> list[Kept]:
     sinks = [Kept() for _ in graphs]
     jobs = [EngineJob(one, {}, sink, **options) for one, sink in zip(graphs, sinks, strict=True)]
-    assert model(arch)._home.local.engine.run(jobs) == [None] * len(jobs)
+    assert model(arch)._access.local.engine.run(jobs) == [None] * len(jobs)
     return sinks
 
 
 @contextmanager
 def counted(arch: str) -> Iterator[Counter[str]]:
     """How often each block and the head were begun; under "grad" and "cache", what they were begun with."""
-    loaded, calls = model(arch)._home.local.loaded, Counter[str]()
+    loaded, calls = model(arch)._access.local.loaded, Counter[str]()
     parts = {path: loaded.modules[path] for path in (*loaded.manifest.blocks, loaded.manifest.roles["unembed"])}
 
     def note(name: str) -> Callable[..., None]:
@@ -71,7 +71,7 @@ def test_what_comes_after_the_last_point_is_not_run(
     arch: str, last: int, together: int, options: dict[str, Any]
 ) -> None:
     graphs = [graph(arch, lambda m: m.layers[last].resid_post.save())] * together
-    loaded = model(arch)._home.local.loaded
+    loaded = model(arch)._access.local.loaded
     with counted(arch) as calls:
         run(arch, *graphs, **options)
     forwards = together if options else 1
@@ -88,13 +88,13 @@ def test_a_loss_on_hidden_states_runs_no_head_and_a_lens_runs_it_on_what_it_asks
         with hidden.pow(2).sum().backward():
             hidden.grad.save()
 
-    head = model(arch)._home.local.loaded.manifest.roles["unembed"]
+    head = model(arch)._access.local.loaded.manifest.roles["unembed"]
     with counted(arch) as calls:
         run(arch, graph(arch, loss))
     assert calls[head] == 0
     with counted(arch) as calls:
         (sink,) = run(arch, graph(arch, lambda m: m.lm_head(m.layers[0].resid_post[:, -1]).save()))
-    assert calls[head] == 1 and calls[model(arch)._home.local.loaded.manifest.blocks[1]] == 0
+    assert calls[head] == 1 and calls[model(arch)._access.local.loaded.manifest.blocks[1]] == 0
     assert next(iter(sink.values.values())).shape[:-1] == (1,)
 
 

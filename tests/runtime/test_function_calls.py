@@ -142,7 +142,7 @@ def model() -> LanguageModel:
 
 
 def test_a_model_that_goes_another_way_fails_its_job_alone(model: LanguageModel) -> None:
-    loaded = model._home.local.loaded
+    loaded = model._access.local.loaded
     norm = loaded.modules["model.layers.1.input_layernorm"]
     stock = norm.forward
     norm.forward = lambda hidden: stock(hidden * torch.rsqrt(torch.ones(1)))

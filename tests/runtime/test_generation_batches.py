@@ -35,7 +35,7 @@ def opened(arch: str) -> LanguageModel:
 
 
 def engine(arch: str) -> Engine:
-    return opened(arch)._home.local.engine
+    return opened(arch)._access.local.engine
 
 
 @pytest.fixture(autouse=True)
@@ -133,7 +133,7 @@ def close(found: Any, expected: Any, tolerance: float = 3e-5, exact: Any = None)
 
 @cache
 def precise(arch: str) -> Engine:
-    return LanguageModel(str(tiny(arch)), dtype="float64")._home.local.engine
+    return LanguageModel(str(tiny(arch)), dtype="float64")._access.local.engine
 
 
 @pytest.mark.parametrize("arch", BLOCKS)

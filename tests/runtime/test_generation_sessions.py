@@ -26,7 +26,7 @@ def model() -> Any:
 
 
 def engine() -> Engine:
-    return model()._home.local.engine  # type: ignore[no-any-return]
+    return model()._access.local.engine  # type: ignore[no-any-return]
 
 
 class Sink:

@@ -80,7 +80,7 @@ def hopeless(model: Any) -> Graph:
 def run(model: Any, *graphs: Graph) -> list[Any]:
     sinks = [Kept() for _ in graphs]
     jobs = [EngineJob(graph, {}, sink) for graph, sink in zip(graphs, sinks, strict=True)]
-    errors = model._home.local.engine.run(jobs)
+    errors = model._access.local.engine.run(jobs)
     return [error or sink.values for error, sink in zip(errors, sinks, strict=True)]
 
 

@@ -90,7 +90,7 @@ KINDS: dict[str, tuple[Fill, tuple[str, ...]]] = {
 def run(arch: str, *graphs: Graph, **options: Any) -> list[Any]:
     sinks = [Kept() for _ in graphs]
     jobs = [EngineJob(graph, {}, sink, **options) for graph, sink in zip(graphs, sinks, strict=True)]
-    errors = model(arch)._home.local.engine.run(jobs)
+    errors = model(arch)._access.local.engine.run(jobs)
     return [error or sink.values for error, sink in zip(errors, sinks, strict=True)]
 
 

@@ -96,7 +96,7 @@ def beside_jobs(arch: str, dtype: str) -> float:
         graphs.append(tracer.recorder.finish()[0])
     sinks = [Kept() for _ in graphs]
     jobs = [EngineJob(graph, {}, sink) for graph, sink in zip(graphs, sinks, strict=True)]
-    assert not any(lm._home.local.engine.run(jobs))
+    assert not any(lm._access.local.engine.run(jobs))
     moved = [
         apart(sink[node], expected)
         for row, sink in zip(ROWS, sinks, strict=True)

@@ -118,7 +118,7 @@ def failing(arch: str, moment: str) -> Graph:
 
 def run(arch: str, graphs: list[Graph]) -> tuple[list[Any], list[dict[int, Any]]]:
     sinks = [Kept() for _ in graphs]
-    engine = model(arch)._home.local.engine
+    engine = model(arch)._access.local.engine
     errors = engine.run([EngineJob(graph, {}, sink) for graph, sink in zip(graphs, sinks, strict=True)])
     return errors, [sink.values for sink in sinks]
 

@@ -69,9 +69,9 @@ def asked(model: LanguageModel, arch: str) -> list[torch.Tensor]:
 @pytest.mark.parametrize("arch", ARCHS)
 def test_the_manifest_and_every_number_are_the_whole_models(arch: str, tmp_path: Path) -> None:
     one, other = LanguageModel(whole(arch)), LanguageModel(offloaded(arch, tmp_path))
-    manifests = [model._home.local.engine.manifest for model in (one, other)]
+    manifests = [model._access.local.engine.manifest for model in (one, other)]
     assert manifests[0] == manifests[1]
-    loaded = other._home.local.engine.loaded
+    loaded = other._access.local.engine.loaded
     assert any(param.is_meta for param in loaded.model.parameters())
     for expected, found in zip(asked(one, arch), asked(other, arch), strict=True):
         assert torch.equal(torch.as_tensor(expected), torch.as_tensor(found))

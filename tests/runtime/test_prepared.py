@@ -29,7 +29,7 @@ def model() -> Any:
 
 def engine() -> Engine:
     model().manifest  # noqa: B018 - it is loaded then
-    return Engine(model()._home.local.loaded)
+    return Engine(model()._access.local.loaded)
 
 
 def scaled(by: Any, rows: tuple[tuple[int, ...], ...] = ((5, 6, 7),), at: Any = -1) -> Graph:

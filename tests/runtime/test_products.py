@@ -83,7 +83,7 @@ LENSES: dict[str, Fill] = {
 def run(*graphs: Graph, arch: str = "llama", **options: Any) -> list[dict[int, Any]]:
     sinks = [Kept() for _ in graphs]
     jobs = [EngineJob(graph, {}, sink, **options) for graph, sink in zip(graphs, sinks, strict=True)]
-    assert model(arch)._home.local.engine.run(jobs) == [None] * len(graphs)
+    assert model(arch)._access.local.engine.run(jobs) == [None] * len(graphs)
     return [sink.values for sink in sinks]
 
 
@@ -97,7 +97,7 @@ def same(found: dict[int, Any], wanted: dict[int, Any]) -> None:
 def calls(arch: str = "llama") -> Iterator[list[int]]:
     """Rows of each product of the head that isn't the model's own."""
     found: list[int] = []
-    local = model(arch)._home.local
+    local = model(arch)._access.local
     head = local.loaded.modules["lm_head"]
     with called([head], lambda _, value: found.append(value.shape[:-1].numel())):
         yield found
@@ -157,7 +157,7 @@ def test_a_layer_is_given_each_jobs_own_rows_though_one_fails_and_one_is_cancell
     bad, leaving = recorded(failing, ROWS[2]), recorded(every_layer, ROWS[3])
     sinks = [Kept(), Kept(), Kept(2), Kept()]
     jobs = [EngineJob(g, {}, s) for g, s in zip((good[0], bad, leaving, good[1]), sinks, strict=True)]
-    errors = model()._home.local.engine.run(jobs)
+    errors = model()._access.local.engine.run(jobs)
     assert [errors[0], errors[3]] == [None, None]
     assert errors[1] is not None and errors[1].op == "call"
     assert isinstance(errors[2], JobCancelled)

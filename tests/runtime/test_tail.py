@@ -67,7 +67,7 @@ MORE |= {"written": written, "differentiated": differentiated}
 def run(arch: str, *graphs: Graph, **options: Any) -> list[dict[int, Any]]:
     sinks = [Kept() for _ in graphs]
     jobs = [EngineJob(graph, {}, sink, **options) for graph, sink in zip(graphs, sinks, strict=True)]
-    assert model(arch)._home.local.engine.run(jobs) == [None] * len(graphs)
+    assert model(arch)._access.local.engine.run(jobs) == [None] * len(graphs)
     return [sink.values for sink in sinks]
 
 
@@ -150,7 +150,7 @@ def test_what_lies_within_the_head_has_all_its_positions(kind: str) -> None:
 
     graphs = [graph([5, 9, 33], within=True), graph([7, 8, 14, 90], within=False), graph([4, 9], within=False)]
     sinks = [Kept() for _ in graphs]
-    engine = bert._home.local.engine
+    engine = bert._access.local.engine
     assert engine._tail is not None
     assert engine.run([EngineJob(made, {}, sink) for made, sink in zip(graphs, sinks, strict=True)]) == [None] * 3
     for made, sink in zip(graphs, sinks, strict=True):

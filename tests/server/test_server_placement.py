@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 from interpose.cli.main import app
 from interpose.errors import ConfigError
-from interpose.runtime.parts import inside, load_part, outside
+from interpose.runtime.partial_loading import inside, load_part, outside
 from interpose_server.models.devices import GIB, Devices
 from interpose_server.models.placement import Load, Plan, plan
 from interpose_server.models.planning import figures, ranges

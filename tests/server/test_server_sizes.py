@@ -14,7 +14,7 @@ import torch
 from interpose.errors import ConfigError
 from interpose.runtime.blocklists import main_list
 from interpose.runtime.loading import load
-from interpose.runtime.parts import outline
+from interpose.runtime.partial_loading import outline
 from interpose.runtime.sources import Source, auto_class
 from interpose_server.models.dryrun import _caches, dry_run
 from interpose_server.models.planning import figures

@@ -14,15 +14,15 @@ from pathlib import Path
 from typing import Any
 
 from interpose.runtime.split.building import blocks_of
-from interpose_server.shards.home import Home, assemble
-from interpose_server.shards.shard import SECRET
+from interpose_server.shards.assembly import SplitModel, assemble
+from interpose_server.shards.process import SECRET
 
 
 @dataclass
 class Running:
     """A split model, and the processes of its shards by site."""
 
-    home: Home
+    home: SplitModel
     shards: dict[int, subprocess.Popen[str]]
 
 
@@ -30,7 +30,15 @@ def start(site: int, source: Path, start_: int, end: int, secret: bytes, **optio
     more = [part for name, value in options.items() for part in (f"--{name}", str(value))]
     return subprocess.Popen(
         [
-            *(sys.executable, "-m", "interpose_server.shards.shard", "--site", str(site), "--source", str(source)),
+            *(
+                sys.executable,
+                "-m",
+                "interpose_server.shards.process",
+                "--site",
+                str(site),
+                "--source",
+                str(source),
+            ),
             *("--blocks", f"{start_}:{end}", "--device", "cpu", "--threads", "1", *more),
         ],
         env={**os.environ, SECRET: secret.hex(), "OMP_WAIT_POLICY": "passive"},

@@ -37,20 +37,22 @@ def test_its_manifest_is_the_whole_models(lab: ClusterLab) -> None:
     found = decode_manifest(plain.get("manifest", plain))
     assert found.revision == load_whole(tiny("gpt2"), device="cpu").manifest.revision
     print(sorted(" ".join(p.cmdline()).strip()[:60] for p in lab.ray.processes("")))
-    assert len(lab.ray.processes("Shard")) == 2
+    assert len(lab.ray.processes("ShardActor")) == 2
 
 
 def test_a_shard_that_dies_under_load_costs_time_only(lab: ClusterLab) -> None:
     with Load(lab, "org/split", tiny("gpt2")) as load:
         load.until_running()
         time.sleep(1)
-        before = {shard.pid for shard in lab.ray.processes("Shard")}
-        lab.ray.processes("Shard")[1].kill()
+        before = {shard.pid for shard in lab.ray.processes("ShardActor")}
+        lab.ray.processes("ShardActor")[1].kill()
         began = time.monotonic()
         lab.until_copies("org/split", 0)
         lab.until_copies("org/split", 1, 150)
         print(f"back after {time.monotonic() - began:.1f} s")
-        assert not before & {shard.pid for shard in lab.ray.processes("Shard")}, "all shards of a copy end with it"
+        assert not before & {shard.pid for shard in lab.ray.processes("ShardActor")}, (
+            "all shards of a copy end with it"
+        )
     tally = load.finish()
     print(tally)
     assert tally.sound
@@ -60,6 +62,6 @@ def test_a_shard_that_dies_under_load_costs_time_only(lab: ClusterLab) -> None:
 def test_shards_end_with_their_copy(lab: ClusterLab) -> None:
     lab.interpose("deploy", "down", lab.config(SPLIT), "org/split")
     began = time.monotonic()
-    while lab.ray.processes("Shard"):
+    while lab.ray.processes("ShardActor"):
         assert time.monotonic() - began < 30
         time.sleep(0.1)

@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 import torch
 import transformers
+from cutting import block_ranges, home_of, parts_of
 from interpose.runtime import nests
-from interpose.runtime.split.cutting import block_list, home_of, parts_of, ranges
 from interpose.runtime.split.shard import Shard
 from interpose_server.shards.link import Link
 from interpose_server.shards.standing import Standing
@@ -30,7 +30,7 @@ def whole(arch: str) -> Any:
 @contextmanager
 def linked(model: nn.Module, count: int) -> Iterator[nn.Module]:
     """The home of a split model whose shards stand behind sockets."""
-    paths = ranges(block_list(model), count)
+    paths = block_ranges(model, count)
     secret = secrets.token_bytes(32)
     standing = [
         Standing(site, secret, Shard(site, {path: part.get_submodule(path) for path in own}, torch.device("cpu")))

@@ -17,7 +17,7 @@ from interpose.errors import ReplicaLost
 from interpose.graph.manifest import fingerprint
 from interpose.runtime.engine import Engine
 from interpose.runtime.loading import load
-from interpose_server.shards.shard import stand
+from interpose_server.shards.process import stand
 from models import tiny
 from processes import Running, spread
 
@@ -26,7 +26,7 @@ PROMPTS = ["The capital of France is", "When Mary and John went to the store, Jo
 
 def language(engine: Engine) -> LanguageModel:
     model = LanguageModel(str(tiny("gpt2")))
-    model._home.local.engine = engine
+    model._access.local.engine = engine
     return model
 
 

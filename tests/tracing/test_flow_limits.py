@@ -62,7 +62,7 @@ def test_a_loop_beyond_the_limit_never_runs(model: Any) -> None:
     with pytest.raises(LimitExceeded, match=r"flops|operations"):
         validate(graph, model.manifest, limits)
     sink = Sink()
-    (error,) = model._home.local.engine.run([EngineJob(graph, {}, sink, limits)])
+    (error,) = model._access.local.engine.run([EngineJob(graph, {}, sink, limits)])
     assert isinstance(error, LimitExceeded)
     assert not sink.asked
 
@@ -101,7 +101,7 @@ class Sink:
 
 def test_a_cancelled_loop_stops(model: Any) -> None:
     sink = Sink(50)
-    (error,) = model._home.local.engine.run([EngineJob(looping(model, 1000, 100), {}, sink)])
+    (error,) = model._access.local.engine.run([EngineJob(looping(model, 1000, 100), {}, sink)])
     assert isinstance(error, JobCancelled)
     assert sink.asked <= 60
     assert not sink.saved

@@ -139,7 +139,9 @@ def test_a_body_that_reads_nothing_of_its_steps_runs_at_each_all_the_same(model:
 def test_a_session_loads_nothing_before_it_is_used(monkeypatch: pytest.MonkeyPatch) -> None:
     """A server's blocks in a session of this process are refused at once, not after looking for the model here."""
     model = LanguageModel("a-server-s-model")
-    monkeypatch.setattr(type(model._home), "local", property(lambda home: pytest.fail("it was looked for here")))
+    monkeypatch.setattr(
+        type(model._access), "local", property(lambda access: pytest.fail("it was looked for here"))
+    )
     with model.session():
         pass
     with pytest.raises(BadArgument, match="remote: a session runs as one job"), model.session():

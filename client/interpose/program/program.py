@@ -129,8 +129,8 @@ class Program(Parts):
             )
         if model._edits:
             raise BadArgument("a program runs on a model without edits: those it was recorded with are part of it")
-        home = model._home
-        manifest: Manifest = home.manifest(remote)
+        access = model._access
+        manifest: Manifest = access.manifest(remote)
         graph, given = self._prompted(model, manifest, prompt, prompts, remote)
         if adapter is not None:
             graph = replace(graph, runs=tuple(replace(run, adapter=adapter) for run in graph.runs))
@@ -146,7 +146,7 @@ class Program(Parts):
         check_fit(graph, manifest)
         backend = _backend(remote)
         real = {key: decode_tensor(tensor.spec, bytes(tensor.data), backend) for key, tensor in tensors.items()}
-        values = home.execute(graph, real, Options(remote=remote, timeout=timeout))
+        values = access.execute(graph, real, Options(remote=remote, timeout=timeout))
         return {name: values[node] for node, name in self.names.items() if node in values}
 
     def _prompted(

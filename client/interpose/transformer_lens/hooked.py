@@ -191,6 +191,6 @@ class HookedTransformer(LanguageModel):
             module = module[int(name)] if name.isdigit() else getattr(module, name)
         if ACTIVE.get() is not None:
             return module.weight
-        with self.trace([[0]], remote=self._home.prefers_server):
+        with self.trace([[0]], remote=self._access.prefers_server):
             weight = module.weight.save()
         return weight.value

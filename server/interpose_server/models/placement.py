@@ -62,7 +62,7 @@ class Load:
 
 
 @dataclass(frozen=True)
-class Shard:
+class PlannedShard:
     """What lies on one device.
 
     Attributes:
@@ -113,7 +113,7 @@ class Plan:
     sizes: Sizes
     load: Load
     placement: Placement
-    shards: tuple[Shard, ...]
+    shards: tuple[PlannedShard, ...]
     flight: int
     share: float = 1.0
     home_share: float = 0.0
@@ -244,7 +244,7 @@ def division(sizes: Sizes, rooms: Sequence[int], *, home: bool) -> list[range]:
 
 def _shard(
     sizes: Sizes, load: Load, flight: int, device: Device, room: int, blocks: range, *, home: bool, alone: bool
-) -> Shard:
+) -> PlannedShard:
     """`alone`: whether it is a process of its own."""
     parts = [sizes.blocks[index] for index in blocks] + ([sizes.outside] if home else [])
     weights = sum(part.weights for part in parts)
@@ -254,7 +254,7 @@ def _shard(
     a_token = max((cache + saves + work) / load.tokens, 1)
     fits = max(int((room - weights) / a_token), 0)
     loading = weights + (sizes.outside.weights if alone else 0)
-    return Shard(device, room, blocks, home, weights, cache, work, saves, loading, fits)
+    return PlannedShard(device, room, blocks, home, weights, cache, work, saves, loading, fits)
 
 
 def _stream(sizes: Sizes) -> list[Part]:
@@ -313,7 +313,7 @@ def _unplaced(sizes: Sizes, devices: Devices, spec: ModelSpec | None) -> ConfigE
     return ConfigError(f"{asked}: {lack}", details={"reason": "too_large"})
 
 
-def _at_first(shard: Shard) -> str:
+def _at_first(shard: PlannedShard) -> str:
     if shard.loading <= max(shard.total, shard.usable):
         return ""
     return f", and {_gib(shard.loading)} while it is loaded"

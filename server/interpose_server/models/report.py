@@ -11,7 +11,7 @@ from rich.table import Table
 
 from ..mistakes import suggestion
 from .devices import GIB, Devices
-from .placement import Load, Plan, Shard
+from .placement import Load, Plan, PlannedShard
 from .planning import figures, plan_for
 from .sizes import Sizes
 from .spec import ModelSpec, Placement
@@ -150,7 +150,7 @@ def rows(plan: Plan) -> list[tuple[str, ...]]:
     ]
 
 
-def totals(shards: Sequence[Shard]) -> tuple[str, ...]:
+def totals(shards: Sequence[PlannedShard]) -> tuple[str, ...]:
     return ("all", f"{len(shards)}", f"{sum(len(shard.blocks) for shard in shards)}", *_figures(shards))
 
 
@@ -183,14 +183,14 @@ def gib(size: int) -> str:
     return f"{size / GIB:,.1f}"
 
 
-def _name(index: int, shard: Shard) -> str:
+def _name(index: int, shard: PlannedShard) -> str:
     return f"{index} + home" if shard.home else f"{index}"
 
 
-def _blocks(shard: Shard) -> str:
+def _blocks(shard: PlannedShard) -> str:
     return f"{shard.blocks.start}-{shard.blocks.stop - 1}" if shard.blocks else "-"
 
 
-def _figures(shards: Sequence[Shard]) -> tuple[str, ...]:
+def _figures(shards: Sequence[PlannedShard]) -> tuple[str, ...]:
     names = ("weights", "cache", "work", "saves", "total", "free")
     return tuple(gib(sum(getattr(shard, name) for shard in shards)) for name in names)

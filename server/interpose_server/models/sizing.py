@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 from interpose.errors import ConfigError
 from interpose.runtime.blocklists import BlockList, main_list
-from interpose.runtime.parts import outline, saved_dtype
+from interpose.runtime.partial_loading import outline, saved_dtype
 from interpose.runtime.sources import Source, torch_dtype
 from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel

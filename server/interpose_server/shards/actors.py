@@ -23,7 +23,7 @@ from .placing import ENV
 log = logging.getLogger(__name__)
 
 
-class Shard:
+class ShardActor:
     """The actor: one range of a model's blocks. Its process ends when home does."""
 
     def stand(
@@ -47,7 +47,7 @@ class Shard:
         from ..blobs import open_blobs
         from ..worker.hosting import prepare_process
         from .outgoing import Outgoing
-        from .shard import stand
+        from .process import stand
 
         wanted = ModelSpec.model_validate(spec)
         logs.setup(f"shard {site} of {wanted.name}")
@@ -91,7 +91,7 @@ def split_engine(spec: ModelSpec, settings: Settings, device: str | None = None)
 
     from ..models.planning import ranges
     from ..worker.engines import ready
-    from .home import assemble
+    from .assembly import assemble
 
     group = ray.util.get_current_placement_group()
     if group is None:
@@ -143,7 +143,7 @@ def _places(bundles: Sequence[Mapping[str, float]], taken: Mapping[str, float]) 
 
 def _placed(group: Any, bundle: int, needs: Mapping[str, float]) -> Any:
     """The actor's class, to be made in a bundle."""
-    return ray.remote(Shard).options(
+    return ray.remote(ShardActor).options(
         num_cpus=needs.get("CPU", 0),
         num_gpus=needs.get("GPU", 0),
         resources={name: amount for name, amount in needs.items() if name not in ("CPU", "GPU")},

@@ -12,9 +12,9 @@ from typing import Any
 
 from interpose.errors import InvalidPayload, ReplicaLost, Unauthorized
 
+from .codec import pack
 from .frames import Frame, Kind, read, written
 from .greeting import HELLO_BYTES, PROOF_BYTES, Answering, Dialing
-from .parcels import pack
 
 log = logging.getLogger(__name__)
 

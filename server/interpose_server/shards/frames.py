@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from interpose.errors import BadArgument, InvalidPayload
 
-from .parcels import Opening, Packed
+from .codec import Opening, Packed
 
 _PREFIX = struct.Struct("!2sBxIQQ")
 _MAGIC = b"IS"

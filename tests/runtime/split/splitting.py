@@ -8,8 +8,8 @@ from typing import Any
 
 import torch
 import transformers
+from cutting import Cut, block_ranges, cut
 from interpose.runtime import nests
-from interpose.runtime.split.cutting import Cut, block_list, cut, ranges
 from models import ARCHITECTURES, BEYOND, tiny
 
 
@@ -22,7 +22,7 @@ def whole(arch: str, **overrides: Any) -> Any:
 @contextmanager
 def split(model: Any, shards: int) -> Iterator[Cut]:
     """The same model with its blocks on so many sites."""
-    parts = cut(model, ranges(block_list(model), shards))
+    parts = cut(model, block_ranges(model, shards))
     try:
         yield parts
     finally:

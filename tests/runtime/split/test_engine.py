@@ -57,7 +57,7 @@ def at_home(loaded: Loaded, home: torch.nn.Module) -> Loaded:
 @pytest.mark.parametrize("arch", ["gpt2", "llama"])
 def test_rows_join_and_leave_a_cache_that_lies_on_shards(arch: str) -> None:
     model = LanguageModel(str(tiny(arch)))
-    whole = model._home.local.engine
+    whole = model._access.local.engine
     graphs = [
         generation(model, [[5, 9, 33], [7]], 14),
         generation(model, [[3, 4, 5, 6, 7, 8, 9]], 3),

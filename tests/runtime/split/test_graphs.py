@@ -39,7 +39,7 @@ def shards(arch: str, parts: int = 3) -> Engine:
 def language(parts: int) -> LanguageModel:
     model = LanguageModel(str(tiny("gpt2")))
     if parts:
-        model._home.local.engine = shards("gpt2", parts)
+        model._access.local.engine = shards("gpt2", parts)
     return model
 
 

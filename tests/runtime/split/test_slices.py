@@ -10,11 +10,11 @@ import pytest
 from interpose.errors import ConfigError
 from interpose.graph.manifest import encode_manifest, fingerprint
 from interpose.runtime.loading import Loaded, wrap
-from interpose.runtime.split.cutting import block_list, cut, ranges
-from interpose.runtime.split.settling import settled
+from interpose.runtime.split.measuring import measure_split
 from interpose.runtime.split.slices import Report, feeding_nest, feeding_of, measured
 from transformers import AutoTokenizer
 
+from tests.cutting import block_ranges, cut
 from tests.models import tiny
 from tests.runtime.split.splitting import whole
 
@@ -22,7 +22,7 @@ from tests.runtime.split.splitting import whole
 def split(arch: str, shards: int, spoil: Any = None) -> Loaded:
     """A model in parts of which each has the weights of its own blocks alone."""
     model = whole(arch)
-    groups = ranges(block_list(model), shards)
+    groups = block_ranges(model, shards)
     parts = cut(model, groups)
 
     def ask(feeding: Any, outputs: Any) -> list[Report]:
@@ -30,7 +30,7 @@ def split(arch: str, shards: int, spoil: Any = None) -> Loaded:
         return reports if spoil is None else spoil(reports)
 
     try:
-        return settled(parts.home, parts.stubs, "tiny", AutoTokenizer.from_pretrained(tiny(arch)), ask)
+        return measure_split(parts.home, parts.dispatcher, "tiny", AutoTokenizer.from_pretrained(tiny(arch)), ask)
     finally:
         parts.route.close()
 

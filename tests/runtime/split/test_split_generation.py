@@ -7,9 +7,9 @@ from typing import Any
 
 import pytest
 import torch
+from cutting import Cut
 from interpose.errors import InternalError
 from interpose.runtime import caches
-from interpose.runtime.split.cutting import Cut
 from splitting import assert_same, fed, split, whole
 from transformers import DynamicCache, StaticCache
 

@@ -8,9 +8,9 @@ from typing import Any
 
 import pytest
 import torch
+from cutting import Cut, block_ranges, cut
 from interpose.errors import InternalError
 from interpose.runtime.hooks import hooked
-from interpose.runtime.split.cutting import Cut, block_list, cut, ranges
 from interpose.runtime.split.route import HOME, Landing, Mail, Nest
 from splitting import fed, split, whole
 from torch import Tensor, nn
@@ -242,7 +242,7 @@ class Home:
 
 
 def watched(model: Any) -> Cut:
-    shards = ranges(block_list(model), 3)
+    shards = block_ranges(model, 3)
 
     def guest(site: int, part: nn.Module) -> Watching:
         path = shards[site - 1][-1]

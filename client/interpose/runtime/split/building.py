@@ -11,10 +11,10 @@ from torch import nn
 
 from ...errors import ConfigError
 from ..blocklists import main_list
-from ..parts import inside, load_part, outline, outside
+from ..partial_loading import inside, load_part, outline, outside
 from ..sources import Source
 from .route import Route
-from .stubs import Home, places, settle_exit, stub
+from .stubs import Dispatcher, places, settle_exit, stub
 
 META = torch.device("meta")
 
@@ -43,22 +43,22 @@ def commit_of(source: str | Path, revision: str | None = None) -> str | None:
     return found
 
 
-def load_home(source: str | Path, route: Route, **options: Any) -> tuple[nn.Module, Home]:
-    """A model without its blocks, stubs in their place, and what the stubs share. `options` as of `load_part`."""
+def load_home(source: str | Path, route: Route, **options: Any) -> tuple[nn.Module, Dispatcher]:
+    """A model without its blocks, stubs in their place, and what takes their calls. `options` as of `load_part`."""
     model = load_part(source, outside(route.sites), **options)
     return model, stubbed(model, route)
 
 
-def stubbed(model: nn.Module, route: Route) -> Home:
+def stubbed(model: nn.Module, route: Route) -> Dispatcher:
     """Put stubs in the place of a model's blocks."""
-    home = Home(route)
+    dispatcher = Dispatcher(route)
     blocks = {path: model.get_submodule(path) for path in route.sites}
     where = places(route, blocks)
     for path, block in blocks.items():
         parent, _, name = path.rpartition(".")
-        setattr(model.get_submodule(parent), name, stub(block, home, where[path]))
+        setattr(model.get_submodule(parent), name, stub(block, dispatcher, where[path]))
     settle_exit(model)
-    return home
+    return dispatcher
 
 
 def load_slice(source: str | Path, own: Collection[str], blocks: Sequence[str], **options: Any) -> nn.Module:

@@ -18,7 +18,7 @@ from ..calls import check_call
 from ..failures import plain
 from ..hooks import no_hooks
 from ..offloaded import parameter
-from .parcels import moved
+from .mapping import moved
 from .route import HOME, Ask, Nest
 from .sites import Sites
 

@@ -13,7 +13,7 @@ from typing import Any
 from torch import Tensor
 
 from ...errors import InternalError
-from .parcels import Swapped, leaf, readdressed
+from .mapping import Swapped, leaf, readdressed
 from .route import HOME, Landing, Mail, Nest, Visit
 from .station import Station, Stop, asking
 

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .parcels import Swapped, mapped
+from .mapping import Swapped, mapped
 from .route import Carrier, Landing, Mail, Nest, Route
 from .station import tracked
 

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ...errors import InternalError
 from . import caches
-from .parcels import Swapped, mapped
+from .mapping import Swapped, mapped
 from .placeholders import Withheld, settled
 from .route import ArgumentRef, BlockCall, CacheRef, Mail
 from .shard import ARGUMENT

@@ -17,7 +17,7 @@ from .. import nests
 from ..hooks import hooked, no_hooks
 from ..independence import Buffers, remembers
 from . import caches
-from .parcels import Swapped, given, mapped, moved, readdressed
+from .mapping import Swapped, given, mapped, moved, readdressed
 from .route import HOME, ArgumentRef, BlockCall, CacheRef, Guest, Mail, Nest, Visit
 from .shard_caches import ShardCaches
 from .station import tracked

@@ -19,8 +19,8 @@ from ...errors import InternalError
 from ..hooks import CURRENT
 from . import caches
 from .journey import Trip, differentiable
+from .mapping import Swapped, leaf, moved, readdressed
 from .packing import Call, Packing, Place, leg, taken
-from .parcels import Swapped, leaf, moved, readdressed
 from .piles import Pile
 from .placeholders import Placeholder, Withheld, settled
 from .route import Carrier, Landing, Mail, Nest, Route, Visit
@@ -28,8 +28,8 @@ from .shard import BACK, OUTPUTS, first_parameter, hidden_dtype
 from .trial import uncollected
 
 
-class Home:
-    """What the stubs of one model share.
+class Dispatcher:
+    """Takes the calls of a model's stubs, and has its shards make what somebody looks at.
 
     Attributes:
         outputs: path -> what the block returns, as `shard.output_kind` says; measured once all blocks were called.
@@ -136,12 +136,12 @@ class Home:
 # -- making stubs ------------------------------------------------------------------------------------------------
 
 
-def stub(block: nn.Module, home: Home, place: Place) -> nn.Module:
+def stub(block: nn.Module, dispatcher: Dispatcher, place: Place) -> nn.Module:
     """What stands for a block: of a class of its own kind, with its plain attributes and none of its parts."""
     kind: Any = type(block)
 
     def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        return home.call(place, args, kwargs)
+        return dispatcher.call(place, args, kwargs)
 
     cls: Any = type(kind.__name__, (kind,), {"forward": forward, "__module__": kind.__module__})
     made: nn.Module = cls.__new__(cls)

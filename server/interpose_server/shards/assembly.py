@@ -13,16 +13,16 @@ from interpose.runtime.loading import Loaded, tokenizer_of
 from interpose.runtime.sources import Source, torch_device
 from interpose.runtime.split.building import load_home
 from interpose.runtime.split.calling import answer
+from interpose.runtime.split.measuring import measure_split
 from interpose.runtime.split.route import Nest
-from interpose.runtime.split.settling import settled
 from interpose.runtime.split.slices import Report, feeding_nest
 
 from .link import Address, Link
-from .parts import FREE, MEASURE, SERVE
+from .loaded_shard import FREE, MEASURE, SERVE
 
 
 @dataclass(frozen=True, eq=False)
-class Home:
+class SplitModel:
     """Attributes:
     loaded: the model, ready for an engine.
     link: the way to its shards.
@@ -48,7 +48,7 @@ def assemble(
     revision: str | None = None,
     quantization: str | None = None,
     **timing: float,
-) -> Home:
+) -> SplitModel:
     """Load home's part of a model, and have all of it measured.
 
     Args:
@@ -65,16 +65,16 @@ def assemble(
     sites = {path: site for site, own in enumerate(parts, 1) for path in own}
     link = Link(secret, addresses, sites, torch_device(device), **timing)
     try:
-        model, stubs = load_home(
+        model, dispatcher = load_home(
             source, link, device=device, dtype=dtype, revision=revision, quantization=quantization
         )
         ask = _Asked(link, name)
-        loaded = settled(model, stubs, name, tokenizer_of(Source.of(source, revision)), ask)
+        loaded = measure_split(model, dispatcher, name, tokenizer_of(Source.of(source, revision)), ask)
         ask.serve(loaded)
     except BaseException:
         link.close()
         raise
-    return Home(loaded, link)
+    return SplitModel(loaded, link)
 
 
 class _Asked:

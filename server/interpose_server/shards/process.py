@@ -1,4 +1,4 @@
-"""A shard as a process of its own: `python -m interpose_server.shards.shard --site 1 --source ... --blocks 0:8`.
+"""A shard as a process of its own: `python -m interpose_server.shards.process --site 1 --source ... --blocks 0:8`.
 
 Reads its part of the model, listens, and prints one line of JSON: {"site": 1, "host": ..., "port": ...}. It takes
 the replica's secret from the environment and ends when home does.
@@ -22,7 +22,7 @@ from interpose.runtime.split.guest import Exit
 from .. import logs
 from ..worker.status import USELESS_TO_RETRY
 from .greeting import checked
-from .parts import load_part_of
+from .loaded_shard import load_shard
 from .standing import Standing
 
 SECRET = "INTERPOSE_SHARD_SECRET"
@@ -93,7 +93,7 @@ def stand(
 
     Args:
         own, blocks: paths of its blocks, and of all.
-        exit_: as of `Part`.
+        exit_: as of `LoadedShard`.
 
     Raises:
         ConfigError, ModelUnavailable: as `load_part` does.
@@ -102,7 +102,7 @@ def stand(
     checked(secret)
     if not own:
         raise ValueError("a shard holds a block at least")
-    part = load_part_of(
+    part = load_shard(
         site, source, own, blocks, exit_, device=device, dtype=dtype, revision=revision, quantization=quantization
     )
     return Standing(site, secret, part, host, port, device=part.device)

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from .transports.local import LocalModel
 
 
-class Home:
+class ModelAccess:
     """A model by its source: its manifest and tokenizer, wherever they come from.
 
     Args:

@@ -8,14 +8,12 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
+from interpose.runtime.blocklists import main_list
+from interpose.runtime.split.here import Here
+from interpose.runtime.split.route import Guest, Route
+from interpose.runtime.split.shard import Shard
+from interpose.runtime.split.stubs import Dispatcher, places, settle_exit, stub
 from torch import nn
-
-from ...errors import ConfigError
-from ..blocklists import main_list
-from .here import Here
-from .route import Guest, Route
-from .shard import Shard
-from .stubs import Home, places, settle_exit, stub
 
 
 @dataclass(frozen=True, eq=False)
@@ -30,15 +28,14 @@ class Cut:
     home: nn.Module
     parts: tuple[nn.Module, ...]
     route: Here
-    stubs: Home
+    dispatcher: Dispatcher
 
 
-def block_list(model: nn.Module) -> list[str]:
-    """Paths of the blocks of a model's main list. Raises ConfigError for a model without one."""
+def block_ranges(model: nn.Module, shards: int) -> list[list[str]]:
+    """Paths of a model's blocks, so many ranges of about one length."""
     found = main_list(model)
-    if found is None or len(found) < 2:
-        raise ConfigError(f"{type(model).__name__} has no list of blocks to split")
-    return [*found.blocks]
+    assert found is not None, "it has no list of blocks"
+    return ranges(found.blocks, shards)
 
 
 def ranges(paths: Sequence[str], parts: int) -> list[list[str]]:
@@ -60,8 +57,8 @@ def cut(
         for site, (paths, part) in enumerate(zip(shards, parts, strict=True), 1)
     }
     route = Here({path: site for site, paths in enumerate(shards, 1) for path in paths}, stations)
-    home, stubs = home_of(model, route)
-    return Cut(home, parts, route, stubs)
+    home, dispatcher = home_of(model, route)
+    return Cut(home, parts, route, dispatcher)
 
 
 def parts_of(model: nn.Module, shards: Sequence[Sequence[str]]) -> tuple[nn.Module, ...]:
@@ -70,14 +67,14 @@ def parts_of(model: nn.Module, shards: Sequence[Sequence[str]]) -> tuple[nn.Modu
     return tuple(_copied(model, {path: nn.Identity() for path in blocks - {*own}}) for own in shards)
 
 
-def home_of(model: nn.Module, route: Route) -> tuple[nn.Module, Home]:
+def home_of(model: nn.Module, route: Route) -> tuple[nn.Module, Dispatcher]:
     """The model with stubs where the blocks were that a route leads to; `model` stays as it is."""
-    stubs = Home(route)
+    dispatcher = Dispatcher(route)
     blocks = {path: model.get_submodule(path) for path in route.sites}
     where = places(route, blocks)
-    home = _copied(model, {path: stub(block, stubs, where[path]) for path, block in blocks.items()})
+    home = _copied(model, {path: stub(block, dispatcher, where[path]) for path, block in blocks.items()})
     settle_exit(home)
-    return home, stubs
+    return home, dispatcher
 
 
 def _copied(model: nn.Module, instead: dict[str, nn.Module]) -> nn.Module:

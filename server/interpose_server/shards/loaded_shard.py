@@ -22,7 +22,7 @@ MEASURE, SERVE, FREE = "part.measure", "part.serve", "part.free"
 """Errands: measure the slice (once), run parts of graphs from now on, tell how many bytes of memory are left."""
 
 
-class Part:
+class LoadedShard:
     """A `Station`: a shard, and what is asked of it while the model is put together.
 
     Args:
@@ -89,13 +89,13 @@ class Part:
         self._shard.guest = Graphs(loaded, Sites(request["sites"], manifest), self._site, self._exit)
 
 
-def load_part_of(
+def load_shard(
     site: int,
     source: str,
     own: Sequence[str],
     blocks: Sequence[str],
     exit_: Exit | None = None,
     **options: Any,
-) -> Part:
+) -> LoadedShard:
     """Read one shard's part of a model. `options` as of `load_part`. Raises as that does."""
-    return Part(site, load_slice(source, set(own), blocks, **options), own, blocks, exit_)
+    return LoadedShard(site, load_slice(source, set(own), blocks, **options), own, blocks, exit_)

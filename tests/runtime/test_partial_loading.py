@@ -17,7 +17,7 @@ from interpose.errors import ConfigError, ModelUnavailable
 from interpose.runtime import quantized
 from interpose.runtime.blocklists import block_lists, main_list
 from interpose.runtime.loading import load
-from interpose.runtime.parts import Keep, inside, load_part, outline, outside
+from interpose.runtime.partial_loading import Keep, inside, load_part, outline, outside
 from interpose.runtime.sources import Source, auto_class
 from models import liven, tiny
 from safetensors.torch import save_file

@@ -9,7 +9,7 @@ import pytest
 import torch
 from interpose.errors import BadArgument, InvalidPayload
 from interpose.runtime.split.route import ArgumentRef, BlockCall, CacheRef, Mail, Visit
-from interpose_server.shards.parcels import Opening, pack
+from interpose_server.shards.codec import Opening, pack
 
 BASE = torch.randn(3, 4, 5, generator=torch.Generator().manual_seed(0))
 

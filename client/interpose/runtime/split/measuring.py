@@ -20,7 +20,7 @@ from .route import Nest
 from .sites import Sites
 from .slices import Report
 from .split import Split
-from .stubs import Home
+from .stubs import Dispatcher
 from .trial import tried
 
 Ask = Callable[[Feeding, Mapping[str, Nest]], Sequence[Report]]
@@ -28,7 +28,7 @@ Ask = Callable[[Feeding, Mapping[str, Nest]], Sequence[Report]]
 
 
 @torch.no_grad()
-def settled(home: nn.Module, stubs: Home, name: str, tokenizer: Any, ask: Ask) -> Loaded:
+def measure_split(home: nn.Module, dispatcher: Dispatcher, name: str, tokenizer: Any, ask: Ask) -> Loaded:
     """Measure a split model. Its shards serve forwards by now; `ask` has each measure its slice.
 
     Args:
@@ -45,7 +45,7 @@ def settled(home: nn.Module, stubs: Home, name: str, tokenizer: Any, ask: Ask) -
         # Its first forward tells what each block returns, too.
         rows = [examples(home, feeding, lengths) for lengths in ([5], [6, 4])]
         tried(home, [feeding.kwargs(joined([row], feeding.inputs, device)) for row in rows])
-    whole = merged(ask(feeding, dict(stubs.outputs)))
+    whole = merged(ask(feeding, dict(dispatcher.outputs)))
     if whole.measured.attention == READABLE:
         attention.adopt(home)
     loaded = described(
@@ -59,4 +59,4 @@ def settled(home: nn.Module, stubs: Home, name: str, tokenizer: Any, ask: Ask) -
         config={**manifest.config, "parameters": whole.parameters},
     )
     found = named.offering(replace(loaded, manifest=manifest), whole.found)
-    return replace(found, split=Split(stubs.route, Sites(stubs.route.sites, found.manifest)))
+    return replace(found, split=Split(dispatcher.route, Sites(dispatcher.route.sites, found.manifest)))
