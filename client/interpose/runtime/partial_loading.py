@@ -18,22 +18,26 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import PretrainedConfig, PreTrainedModel, modeling_utils
-from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
-from transformers.utils.generic import ContextManagers
+from transformers import PretrainedConfig, PreTrainedModel
 
 from ..errors import ConfigError
 from .quantized import scheme
 from .sources import Source, first_line, model_class, torch_device, torch_dtype
+from .transformers_internals import (
+    LIBRARY,
+    Filling,
+    add_generation_config,
+    built,
+    finish_quantized,
+    quantizer_of,
+    settle_dtype,
+)
 from .weights import Weights
 
 Keep = Callable[[str], bool]
 """Whether a parameter or buffer, by its full name, is wanted."""
 
 META = torch.device("meta")
-
-_library: Any = modeling_utils
-"""Whose inner functions are used here. What they are is the library's affair, and pinned with its version."""
 
 
 def inside(paths: Iterable[str]) -> Keep:
@@ -57,10 +61,11 @@ def outline(config: PretrainedConfig, dtype: torch.dtype | None = None) -> PreTr
     Raises:
         ConfigError: the library can't make it.
     """
+    LIBRARY.check()
     config = copy.deepcopy(config)
     try:
         _set_dtype(config, dtype or _as_dtype(config.dtype) or torch.float32)
-        return _built(config, None, None)
+        return built(model_class(config), config)
     except (ValueError, KeyError, AttributeError, TypeError, ImportError, RuntimeError) as error:
         raise ConfigError(f"no model can be made of this config: {first_line(error)}") from error
 
@@ -89,31 +94,23 @@ def load_part(
             wanted, or that the library can't load on the device.
         ModelUnavailable: the hub doesn't give it.
     """
+    LIBRARY.check()
     at = Source.of(source, revision, local_files_only=local_files_only)
     config = at.config()
     at = at.fixed(config)
     wanted_dtype, place = torch_dtype(dtype), torch_device(device)
     weights = at.fetch(lambda: Weights.find(at, config))
     chosen = scheme(quantization).get("quantization_config")
-    quantizer = at.fetch(lambda: _quantizer(config, chosen, place))
+    quantizer = at.fetch(lambda: quantizer_of(config, chosen, place))
     resolved = at.fetch(lambda: _set_dtype(config, wanted_dtype, quantizer, weights))
-    model = at.fetch(lambda: _built(config, quantizer, place))
+    model = at.fetch(lambda: built(model_class(config), config, quantizer, place))
     part = _Part.of(model, keep, place)
-    mapping = _library.get_model_conversion_mapping(model, None, quantizer)
-    options = _library.LoadStateDictConfig(
-        pretrained_model_name_or_path=at.place,
-        device_map=part.device_map,
-        dtype=resolved,
-        dtype_plan=model._get_dtype_plan(resolved),
-        hf_quantizer=quantizer,
-        weight_mapping=mapping,
-    )
-    at.fetch(lambda: _fill(model, part, weights, options))
+    filling = Filling(model, at.place, part.device_map, resolved, quantizer)
+    at.fetch(lambda: _fill(filling, part, weights))
     nn.Module.eval(model).requires_grad_(False)
-    _generation(model, at)
+    add_generation_config(model, at.place, at.hub)
     if quantizer is not None:
-        model.hf_quantizer = quantizer
-        quantizer.postprocess_model(model)
+        finish_quantized(model, quantizer)
     part.check(model)
     return model
 
@@ -191,58 +188,17 @@ def _cover(every: Iterable[str], wanted: set[str], device: torch.device, placed:
     divide(list(every), 0)
 
 
-def _fill(model: PreTrainedModel, part: _Part, weights: Weights, options: Any) -> None:
-    """Read what is wanted, tie what is tied, compute what files don't hold."""
-    names = _needed(model, part, weights.names(), options.weight_mapping)
+def _fill(filling: Filling, part: _Part, weights: Weights) -> None:
+    """Read what is wanted: of a checkpoint the tensors of which something wanted is made."""
+    targets = filling.targets()
+    names = [name for name in weights.names() if not part.names.isdisjoint(targets(name))]
     with ExitStack() as stack:
-        state = weights.slices(names, stack)
-        info, _ = model._load_pretrained_model(model, state, None, options)
-    info.missing_keys &= part.names
-    model._finalize_model_loading(model, options, info)
-    if info.missing_keys:
+        info = filling.fill(weights.slices(names, stack))
+    if missing := filling.finish(info, part.names):
         raise ConfigError(
-            f"{weights.source.place} holds no weights for {', '.join(sorted(info.missing_keys)[:3])}"
-            f"{' and others' if len(info.missing_keys) > 3 else ''}"
+            f"{weights.source.place} holds no weights for {', '.join(missing[:3])}"
+            f"{' and others' if len(missing) > 3 else ''}"
         )
-
-
-def _needed(model: PreTrainedModel, part: _Part, names: Iterable[str], mapping: Iterable[Any]) -> list[str]:
-    """Of a checkpoint's tensors those from which something wanted is made, by the library's own renaming."""
-    state = model.state_dict()
-    prefix = model.base_model_prefix
-    renamings = [entry for entry in mapping if isinstance(entry, WeightRenaming)]
-    converters = [entry for entry in mapping if isinstance(entry, WeightConverter)]
-    by_pattern = {pattern: entry for entry in converters for pattern in entry.source_patterns}
-
-    def targets(name: str) -> list[str]:
-        renamed, pattern = rename_source_key(name, renamings, converters, prefix, state)
-        if renamed not in state and name in state:
-            renamed, pattern = rename_source_key(name, [], [], prefix, state)
-        if pattern is None:
-            return [renamed]
-        made = by_pattern[pattern].target_patterns
-        return [renamed.replace(made[0], target) for target in made]
-
-    return [name for name in names if not part.names.isdisjoint(targets(name))]
-
-
-def _built(config: PretrainedConfig, quantizer: Any, device: torch.device | None) -> PreTrainedModel:
-    """A config's model on meta, as `from_pretrained` makes it before it reads anything."""
-    cls = model_class(config)
-    with ContextManagers(cls.get_init_context(config.dtype, quantizer is not None, False, None)):
-        model: PreTrainedModel = cls(copy.deepcopy(config))
-        _library.patch_output_recorders(model)
-        if quantizer is not None:
-            quantizer.preprocess_model(
-                model=model, dtype=config.dtype, device_map={"": device}, checkpoint_files=None
-            )
-    return model
-
-
-def _quantizer(config: PretrainedConfig, chosen: Any, device: torch.device) -> Any:
-    """What loads weights that are quantised, None for others; an error where it can't on this device."""
-    found, _, _ = _library.get_hf_quantizer(config, chosen, {"": device}, True, {})
-    return found
 
 
 def _set_dtype(
@@ -251,8 +207,7 @@ def _set_dtype(
     """Settle "auto" as the library does, and tell the config and its parts."""
     file = [weights.any_file()] if weights is not None and dtype == "auto" and config.dtype is None else None
     metadata = dict(weights.metadata) if weights is not None and weights.files is not None else None
-    _, found = _library._get_dtype(dtype, file, config, metadata, None, True, quantizer)
-    return _as_dtype(found) or torch.float32
+    return _as_dtype(settle_dtype(config, dtype, file, metadata, quantizer)) or torch.float32
 
 
 def saved_dtype(source: Source, config: PretrainedConfig) -> torch.dtype:
@@ -263,13 +218,3 @@ def saved_dtype(source: Source, config: PretrainedConfig) -> torch.dtype:
 def _as_dtype(value: Any) -> torch.dtype | None:
     found = getattr(torch, value) if isinstance(value, str) else value
     return found if isinstance(found, torch.dtype) else None
-
-
-def _generation(model: Any, source: Source) -> None:
-    """The settings of generations that come with a model."""
-    if not model.can_generate():
-        return
-    unset = dict.fromkeys(("cache_dir", "force_download", "proxies", "token"))
-    model.adjust_generation_fn(
-        None, None, None, source.place, subfolder="", **{"revision": None, **source.hub, **unset}
-    )

@@ -15,6 +15,7 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError, Repository
 from transformers import AutoConfig, PretrainedConfig
 
 from ..errors import ConfigError, ModelUnavailable, OutOfMemory
+from .transformers_internals import models_of
 from .unavailable import reason
 
 T = TypeVar("T")
@@ -145,7 +146,7 @@ def first_line(error: Exception) -> str:
 def auto_class(config: PretrainedConfig) -> Any:
     """The library's Auto class that makes the architecture a config names."""
     wanted = set(config.architectures or ())
-    offers = {kind: kind._model_mapping.get(type(config), None) for kind in _KINDS}
+    offers = {kind: models_of(kind, config) for kind in _KINDS}
     for kind, found in offers.items():
         if any(cls.__name__ in wanted for cls in _classes(found)):
             return kind
@@ -158,7 +159,7 @@ def auto_class(config: PretrainedConfig) -> Any:
 
 def model_class(config: PretrainedConfig) -> Any:
     """The class that `auto_class` would make of a config."""
-    found = _classes(auto_class(config)._model_mapping[type(config)])
+    found = _classes(models_of(auto_class(config), config))
     wanted = set(config.architectures or ())
     return next((cls for cls in found if cls.__name__ in wanted), found[0])
 

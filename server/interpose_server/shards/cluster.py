@@ -11,12 +11,11 @@ from typing import Any
 import ray
 from interpose.errors import ConfigError
 from ray import serve
-from ray._private import state
-from ray.experimental.internal_kv import _internal_kv_del, _internal_kv_get, _internal_kv_put
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from ..models.devices import Devices
 from ..models.spec import ModelSpec
+from . import ray_internals
 from .local import OBJECT_BYTES
 
 NAMESPACE = "interpose"
@@ -36,11 +35,12 @@ ASK_S = 60.0
 
 
 def start(temp_dir: Path, connected: Callable[[], object] = lambda: None) -> str:
-    """Start a cluster on this machine, as a part of this process. Returns its address.
+    """Start a cluster on this machine, as a part of this process. Returns its address. Raises ConfigError.
 
     Args:
         connected: called as soon as Ray runs in this process, before Serve does.
     """
+    ray_internals.RAY.check()
     _hush()
     ray.init(
         address="local",
@@ -58,6 +58,7 @@ def start(temp_dir: Path, connected: Callable[[], object] = lambda: None) -> str
 
 def join(address: str, connected: Callable[[], object] = lambda: None) -> None:
     """Use a cluster that runs; `connected` as of `start`. Raises ConfigError if there is none that lets us in."""
+    ray_internals.RAY.check()
     _hush()
     try:
         ray.init(address=address, namespace=NAMESPACE, log_to_driver=False, logging_level=logging.ERROR)
@@ -120,7 +121,7 @@ class Cards:
 def _memory(counts: Mapping[str, int]) -> list[list[int]]:
     """Bytes of each GPU of each node. Asked on the nodes themselves; none of their GPUs has to be free for that."""
     asked = {
-        node: ray.remote(num_cpus=0)(_cards)
+        node: ray.remote(num_cpus=0)(ray_internals.card_bytes)
         .options(scheduling_strategy=NodeAffinitySchedulingStrategy(node, soft=False))
         .remote()
         for node in counts
@@ -133,18 +134,9 @@ def _memory(counts: Mapping[str, int]) -> list[list[int]]:
     return [found[node][:count] for node, count in counts.items()]
 
 
-def _cards() -> list[int]:
-    from ray._private.thirdparty import pynvml
-
-    library: Any = pynvml
-    library.nvmlInit()
-    handles = map(library.nvmlDeviceGetHandleByIndex, range(library.nvmlDeviceGetCount()))
-    return [int(library.nvmlDeviceGetMemoryInfo(handle).total) for handle in handles]
-
-
 def has_room(resources: Iterable[Mapping[str, float]]) -> bool:
     """Whether bundles fit beside what runs on the cluster now. Nodes are filled first fit."""
-    nodes = [dict(free) for free in free().values()]
+    nodes = [dict(free) for free in ray_internals.free_resources().values()]
     for bundle in resources:
         node = next((free for free in nodes if all(free.get(k, 0) >= v for k, v in bundle.items())), None)
         if node is None:
@@ -156,25 +148,15 @@ def has_room(resources: Iterable[Mapping[str, float]]) -> bool:
 
 def total() -> Mapping[str, Mapping[str, float]]:
     """Node -> what it has of each resource."""
-    found: Mapping[str, Mapping[str, float]] = state.total_resources_per_node()  # type: ignore[no-untyped-call]
-    return found
-
-
-def free() -> Mapping[str, Mapping[str, float]]:
-    """Node -> what it has left of each resource."""
-    found: Mapping[str, Mapping[str, float]] = state.available_resources_per_node()  # type: ignore[no-untyped-call]
-    return found
+    return {node["NodeID"]: node["Resources"] for node in ray.nodes() if node["Alive"]}  # type: ignore[no-untyped-call]
 
 
 class Notes:
     """Small facts kept by the cluster itself, gone when it goes."""
 
     def read(self, name: str) -> Any:
-        raw = _internal_kv_get(name, namespace=NAMESPACE)
+        raw = ray_internals.read_value(name, NAMESPACE)
         return None if raw is None else json.loads(raw)
 
     def write(self, name: str, value: Any) -> None:
-        _internal_kv_put(name, json.dumps(value), namespace=NAMESPACE)
-
-    def drop(self, name: str) -> None:
-        _internal_kv_del(name, namespace=NAMESPACE)
+        ray_internals.write_value(name, json.dumps(value), NAMESPACE)

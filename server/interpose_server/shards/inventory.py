@@ -7,18 +7,18 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import ray
-from ray._private import state
 from ray.util import placement_group_table
 
 from ..models.inventory import Inventory, Node
-from .cluster import MODELS_NOTE, Notes, free, has_gpus, total
+from . import ray_internals
+from .cluster import MODELS_NOTE, Notes, has_gpus, total
 from .naming import actor_of, app_name
 
 
 def inventory(workers: Iterable[str]) -> Inventory:
     """Args: workers: those that are heard of, as the broker names them."""
     kind = "GPU" if has_gpus() else "CPU"
-    names, left = _names(), free()
+    names, left = _names(), ray_internals.free_resources()
     nodes = {node: has[kind] for node, has in total().items() if has.get(kind)}
     noted: Mapping[str, Mapping[str, Any]] = Notes().read(MODELS_NOTE) or {}
     takes = {model: [float(part) for part in note["parts"]] for model, note in noted.items()}
@@ -52,23 +52,22 @@ def _held(
 ) -> list[tuple[str, float]]:
     """Nodes and devices of each part of a copy."""
     actor = actor_of(worker)
-    found = state.actors(actor_id=actor) if actor else {}
-    if not found or found["State"] == "DEAD":
+    found = ray_internals.living(actor) if actor else None
+    if found is None:
         return []
-    if (group := groups.get(found["Name"])) is not None:
+    if (group := groups.get(found.name)) is not None:
         return [
             (names.get(node, node[:8]), float(group["bundles"][index].get(kind, 0)))
             for index, node in sorted(group["bundles_to_node_id"].items())
         ]
-    node = found["Address"]["NodeID"]
-    model = next((model for model in takes if _is_of(found["Name"], model)), None)
-    return [(names.get(node, node[:8]), sum(takes[model]))] if model is not None else []
+    model = next((model for model in takes if _is_of(found.name, model)), None)
+    return [(names.get(found.node, found.node[:8]), sum(takes[model]))] if model is not None else []
 
 
 def _pending(takes: Mapping[str, Sequence[float]], groups: Mapping[str, Mapping[str, Any]]) -> dict[str, int]:
     """Model -> copies that have been asked for and have no place yet."""
     names = {group["name"] for group in groups.values() if group["state"] == "PENDING"}
-    names |= {actor["Name"] for actor in state.actors(actor_state_name="PENDING_CREATION").values()}
+    names |= ray_internals.waiting()
     return {model: number for model in takes if (number := sum(_is_of(name, model) for name in names))}
 
 

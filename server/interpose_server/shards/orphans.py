@@ -4,19 +4,15 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from typing import Any
+from functools import cache
 
-from interpose.errors import InternalError
-from ray._private import state
-from ray.core.generated import common_pb2
+from interpose.errors import ConfigError, InternalError
 
 from ..broker.connect import Broker
 from ..broker.states import ModelState
+from . import ray_internals
 from .naming import actor_of
-
-_messages: Any = common_pb2  # which has what is in it at run time only
-KILLED: int = _messages.ActorDiedErrorContext.Reason.Value("RAY_KILL")
-"""Serve ended it, as it does one that is wanted no longer before it's ready."""
+from .ray_internals import Death
 
 log = logging.getLogger(__name__)
 
@@ -29,16 +25,24 @@ async def reap_orphans(broker: Broker) -> None:
                 continue
             requeued = await broker.queue.reap(worker)
             log.warning("%s, a copy of %s, is dead; it held %d jobs", worker, hosted.name, len(requeued))
-            if own is ModelState.LOADING and death != KILLED:
+            # Serve kills one that is wanted no longer before it's ready, which is no failure.
+            if own is ModelState.LOADING and death is not Death.KILLED:
                 why = InternalError(f"{worker} died while it loaded {hosted.name}")
                 await broker.models.announce(hosted.name, worker, ModelState.FAILED, why)
             await broker.models.announce(hosted.name, worker, ModelState.STOPPED)
 
 
-def _death(worker: str) -> int | None:
-    """Why a worker's actor is no more, by Ray's numbers; None while it lives, and of one that Ray never knew."""
+def _death(worker: str) -> Death | None:
+    """How a worker's actor died; None while it lives, of one that Ray never knew, and where Ray doesn't tell."""
     actor = actor_of(worker)
-    found = state.actors(actor_id=actor) if actor else {}
-    if not found or found["State"] != "DEAD":
+    try:
+        return ray_internals.death(actor) if actor else None
+    except ConfigError as error:
+        _untold(str(error))
         return None
-    return int(found["DeathCause"].actor_died_error_context.reason)
+
+
+@cache
+def _untold(why: str) -> None:
+    """Said once."""
+    log.error("jobs of replicas that die wait until their leases end: %s", why)

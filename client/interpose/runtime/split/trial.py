@@ -7,17 +7,16 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers.utils import output_capturing
 
 from ...errors import ConfigError, InternalError, ReplicaLost
+from ..transformers_internals import collected
 
 _STATES = "hidden_states"
 
 
 def uncollected() -> None:
     """Raises InternalError where the library is about to collect what modules within blocks return."""
-    collected: Any = output_capturing._active_collector.get()  # type: ignore[no-untyped-call]
-    lost = [] if collected is None else [key for key in collected if not key.startswith("_") and key != _STATES]
+    lost = [key for key in collected() or () if not key.startswith("_") and key != _STATES]
     if lost:
         raise InternalError(
             f"a split model doesn't collect its blocks' {', '.join(lost)}; read them by hook points"
