@@ -69,6 +69,7 @@ class _Known:
         seen: what each layer keeps here since a shard last told of it, or somebody changed it in a known way.
         news: site -> what it must be told at its next visit, in order.
         held: caches that were joined to this one, until the shards have done that as well.
+        spoiled: whether a forward failed with it: some shards had gone on with theirs, and others hadn't.
     """
 
     number: int
@@ -77,6 +78,7 @@ class _Known:
     seen: list[dict[str, Any]] = field(default_factory=list)
     news: dict[int, list[Nest]] = field(default_factory=dict)
     held: dict[int, Any] = field(default_factory=dict)
+    spoiled: bool = False
 
 
 class HomeCaches:
@@ -93,8 +95,13 @@ class HomeCaches:
         self._classes: dict[type, Any] = {}
 
     def ref(self, cache: Any) -> CacheRef:
-        """What stands for a cache in a block's arguments. Raises InternalError if it was changed here."""
+        """What stands for a cache in a block's arguments.
+
+        Raises InternalError if it was changed here, or a forward has failed with it.
+        """
         known = self._find(cache) or self._add(cache)
+        if known.spoiled:
+            raise InternalError("a forward has failed with this cache, which no shard has any more")
         if not _same(cache, known.seen):
             raise InternalError("a cache was changed between two forwards in a way that a split model can't follow")
         return CacheRef(known.number)
@@ -130,6 +137,14 @@ class HomeCaches:
             if not any("edit" in entry for entries in known.news.values() for entry in entries):
                 known.held.clear()
             known.seen = [dict(vars(layer)) for layer in cache.layers]
+
+    def spoiled(self, caches: Sequence[Any]) -> None:
+        """A forward failed on its way by the shards: they let go of the caches that it was to use."""
+        for cache in caches:
+            known = self._get(cache)
+            for one in (known, *map(self._get, known.held.values())):
+                one.spoiled = True
+                self._dropped(one.number)
 
     def edited(self, cache: Any, name: str, args: Sequence[Any]) -> None:
         """A cache was changed here: the shards that have it are to change it likewise."""

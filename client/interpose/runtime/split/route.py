@@ -137,8 +137,8 @@ class Route(Protocol):
     """The way to the shards. Several forwards may be under way at once, from several threads; each shard serves
     them in the order in which they come.
 
-    Whatever a shard raises is raised here, and nothing of that forward stays on any shard. A shard that is gone
-    raises ReplicaLost: the replica is to end.
+    Whatever a shard raises is raised here, and nothing of that forward stays on any shard; the caches it was to use
+    home has them drop. A shard that is gone raises ReplicaLost: the replica is to end.
     """
 
     sites: Mapping[str, int]

@@ -92,6 +92,13 @@ class Shard:
         self, number: int, hidden: Tensor, visit: Visit, mail: Sequence[Mail]
     ) -> tuple[Tensor | None, Nest, Sequence[Mail]]:
         """Serve one forward; `mail` is what is addressed here."""
+        words = [letter for letter in mail if letter.address[0] == caches.ADDRESS]
+        with self._caches.taken(words):
+            return self._visit(number, hidden, visit, mail)
+
+    def _visit(
+        self, number: int, hidden: Tensor, visit: Visit, mail: Sequence[Mail]
+    ) -> tuple[Tensor | None, Nest, Sequence[Mail]]:
         arrived = Swapped(lambda tensor: moved(tensor, self._device))
         hidden, mail = arrived(hidden), readdressed(mail, arrived)
         of_caches = [letter for letter in mail if letter.address[0] == caches.ADDRESS]
@@ -99,7 +106,6 @@ class Shard:
         for_guest = [letter for letter in mail if letter.address[0] not in _OURS]
         asked = {place: back for letter in mail if letter.address[0] == BACK for place, back in letter.value}
         between: dict[int, Mail] = {}
-        self._caches.take(of_caches)
 
         def resolve(value: Any) -> Any:
             if isinstance(value, CacheRef):
@@ -120,12 +126,13 @@ class Shard:
         with torch.set_grad_enabled(visit.grad), no_hooks():
             result, reply, new = self._serve(visit, for_guest, run)
         new = [*new, *between.values()]
-        came, left = tracked(hidden, mail), tracked(result, new)
-        if visit.grad:
-            self._kept[number] = _Kept(came, left)
+        kept = _Kept(tracked(hidden, mail), tracked(result, new))
         border = Swapped(_border)
         out = None if result is None else border(result)
-        return out, reply, [*self._caches.tell(of_caches), *readdressed(new, border)]
+        leaving = [*self._caches.tell(of_caches), *readdressed(new, border)]
+        if visit.grad:
+            self._kept[number] = kept
+        return out, reply, leaving
 
     def _serve(
         self, visit: Visit, mail: Sequence[Mail], run: Callable[[], Tensor]

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -12,6 +13,19 @@ from ..caches import JOIN, KEEP, join, keep
 from .caches import ADDRESS, EDITS
 from .layers import by_index, grouped, layer_nest, new_cache, new_layer, update
 from .route import HOME, CacheRef, Mail, Nest
+
+
+def _concerned(mail: Sequence[Mail]) -> set[int]:
+    """The caches that a visit uses, and those that are joined to them."""
+    found = {letter.address[1] for letter in mail}
+    news = [entry for letter in mail for entry in letter.value.get("news", ())]
+    while news:
+        entry = news.pop()
+        if entry.get("edit") == JOIN:
+            other, before = entry["args"]
+            found.add(other)
+            news += before
+    return found
 
 
 class ShardCaches:
@@ -24,8 +38,20 @@ class ShardCaches:
         self._foreign: dict[int, set[int]] = {}
         self._told: dict[int, dict[int, Nest]] = {}
 
-    def take(self, mail: Sequence[Mail]) -> None:
-        """Make caches, and bring them to what other sites say."""
+    @contextmanager
+    def taken(self, mail: Sequence[Mail]) -> Iterator[None]:
+        """Caches made, and brought to what other sites say, for one visit.
+
+        If it raises, they are gone: they may hold a part of it, and nobody can tell which.
+        """
+        try:
+            self._take(mail)
+            yield
+        except BaseException:
+            self.drop(_concerned(mail))
+            raise
+
+    def _take(self, mail: Sequence[Mail]) -> None:
         # Home's words come before those of sites on the way, whichever arrives first.
         for letter in sorted(mail, key=lambda letter: "site" in letter.value):
             number, word = letter.address[1], letter.value

@@ -28,7 +28,8 @@ class Station(Protocol):
         """Serve one forward. `mail` is what is addressed here. With `visit.grad` its graph stays until dropped.
 
         Returns hidden states (None: no later shard is needed), the guest's reply, and new mail. One that raises
-        leaves nothing behind.
+        leaves nothing behind: neither its graph, nor jobs that began with it, nor the caches that it was to use,
+        which may hold a part of it.
         """
 
     def wave(

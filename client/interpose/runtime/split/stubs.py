@@ -117,8 +117,12 @@ class Dispatcher:
         number = next(self._numbers)
         trip = Trip(self.route, number, tuple(sites), carrier) if grad else None
         border = Swapped(leaf if grad else Tensor.detach)
-        landing = self.route.forward(number, border(hidden), visits, readdressed(mail, border))
-        self._caches.landed(packing.caches, landing.mail, hidden.device)
+        try:
+            landing = self.route.forward(number, border(hidden), visits, readdressed(mail, border))
+            self._caches.landed(packing.caches, landing.mail, hidden.device)
+        except BaseException:
+            self._caches.spoiled(packing.caches)
+            raise
         home = Swapped(lambda tensor: moved(tensor, hidden.device))
         letters = [letter for letter in landing.mail if letter.address[0] != caches.ADDRESS]
         landing = replace(landing, hidden=home(landing.hidden), mail=tuple(readdressed(letters, home)))
