@@ -2,6 +2,7 @@
 
 from .local import LocalBlobs, LocalReader
 from .opening import open_blobs
+from .patient import put_patiently
 from .protocol import BLOCK, BlobKey, Blobs, Reader, Writer, read, whole
 
 __all__ = [
@@ -13,6 +14,7 @@ __all__ = [
     "Reader",
     "Writer",
     "open_blobs",
+    "put_patiently",
     "read",
     "whole",
 ]

@@ -1,34 +1,35 @@
-"""Large saves go from a shard to the blob store by themselves; home is told where they are, and when."""
+"""Large saves go from a shard to the blob store by themselves; home is told where they are, and when.
+
+They hold up nobody here, whether the store is slow or away: what no more can wait for goes by way of home, where it
+holds up its own batch alone.
+"""
 
 from __future__ import annotations
 
+import asyncio
 import itertools
-import logging
+import threading
 import time
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 from typing import Any
 
-from interpose.errors import InternalError, InterposeError, StorageUnavailable
+from interpose.errors import InternalError, InterposeError
 from interpose.runtime.split.route import Nest
 from interpose.wire.tensors import encode_spec, tensor_spec, total
 from interpose.wire.trees import flatten
 
 from .. import blob_keys
-from ..blobs import BlobKey, Blobs
+from ..blobs import BlobKey, Blobs, put_patiently
 from ..settings import Settings
 from ..worker.leaving import Leaving, leave
 from ..worker.sink import Backlog
-
-log = logging.getLogger(__name__)
-
-RETRY_S = 0.5
 
 REMEMBERED = 4096
 """Saves of which home hasn't heard that they are stored; it asks no more for those of a job that failed."""
 
 
 class Outgoing:
-    """A shard's `Exit`."""
+    """A shard's `Exit`. Of the saves on their way it holds as many bytes as a worker does, `backlog_bytes`."""
 
     def __init__(self, blobs: Blobs, settings: Settings) -> None:
         self._blobs = blobs
@@ -36,25 +37,27 @@ class Outgoing:
         self._ttl_s = settings.result_ttl_s + settings.limits.wall_s + 60
         self._patience_s = settings.limits.wall_s
         self._backlog = Backlog(settings.backlog_bytes)
-        self._pool = ThreadPoolExecutor(blobs.lanes, thread_name_prefix="outgoing")
+        self._lanes = asyncio.Semaphore(blobs.lanes)
         self._tokens = itertools.count(1)
         self._leaving: dict[int, Future[None]] = {}
+        self._loop = asyncio.new_event_loop()
+        self._thread = threading.Thread(target=self._loop.run_forever, name="outgoing", daemon=True)
+        self._thread.start()
 
     def leave(self, address: Nest, node: int, value: Any) -> Nest:
         tree, tensors = flatten(value)
         specs = [tensor_spec(tensor) for tensor in tensors]
         size = total(specs)
-        if address is None or size <= self._inline_bytes:
+        if address is None or size <= self._inline_bytes or not self._backlog.fits(size):
             return {"value": value}
         name = f"{address['id']}/{address['attempt']}/{node}"
-        self._backlog.add(size, lambda: False)
         try:
             key, parts = blob_keys.result(address["user"], name), tuple(map(leave, tensors))
-            token = next(self._tokens)
-            self._leaving[token] = self._pool.submit(self._store, key, parts, size)
         except BaseException:
             self._backlog.remove(size)
             raise
+        token, until = next(self._tokens), time.monotonic() + self._patience_s
+        self._leaving[token] = asyncio.run_coroutine_threadsafe(self._store(key, parts, size, until), self._loop)
         if len(self._leaving) > REMEMBERED:
             self._forget()
         return {
@@ -74,12 +77,8 @@ class Outgoing:
         if future is None:
             return {"error": InternalError("the shard knows nothing of this save").to_wire()}
         error = future.exception()
-        if error is None:
-            return {"error": None}
-        if not isinstance(error, InterposeError):
-            log.error("a result can't be stored", exc_info=error)
-            error = InternalError("the server couldn't store a result")
-        return {"error": error.to_wire()}
+        assert error is None or isinstance(error, InterposeError)
+        return {"error": None if error is None else error.to_wire()}
 
     def _forget(self) -> None:
         """Let go of the oldest saves that are stored."""
@@ -87,20 +86,11 @@ class Outgoing:
         for token in [token for token, future in [*self._leaving.items()] if future.done()][:over]:
             self._leaving.pop(token, None)
 
-    def close(self) -> None:
-        self._pool.shutdown(wait=False, cancel_futures=True)
-
-    def _store(self, key: BlobKey, parts: tuple[Leaving, ...], size: int) -> None:
-        """A store that is away is tried again for as long as a job may take."""
-        ends = time.monotonic() + self._patience_s
+    async def _store(self, key: BlobKey, parts: tuple[Leaving, ...], size: int, until: float) -> None:
         try:
-            while True:
-                try:
-                    self._blobs.put(key, [part.data() for part in parts], self._ttl_s)
-                    return
-                except StorageUnavailable:
-                    if time.monotonic() > ends:
-                        raise
-                    time.sleep(RETRY_S)
+            async with self._lanes:
+                await put_patiently(
+                    self._blobs, lambda: self._blobs.put(key, [part.data() for part in parts], self._ttl_s), until
+                )
         finally:
             self._backlog.remove(size)

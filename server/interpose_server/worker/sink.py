@@ -106,6 +106,14 @@ class Backlog:
                 self._changed.wait(0.5)
             self._bytes += size
 
+    def fits(self, size: int) -> bool:
+        """Add bytes if there is room for them; nobody waits."""
+        with self._changed:
+            if self._bytes and self._bytes + size > self._most:
+                return False
+            self._bytes += size
+            return True
+
     def remove(self, size: int) -> None:
         with self._changed:
             self._bytes -= size

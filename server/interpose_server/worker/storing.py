@@ -3,27 +3,23 @@
 from __future__ import annotations
 
 import asyncio
-import logging
 import time
 from collections import deque
 from collections.abc import Callable
 
-from interpose.errors import InternalError, InterposeError, JobCancelled, ReplicaLost, StorageUnavailable, from_wire
+from interpose.errors import InterposeError, JobCancelled, ReplicaLost, from_wire
 
 from .. import blob_keys
-from ..blobs import Blobs
+from ..blobs import Blobs, put_patiently
 from ..settings import Settings
 from ..tasks import end
 from .sink import Adopted, Item, JobSink, Saved, Stored
 
-log = logging.getLogger(__name__)
-
 MOST_INLINED = 64
 """So many times the bound on one inline save may the inline saves of a job take together."""
 
-RETRY_S = 0.5
-
-SOON_S = 0.002
+SOON_S, SELDOM_S = 0.002, 0.5
+"""How often a shard is asked whether a save has arrived: at first, and in the end."""
 
 
 class Storing:
@@ -94,35 +90,21 @@ class Storing:
     async def _store(self, sink: JobSink, item: Saved) -> Stored:
         """Store a save, or end its job. A store that is away is tried again for as long as the job may take."""
         name = f"{sink.claim.id}/{sink.claim.attempt}/{item.node}"
-        ends = time.monotonic() + sink.limits.wall_s
+        until = time.monotonic() + sink.limits.wall_s
+        stored = False
         async with self._lanes:
-            while not isinstance(sink.stopped, JobCancelled):
-                try:
-                    await self._blobs.run(lambda: self._put(sink, name, item))
-                    return Stored(item, name)
-                except StorageUnavailable as error:
-                    if time.monotonic() > ends:
-                        sink.stop(error)
-                        break
-                    await asyncio.sleep(RETRY_S)
-                except InterposeError as error:
-                    sink.stop(error)
-                    break
-                except OSError as error:
-                    log.error("a result can't be stored: %s", error)
-                    sink.stop(InternalError("the server couldn't store a result"))
-                    break
-                except Exception:
-                    # A fault of ours, or no memory for a copy: the job's end is still told, and other jobs go on.
-                    log.exception("a result can't be brought out")
-                    sink.stop(InternalError("the server failed while taking a result from the model"))
-                    break
-        return Stored(item, "")
+            try:
+                stored = await put_patiently(
+                    self._blobs, lambda: self._put(sink, name, item), until, lambda: _cancelled(sink)
+                )
+            except InterposeError as error:
+                sink.stop(error)
+        return Stored(item, name if stored else "")
 
     async def _arrival(self, sink: JobSink, item: Adopted) -> Stored:
         """Wait until a shard has stored a save, or end its job. Raises ReplicaLost: the job is to be run again."""
         wait_s = SOON_S
-        while not isinstance(sink.stopped, JobCancelled):
+        while not _cancelled(sink):
             try:
                 told = await asyncio.to_thread(item.stored)
             except ReplicaLost:
@@ -132,7 +114,7 @@ class Storing:
                 break
             if not told:
                 await asyncio.sleep(wait_s)
-                wait_s = min(2 * wait_s, RETRY_S)
+                wait_s = min(2 * wait_s, SELDOM_S)
             elif told["error"] is None:
                 return Stored(item, item.blob)
             else:
@@ -144,3 +126,7 @@ class Storing:
         # Longer than the job: its time to live starts only when it ends.
         ttl_s = self._result_ttl_s + sink.limits.wall_s + 60
         self._blobs.put(blob_keys.result(sink.claim.user, name), item.parts(), ttl_s)
+
+
+def _cancelled(sink: JobSink) -> bool:
+    return isinstance(sink.stopped, JobCancelled)
