@@ -9,6 +9,7 @@ import pytest
 from interpose_server.models.devices import Devices
 from interpose_server.models.spec import ModelSpec, Placement
 from interpose_server.settings import Settings
+from interpose_server.shards import apps
 from interpose_server.shards.choosing import chosen
 from interpose_server.shards.naming import actor_of, app_name, worker_name
 from interpose_server.shards.placing import Needs, needs
@@ -104,3 +105,14 @@ def test_a_setting_of_gateways_makes_no_other_copy() -> None:
 
     assert mark(PLAIN.model_copy(update={"metrics_open": True, "queued_per_user": 3})) == mark(PLAIN)
     assert mark(PLAIN.model_copy(update={"batch_jobs": 3})) != mark(PLAIN)
+
+
+def test_the_brokers_password_is_not_among_what_serve_is_given(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(apps, "has_room", lambda _: True)
+    settings = PLAIN.model_copy(update={"redis_url": "redis://:sesame@broker:6379/0"})
+    spec = ModelSpec(name="tiny", devices=1)
+    target: Any = apps._target(spec, settings, of(gpus=False, settings=settings), 1)
+    deployment = target.target._bound_deployment
+    (given,) = deployment.init_args
+    assert given["name"] == "tiny"
+    assert "sesame" not in f"{given} {deployment.init_kwargs} {deployment.ray_actor_options}"

@@ -102,7 +102,8 @@ def split_engine(spec: ModelSpec, settings: Settings, device: str | None = None)
     parts = ranges(spec, len(places), home="GPU" in places[0])
     blocks = [path for own in parts for path in own]
     secret = secrets.token_bytes(32)
-    plain = spec.model_dump(mode="json"), settings.model_dump(mode="json", exclude_unset=True)
+    # A shard has no business with the broker, whose password Ray needn't carry about.
+    plain = spec.model_dump(mode="json"), settings.model_dump(mode="json", exclude={"redis_url"})
     shards = [_placed(group, index, place).remote() for index, place in enumerate(places)]
     try:
         asked = [

@@ -17,7 +17,7 @@ from ray.serve.config import AutoscalingConfig, AutoscalingPolicy
 from ..models.spec import ModelSpec
 from ..settings import GATEWAYS, Settings
 from .choosing import chosen
-from .cluster import MODELS_NOTE, SETTINGS_NOTE, Cards, Notes, has_gpus, has_room
+from .cluster import MODELS_NOTE, Cards, Notes, has_gpus, has_room
 from .naming import app_name
 from .placing import Needs, needs
 from .replica import Replica
@@ -53,14 +53,14 @@ class Applied:
 
 
 def apply(specs: Sequence[ModelSpec], settings: Settings) -> Applied:
-    """Deploy models that are new or are to be hosted in another way.
+    """Deploy models that are new or are to be hosted in another way, with settings that were shared before.
 
     A copy that runs is replaced once its successor is ready, where the cluster has room for both. Else it stops
     first, and jobs wait meanwhile.
     """
     notes, gpus = Notes(), has_gpus()
     known: dict[str, dict[str, Any]] = notes.read(MODELS_NOTE) or {}
-    plain, cards = share(settings), Cards()
+    cards = Cards()
     deployed = states()
     targets, changed, refused = [], {}, {}
     for spec in specs:
@@ -70,24 +70,17 @@ def apply(specs: Sequence[ModelSpec], settings: Settings) -> Applied:
             refused[spec.name] = error
             continue
         wanted = needs(where, settings, gpus=gpus)
-        note = {"mark": _mark(where.spec, plain, wanted), "parts": wanted.devices(gpus=gpus)}
+        note = {"mark": _mark(where.spec, settings, wanted), "parts": wanted.devices(gpus=gpus)}
         state = deployed.get(spec.name)
         if known.get(spec.name, {}).get("mark") == note["mark"] and _sound(state):
             continue
         copies = min(max(spec.replicas.min, state.running if state else 0), spec.replicas.max)
-        targets.append(_target(where.spec, settings, wanted, plain, copies))
+        targets.append(_target(where.spec, settings, wanted, copies))
         changed[spec.name] = note
     if targets:
         notes.write(MODELS_NOTE, known | changed)
         serve.run_many(targets, wait_for_applications_running=False)
     return Applied(list(changed), refused)
-
-
-def share(settings: Settings) -> dict[str, Any]:
-    """Leave the settings where what runs on the cluster finds them. Returns them as plain data."""
-    plain = settings.model_dump(mode="json")
-    Notes().write(SETTINGS_NOTE, plain)
-    return plain
 
 
 def settings_mark(settings: Settings) -> str:
@@ -125,7 +118,7 @@ def _sound(state: State | None) -> bool:
     return state is not None and state.status not in ("DEPLOY_FAILED", "DELETING", "NOT_STARTED")
 
 
-def _target(spec: ModelSpec, settings: Settings, wanted: Needs, plain: Mapping[str, Any], copies: int) -> RunTarget:
+def _target(spec: ModelSpec, settings: Settings, wanted: Needs, copies: int) -> RunTarget:
     policy = AutoscalingPolicy(  # type: ignore[no-untyped-call]
         policy_function="interpose_server.shards.policy:Policy",
         policy_kwargs={"model": spec.name, "least": spec.replicas.min},
@@ -154,13 +147,13 @@ def _target(spec: ModelSpec, settings: Settings, wanted: Needs, plain: Mapping[s
         rolling_update_percentage=1.0 if copies < 2 else 0.5,
         **group,
     )(Replica)
-    app = deployment.bind(spec.model_dump(mode="json"), dict(plain))
+    app = deployment.bind(spec.model_dump(mode="json"))
     return RunTarget(target=app, name=app_name(spec.name), route_prefix=None)
 
 
-def _mark(spec: ModelSpec, settings: Mapping[str, Any], wanted: Needs) -> str:
+def _mark(spec: ModelSpec, settings: Settings, wanted: Needs) -> str:
     hosting = spec.model_dump(mode="json", exclude=SCHEDULING)
-    own = {name: value for name, value in settings.items() if name not in GATEWAYS}
+    own = settings.model_dump(mode="json", exclude=set(GATEWAYS))
     return _digest([hosting, own, wanted.options, list(wanted.bundles), version("interpose")])
 
 

@@ -15,14 +15,11 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from ..models.devices import Devices
 from ..models.spec import ModelSpec
+from ..settings import Settings
 from . import ray_internals
 from .local import OBJECT_BYTES
 
 NAMESPACE = "interpose"
-
-SETTINGS_NOTE = "settings"
-"""Of the server, for whoever needs them on the cluster. They hold the broker's password, and so stand nowhere that
-Serve shows or logs."""
 
 MODELS_NOTE = "models"
 """Model -> a digest of how it is hosted, as Serve takes whatever it is given for something new, and the devices of
@@ -32,6 +29,8 @@ APPLIED_NOTE = "applied"
 """The catalogue's revision, and a digest of the settings, that the keeper has seen to."""
 
 ASK_S = 60.0
+
+_SETTINGS_NOTE = "settings"
 
 
 def start(temp_dir: Path, connected: Callable[[], object] = lambda: None) -> str:
@@ -160,3 +159,19 @@ class Notes:
 
     def write(self, name: str, value: Any) -> None:
         ray_internals.write_value(name, json.dumps(value), NAMESPACE)
+
+
+def share(settings: Settings) -> None:
+    """Leave the settings where what runs on the cluster finds them.
+
+    They hold the broker's password, and so stand nowhere else: not among the arguments that Serve keeps and shows.
+    """
+    Notes().write(_SETTINGS_NOTE, settings.model_dump(mode="json"))
+
+
+def shared() -> Settings:
+    """The settings that were left. Raises ConfigError if there are none."""
+    found = Notes().read(_SETTINGS_NOTE)
+    if found is None:
+        raise ConfigError("this Ray cluster knows no settings of Interpose; run `interpose deploy up` again")
+    return Settings(**found)

@@ -19,7 +19,7 @@ from ..broker.connect import Broker, connect
 from ..settings import Settings
 from ..tasks import end
 from . import apps
-from .cluster import APPLIED_NOTE, SETTINGS_NOTE, Notes
+from .cluster import APPLIED_NOTE, Notes, shared
 from .inventory import inventory
 from .orphans import reap_orphans
 
@@ -80,7 +80,7 @@ def stop() -> None:
 async def _keep() -> None:
     while True:
         try:
-            await _follow(Settings(**Notes().read(SETTINGS_NOTE)))
+            await _follow(shared())
         except (RedisError, OSError) as error:
             log.warning("the broker doesn't answer (%s); trying again", type(error).__name__)
         except Exception:
@@ -93,7 +93,7 @@ async def _follow(settings: Settings) -> None:
     broker = connect(settings)
     rounds = Rounds(broker, settings)
     try:
-        while Settings(**Notes().read(SETTINGS_NOTE)) == settings:
+        while shared() == settings:
             await rounds.go()
             await asyncio.sleep(EVERY_S)
     finally:

@@ -13,7 +13,7 @@ import ray
 from .. import logs
 from ..broker.states import ModelState
 from ..models.spec import ModelSpec, Placement
-from ..settings import Settings
+from .cluster import shared
 from .naming import worker_name
 
 if TYPE_CHECKING:
@@ -33,10 +33,10 @@ class Replica:
     gives up for good after a few. Only where another copy runs, it fails: Serve then keeps that older version.
 
     Args:
-        spec, settings: as plain data.
+        spec: as plain data. The settings are those that were shared on the cluster.
     """
 
-    async def __init__(self, spec: Mapping[str, Any], settings: Mapping[str, Any]) -> None:  # type: ignore[misc]
+    async def __init__(self, spec: Mapping[str, Any]) -> None:  # type: ignore[misc]
         # Torch is for replicas alone: who deploys them has no need of it.
         from ..worker.engines import engine_for
         from ..worker.hosting import Host, prepare_process
@@ -48,7 +48,8 @@ class Replica:
         self._running: asyncio.Task[None] | None = None
         name = worker_name(ray.get_runtime_context().get_actor_id() or "")
         make = split_engine if wanted.placement is Placement.BLOCKS else engine_for
-        self._host: Host = Host(wanted, name, Settings(**settings), make=make)
+        settings = await asyncio.to_thread(shared)
+        self._host: Host = Host(wanted, name, settings, make=make)
         prepare_process(self._host.settings)
         try:
             await self._host.load()

@@ -127,8 +127,8 @@ async def deploy(specs: Sequence[ModelSpec], settings: Settings, broker: Broker)
         say(
             f"results lie in {settings.blob_dir}: every node has to see that folder, or set blobs: s3://BUCKET/PREFIX"
         )
+    await asyncio.to_thread(cluster.share, settings)
     if await asyncio.to_thread(keeper.running):
-        await asyncio.to_thread(apps.share, settings)
         await keeper.caught_up(broker, settings)
         return
     applied = await asyncio.to_thread(apps.apply, specs, settings)

@@ -20,7 +20,7 @@ from ..models.lifecycle import decide
 from ..models.rules import Memory, Room
 from ..models.spec import ModelSpec
 from ..settings import Settings
-from .cluster import MODELS_NOTE, SETTINGS_NOTE, Notes, devices
+from .cluster import MODELS_NOTE, Notes, devices, shared
 
 log = logging.getLogger(__name__)
 
@@ -50,7 +50,7 @@ class Watch:
     def _run(self) -> None:
         while True:
             try:
-                asyncio.run(self._follow(Settings(**Notes().read(SETTINGS_NOTE))))
+                asyncio.run(self._follow(shared()))
             except Exception:
                 log.exception("what copies are wanted isn't known; trying again")
             time.sleep(EVERY_S)
@@ -60,7 +60,7 @@ class Watch:
         broker, memory = connect(settings), Memory()
         figures = Figures(broker)
         try:
-            while Settings(**Notes().read(SETTINGS_NOTE)) == settings:
+            while shared() == settings:
                 memory = await self._look(figures, settings, memory)
                 await asyncio.sleep(EVERY_S)
         finally:
