@@ -1,4 +1,4 @@
-"""A worker's life: claim the fairest jobs, run them in one forward, publish while they run, have the next ready."""
+"""A worker's life: claim the fairest jobs, have them run, publish what they save, keep their leases."""
 
 from __future__ import annotations
 
@@ -6,16 +6,14 @@ import asyncio
 import logging
 import os
 import time
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import replace
-from typing import Protocol
 
 import torch
-from interpose.errors import InternalError, InterposeError, JobTimeout, ReplicaLost
-from interpose.graph.manifest import Manifest
-from interpose.runtime.engine import Breaks, EngineJob
+from interpose.errors import JobTimeout
+from interpose.runtime.engine import EngineJob
 from redis.exceptions import RedisError
 
 from ..blobs import Blobs
@@ -27,8 +25,8 @@ from ..tasks import either, end
 from .budget import unmeasured
 from .company import Company, Ready
 from .desk import Desk
+from .driving import Driver, Runner
 from .meter import Ran
-from .patience import Patience
 from .prepare import Preparer
 from .publisher import Publisher
 from .scheduler import Budget, between, choose
@@ -45,16 +43,6 @@ AWAY_S = 2.0
 
 IDLE_S = 1.0
 """How long to wait for the bell before looking at the queue all the same."""
-
-
-class Runner(Protocol):
-    """What the worker asks of an engine."""
-
-    manifest: Manifest
-
-    def run(self, jobs: Sequence[EngineJob], breaks: Breaks | None = None) -> list[InterposeError | None]: ...
-
-    def host(self, jobs: Sequence[EngineJob], company: Company) -> None: ...
 
 
 class Worker:
@@ -94,30 +82,25 @@ class Worker:
         self._name = name
         self._copy = copy or name
         self._lanes = lanes
-        self._runner = runner
         self._broker = broker
         self._settings = settings
-        self._check = check
         self._give_up = give_up
         self._budget = budget or unmeasured(settings, shared=runner.manifest.row_independent)
         self._desk = Desk(self._budget)
-        self._patience = Patience(self._budget)
         shelf = Shelf(blobs, settings.shelf_bytes, place)
         self._preparer = Preparer(model, runner.manifest, blobs, shelf, settings, prepare, self._unread)
-        self._running: tuple[float, Collection[JobSink]] | None = None
-        """Since when, and which jobs, while the engine runs."""
         self._publisher = Publisher(name, broker.queue, blobs, settings, self._forget)
         self._held: dict[JobSink, None] = {}
-        self._ran = self._told = Ran()
-        """So far, and of that what the broker knows of."""
-        self._pace = 1.0
-        """How many times what was foreseen batches take."""
+        self._told = Ran()
+        """What the broker knows of what was run."""
         self._empty = asyncio.Event()
         self._waiting = True
         """Whether jobs may be waiting that nobody has looked at, or that couldn't be taken yet."""
         self._changed = asyncio.Event()
         """Set whenever other jobs may be claimed than before."""
-        self._thread = ThreadPoolExecutor(1, thread_name_prefix="engine")
+        self._driver = Driver(
+            runner, self._desk, self._preparer, self._budget, settings, check, lambda: self._waiting, self._tell
+        )
         self._beside = ThreadPoolExecutor(1, thread_name_prefix="prepare")
         self._tasks: list[asyncio.Task[None]] = []
         self._returning: set[asyncio.Task[None]] = set()
@@ -148,7 +131,7 @@ class Worker:
             await end([*self._tasks, *self._returning, *([self._ringing] if self._ringing else [])])
             with suppress(RedisError, OSError):
                 await self._count()
-            self._thread.shutdown(wait=False)
+            self._driver.close()
             self._beside.shutdown(wait=False)
 
     async def _hear(self, stop: asyncio.Event) -> None:
@@ -253,113 +236,23 @@ class Worker:
         self._forget(sink)
         self._returning = {task for task in self._returning if not task.done()}
 
-    # -- the engine's thread -----------------------------------------------------------------------------------
+    # -- the engine --------------------------------------------------------------------------------------------
 
     def _begin(self, sinks: list[JobSink], ready: list[Ready] | None = None) -> None:
         """Have the engine run jobs, and whatever is next when it's done."""
         if not (sinks or ready):
             return
         self._desk.begin()
-        self._driving = self._loop.run_in_executor(self._thread, self._drive, sinks, ready or [])
+        self._driving = self._driver.begin(sinks, ready or [])
         self._driving.add_done_callback(self._stopped)
 
     def _stopped(self, _: object) -> None:
         self._changed.set()
         self._empty.set()
 
-    def _drive(self, sinks: list[JobSink], ready: list[Ready]) -> None:
-        ready = ready + self._preparer.ready(sinks)
-        company: Company | None = None
-        while ready or (ready := self._next(company)):
-            company = Company(
-                ready, self._budget, self._settings.aside_s, self._pace, self._aside, self._check, self._tell
-            )
-            self._desk.enter(company)
-            if self._waiting:
-                self._tell()
-            began = time.monotonic()
-            if company.hosting:
-                self._generate(ready, company)
-            else:
-                self._run(ready, company)
-            self._ran = self._ran.and_batch(company.came, time.monotonic() - began)
-            self._pace = company.pace(self._pace)
-            ready = []
-
-    def _next(self, company: Company | None) -> list[Ready]:
-        """The next batch, with those who come again as soon as the last one's jobs have ended."""
-        if company is not None and company.plain:
-            company.done = True
-            if self._waiting and not self._desk.ahead:  # it ended before the next batch was due to be claimed
-                self._tell()
-                self._desk.gather(1, self._patience.most_s)
-            ahead = [sink.claim.footprint for sink, _ in self._desk.ahead]
-            jobs, wait_s = self._patience.asked(company.footprints, ahead)
-            if wait_s:
-                self._tell()
-                self._patience.told(self._desk.gather(jobs, wait_s))
-        return self._desk.leave(company)
-
     def _tell(self) -> None:
+        """From any thread."""
         self._loop.call_soon_threadsafe(self._changed.set)
-
-    def _run(self, ready: Sequence[Ready], company: Company | None = None) -> None:
-        """Run jobs to their end. Ends are published from here, in one round with the last saves."""
-        outcomes, seconds = self._attempt(ready, company)
-        rows = sum(max(sink.claim.footprint.rows, 1) for sink, _ in ready)
-        for (sink, job), outcome in zip(ready, outcomes, strict=True):
-            share = seconds * max(sink.claim.footprint.rows, 1) / rows
-            if len(ready) > 1 and isinstance(sink.stopped, JobTimeout):
-                # Who took the time isn't known: each that ran out of it has its own, alone.
-                (outcome,), alone_s = self._attempt([(sink, job)], company)
-                share += alone_s
-            sink.end(outcome, share)
-
-    def _generate(self, ready: Sequence[Ready], company: Company) -> None:
-        """A generation that others join. Each job's end is told as it comes."""
-        for sink, _ in ready:
-            sink.start()
-        self._running = time.monotonic(), company.sinks
-        try:
-            self._runner.host([job for _, job in ready], company)
-        except ReplicaLost:
-            raise  # all of them are run again by another
-        except Exception:
-            log.exception("the engine failed")
-        self._check()
-        company.give_up(InternalError("the server failed while running this job"))
-        self._running = None
-
-    def _aside(self, ready: Sequence[Ready]) -> None:
-        """Run jobs between two forwards of others."""
-        before = self._running
-        self._run(ready)
-        self._running = before
-        self._ran = self._ran.and_batch(len(ready))
-
-    def _attempt(
-        self, ready: Sequence[Ready], company: Company | None
-    ) -> tuple[list[InterposeError | None], float]:
-        """Run jobs together. Returns how each ended, and the seconds it took, without those of who came in between.
-
-        Args:
-            company: who that may be; None for nobody.
-        """
-        start, others_s = time.monotonic(), company.aside_s if company else 0.0
-        for sink, _ in ready:
-            sink.start()
-        self._running = start, [sink for sink, _ in ready]
-        try:
-            outcomes = self._runner.run([job for _, job in ready], company)
-        except ReplicaLost:
-            raise
-        except Exception:
-            log.exception("the engine failed")
-            outcomes = [InternalError("the server failed while running this job") for _ in ready]
-        self._check()
-        self._running = None
-        others_s = (company.aside_s if company else 0.0) - others_s
-        return outcomes, time.monotonic() - start - others_s
 
     # -- leases ------------------------------------------------------------------------------------------------
 
@@ -384,7 +277,7 @@ class Worker:
 
     async def _count(self) -> None:
         """Say that the copy is alive, and what it has run since that was last said."""
-        ran, told = self._ran, self._told
+        ran, told = self._driver.ran, self._told
         await self._broker.models.beat(
             self._model,
             self._copy,
@@ -401,20 +294,17 @@ class Worker:
             patience_s: how long beyond a job's wall time it may take. Half of what is the default, it gives up by
                 itself, so that more has passed only if that failed.
         """
-        running, company = self._running, self._desk.company
-        if running is None:
-            return None
-        since = running[0] if company is None else max(running[0], company.stepped_at)
-        over_s = time.monotonic() - since - self._settings.limits.wall_s
+        over_s = self._driver.operation_s - self._settings.limits.wall_s
         return f"an operation is {over_s:.0f} s over the time a job has" if over_s >= patience_s else None
 
     async def _end_stuck(self) -> None:
         """Give up if the engine overran the wall time by far. A job that ran alone is told, others run again."""
         allowed = self._settings.limits.wall_s
-        if self._running is None or self.stuck(STUCK_S) is None:
+        running = self._driver.running
+        if running is None or self.stuck(STUCK_S) is None:
             return
         log.error("an operation doesn't end; the worker starts anew")
-        sinks, began = [*self._running[1]], self._running[0]
+        began, sinks = running[0], [*running[1]]
         await self._give_back()
         if len(sinks) == 1:
             error = JobTimeout(f"the job ran for more than {allowed:g} s", details={"allowed_s": allowed})
