@@ -9,7 +9,6 @@ import pytest
 from interpose_server.models.devices import Devices
 from interpose_server.models.spec import ModelSpec, Placement
 from interpose_server.settings import Settings
-from interpose_server.shards import apps
 from interpose_server.shards.choosing import chosen
 from interpose_server.shards.naming import actor_of, app_name, worker_name
 from interpose_server.shards.placing import Needs, needs
@@ -101,13 +100,16 @@ def test_a_setting_of_gateways_makes_no_other_copy() -> None:
     from interpose_server.shards.apps import _mark
 
     def mark(settings: Settings) -> str:
-        return _mark(ModelSpec(name="tiny"), settings.model_dump(mode="json"), of(gpus=False, settings=settings))
+        return _mark(ModelSpec(name="tiny"), settings, of(gpus=False, settings=settings))
 
     assert mark(PLAIN.model_copy(update={"metrics_open": True, "queued_per_user": 3})) == mark(PLAIN)
     assert mark(PLAIN.model_copy(update={"batch_jobs": 3})) != mark(PLAIN)
 
 
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # Serve's own, as it is imported
 def test_the_brokers_password_is_not_among_what_serve_is_given(monkeypatch: pytest.MonkeyPatch) -> None:
+    from interpose_server.shards import apps
+
     monkeypatch.setattr(apps, "has_room", lambda _: True)
     settings = PLAIN.model_copy(update={"redis_url": "redis://:sesame@broker:6379/0"})
     spec = ModelSpec(name="tiny", devices=1)
