@@ -171,6 +171,7 @@ async def test_while_the_store_is_away_jobs_that_need_none_go_on(settings: Setti
             away.back.set()
             found = await ended(gateway, waiting)
         finally:
+            away.back.set()
             stop.set()
             await asyncio.gather(*lanes)
     saves = [event for event in found if event.kind == "save"]

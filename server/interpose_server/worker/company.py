@@ -169,10 +169,19 @@ class Company:
         """The batch is over: what was offered and not taken, still to be run."""
         with self._lock:
             self._over = True
-            left = [*self._again, *self._joining, *(ready for batch in self._others for ready in batch)]
+            left = [*self._again, *self._untaken()]
             self._again.clear()
-            self._joining.clear()
-            self._others.clear()
+        return left
+
+    def retract(self) -> list[Ready]:
+        """What was offered and not taken, which nobody will take now."""
+        with self._lock:
+            return self._untaken()
+
+    def _untaken(self) -> list[Ready]:
+        left = [*self._joining, *(ready for batch in self._others for ready in batch)]
+        self._joining.clear()
+        self._others.clear()
         return left
 
     def _ending(self, now: float) -> bool:

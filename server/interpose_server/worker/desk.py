@@ -101,6 +101,12 @@ class Desk:
             ready, self._ahead = self._ahead, []
             return ready
 
+    def retract(self) -> list[Ready]:
+        """The next batch, and who was to come while one is under way, which won't be run."""
+        with self._lock:
+            ready, self._ahead = self._ahead, []
+            return ready if self._company is None else [*ready, *self._company.retract()]
+
     def _batches(self, ready: Collection[Ready]) -> list[list[Ready]]:
         """Jobs in batches, each within the budget; one that must have its own has its own."""
         known = {sink.claim.ref: (sink, job) for sink, job in ready}

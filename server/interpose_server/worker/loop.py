@@ -41,6 +41,10 @@ STUCK_S = 60.0
 AWAY_S = 2.0
 """How long a job is put off that can't be read, as the blob store is away."""
 
+STALLED_S = 1.0
+"""Where the engine has waited so long for saves to leave, as the blob store is slow or away, others get what was
+claimed to run after them."""
+
 IDLE_S = 1.0
 """How long to wait for the bell before looking at the queue all the same."""
 
@@ -173,6 +177,9 @@ class Worker:
         """Whether it claimed jobs and there may be more to claim."""
         if not self._desk.working:
             return await self._start()
+        if self._publisher.backlog.waited_s > STALLED_S:
+            await self._release(self._desk.retract())
+            return False
         company = self._desk.company
         if company is None or not self._has_room(company) or not self._waiting:
             return False
@@ -215,7 +222,10 @@ class Worker:
 
     async def _give_back(self) -> None:
         """Put the batch back that was claimed to be next."""
-        sinks = [sink for sink, _ in self._desk.give_back()]
+        await self._release(self._desk.give_back())
+
+    async def _release(self, ready: Sequence[Ready]) -> None:
+        sinks = [sink for sink, _ in ready]
         try:
             await self._broker.queue.release(self._name, [(sink.claim.ref, sink.claim.attempt) for sink in sinks])
         except (RedisError, OSError) as error:

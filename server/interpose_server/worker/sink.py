@@ -99,12 +99,22 @@ class Backlog:
         self._most = most
         self._bytes = 0
         self._changed = threading.Condition()
+        self._since: float | None = None
+        """When somebody began to wait."""
 
     def add(self, size: int, give_up: Callable[[], bool]) -> None:
         with self._changed:
             while self._bytes and self._bytes + size > self._most and not give_up():
+                self._since = self._since or time.monotonic()
                 self._changed.wait(0.5)
+            self._since = None
             self._bytes += size
+
+    @property
+    def waited_s(self) -> float:
+        """How long the engine has waited by now; 0 while it doesn't."""
+        since = self._since
+        return 0.0 if since is None else time.monotonic() - since
 
     def fits(self, size: int) -> bool:
         """Add bytes if there is room for them; nobody waits."""
