@@ -258,13 +258,16 @@ class _Divider:
             last: the node that gives what the others make.
         """
         asked = [self.sites.block(node.args[0]) or self.sites.outside(node.args[0]) for node in nodes]
-        return last.id in self._awaited(when) and all(asked)
+        return all(asked) and self._awaited(last, when)
 
-    def _awaited(self, when: Moment) -> set[int]:
-        """What the accesses of one moment come from."""
+    def _awaited(self, node: Node, when: Moment) -> bool:
+        """Whether an access of that moment comes from a node."""
+        accesses = self.accesses.get(when, ())
+        if not accesses or accesses[-1].id < node.id:
+            return False
         if when not in self.awaited:
-            self.awaited[when] = self._upstream(self.accesses.get(when, ()))
-        return self.awaited[when]
+            self.awaited[when] = self._upstream(accesses)
+        return node.id in self.awaited[when]
 
     @cached_property
     def accesses(self) -> Mapping[Moment, Sequence[Node]]:
