@@ -69,8 +69,8 @@ def parts_of(model: nn.Module, shards: Sequence[Sequence[str]]) -> tuple[nn.Modu
 
 def home_of(model: nn.Module, route: Route) -> tuple[nn.Module, Dispatcher]:
     """The model with stubs where the blocks were that a route leads to; `model` stays as it is."""
-    dispatcher = Dispatcher(route)
     blocks = {path: model.get_submodule(path) for path in route.sites}
+    dispatcher = Dispatcher(route, blocks)
     where = places(route, blocks)
     home = _copied(model, {path: stub(block, dispatcher, where[path]) for path, block in blocks.items()})
     settle_exit(home)

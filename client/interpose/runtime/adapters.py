@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from ..errors import ConfigError, OpFailed
 from ..graph.adapters import AdapterInfo
 from .hooks import CURRENT
+from .offloaded import parameter as own_parameter
 
 NAME = "default"
 """What every adapter is called within its own layers, where it is the only one."""
@@ -37,17 +38,43 @@ class Adapter:
     layers: Mapping[nn.Module, Any]
 
 
-_CHOSEN: ContextVar[Mapping[nn.Module, Any] | None] = ContextVar("interpose_adapter", default=None)
+_CHOSEN: ContextVar[tuple[str, Mapping[nn.Module, Any]] | None] = ContextVar("interpose_adapter", default=None)
+"""Its name and layers."""
 
 
 @contextmanager
 def chosen(adapters: Mapping[str, Adapter], name: str | None) -> Iterator[None]:
     """What runs inside, in this context, runs with an adapter; with None, without any."""
-    token = _CHOSEN.set(None if name is None else adapters[name].layers)
+    token = _CHOSEN.set(None if name is None else (name, adapters[name].layers))
     try:
         yield
     finally:
         _CHOSEN.reset(token)
+
+
+def choice() -> str | None:
+    """The name of the adapter that was chosen in this context."""
+    return (_CHOSEN.get() or (None,))[0]
+
+
+def _layer(module: nn.Module) -> Any:
+    """What runs in a module's place, None for itself."""
+    return (_CHOSEN.get() or ("", _NONE))[1].get(module)
+
+
+_NONE: Mapping[nn.Module, Any] = {}
+
+
+def parameter(module: nn.Module, name: str) -> tuple[Tensor, bool]:
+    """A module's parameter as a run has it that chose as this context, detached, and whether an adapter made it.
+
+    Raises:
+        AttributeError: there is none of that name.
+        OpFailed: as `adapted`.
+    """
+    own = own_parameter(module, name)
+    changed = adapted(module, name)
+    return (own, False) if changed is None else (changed.detach(), True)
 
 
 def adapted(module: nn.Module, name: str) -> Tensor | None:
@@ -55,7 +82,7 @@ def adapted(module: nn.Module, name: str) -> Tensor | None:
 
     Raises OpFailed: there is no such form of it.
     """
-    layer = (_CHOSEN.get() or {}).get(module)
+    layer = _layer(module)
     if layer is None:
         return None
     if name == "bias":
@@ -87,7 +114,7 @@ class _Choosing:
         return type(self.module).forward(self.module, *args, **kwargs)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        layer = (_CHOSEN.get() or {}).get(self.module)
+        layer = _layer(self.module)
         if layer is None:
             return self.plain(*args, **kwargs)
         scope = CURRENT.get()

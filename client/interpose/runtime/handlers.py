@@ -11,12 +11,11 @@ from ..errors import BadArgument
 from ..graph.model import Node
 from ..graph.specs import nbytes
 from ..graph.validate import HANDLERS as CHECKED
-from .adapters import adapted
+from .adapters import parameter
 from .calls import called, check_call
 from .hooks import no_hooks
 from .kernels import described
 from .loops import truth
-from .offloaded import parameter
 from .plan import ACCESSES, GIVEN, MOMENTS
 from .skipped import ABSENT, LATER, SKIPPED
 from .slots import assign
@@ -46,15 +45,13 @@ def attachment(job: Interpreter, node: Node, args: tuple[Any, ...]) -> torch.Ten
 def param(job: Interpreter, node: Node, args: tuple[Any, ...]) -> Any:
     path, name = args
     if (far := _far(job, path)) is not None:
-        return far.parameter(path, name)
-    module = job.world.modules[path]
-    own = parameter(module, name)
-    with job.adapter(node):
-        changed = adapted(module, name)
-    if changed is None:
-        return own
-    job.afford(own.nbytes, 0)
-    return changed.detach()
+        value, made = far.parameter(path, name, job.choice(node))
+    else:
+        with job.adapter(node):
+            value, made = parameter(job.world.modules[path], name)
+    if made:
+        job.afford(value.nbytes, 0)
+    return value
 
 
 def call(job: Interpreter, node: Node, args: tuple[Any, ...]) -> Any:
@@ -66,7 +63,7 @@ def call(job: Interpreter, node: Node, args: tuple[Any, ...]) -> Any:
         spec, flops = called(job.world.manifest, path, described(value))
         job.afford(5 * nbytes(spec), flops)
     if far is not None:
-        return far.call(path, value, job.limits)
+        return far.call(path, value, job.limits, job.choice(node))
     if job.products is not None and job.products.take(job, node, path, value):
         return LATER
     with no_hooks(), job.adapter(node):

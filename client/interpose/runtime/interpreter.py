@@ -213,7 +213,11 @@ class Interpreter:
 
     def adapter(self, node: Node) -> AbstractContextManager[None]:
         """A context in which the model is as the node's run has chosen it, whichever run it is computed in."""
-        return chosen(self.world.adapters, self.plan.graph.runs[node.run].adapter)
+        return chosen(self.world.adapters, self.choice(node))
+
+    def choice(self, node: Node) -> str | None:
+        """The adapter that the node's run has chosen."""
+        return self.plan.graph.runs[node.run].adapter
 
     def waits(self, node: Node) -> bool:
         return self._waits[node.id] > 0

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,7 @@ from . import attention, describe, independence, lora, named
 from .adapters import Adapter
 from .feeding import examples, measure_feeding, places
 from .inputs import Feeding, vocabulary
+from .partial_loading import outside
 from .pieces import joined
 from .probe import Measured, probe
 from .quantized import scheme
@@ -110,27 +111,35 @@ def tokenizer_of(at: Source) -> Any:
         return None
 
 
-def with_adapters(loaded: Loaded, sources: Mapping[str, str | Path], *, local_files_only: bool = False) -> Loaded:
+def with_adapters(
+    loaded: Loaded,
+    sources: Mapping[str, str | Path],
+    *,
+    local_files_only: bool = False,
+    absent: Collection[str] = (),
+) -> Loaded:
     """The same model with more adapters that runs may choose; one of a name that is there already takes its place.
+
+    Args:
+        absent: blocks that only hand on what they are given, of a slice of a model: they get no layers.
 
     Raises ConfigError, ModelUnavailable.
     """
     if sources and loaded.split is not None:
-        raise ConfigError(f"{loaded.manifest.model} lies in several processes, where adapters can't be chosen yet")
+        raise ConfigError(f"{loaded.manifest.model} lies in several processes: its adapters are loaded when it is")
     for name, source in sources.items():
-        adapter = lora.load(loaded.model, name, source, local_files_only=local_files_only)
-        loaded = replace(loaded, adapters={**loaded.adapters, name: adapter})
-        loaded = replace(loaded, manifest=_told(loaded))
-        info = replace(adapter.info, refused=named.refused_with(loaded, name))
-        loaded = replace(loaded, adapters={**loaded.adapters, name: replace(adapter, info=info)})
-        loaded = replace(loaded, manifest=_told(loaded))
+        adapter = lora.load(loaded.model, name, source, keep=outside(absent), local_files_only=local_files_only)
+        loaded = offering_adapter(loaded, name, adapter)
+        info = replace(adapter.info, refused=named.refused_with(loaded, name, absent))
+        loaded = offering_adapter(loaded, name, replace(adapter, info=info))
     return loaded
 
 
-def _told(loaded: Loaded) -> Manifest:
-    """The manifest with the adapters that are there."""
-    infos = {name: loaded.adapters[name].info for name in sorted(loaded.adapters)}
-    return replace(loaded.manifest, adapters=infos)
+def offering_adapter(loaded: Loaded, name: str, adapter: Adapter) -> Loaded:
+    """The same model with an adapter in its manifest, too."""
+    adapters = {**loaded.adapters, name: adapter}
+    infos = {known: adapters[known].info for known in sorted(adapters)}
+    return replace(loaded, adapters=adapters, manifest=replace(loaded.manifest, adapters=infos))
 
 
 def wrap(model: nn.Module, name: str, tokenizer: Any = None) -> Loaded:

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from ..errors import ConfigError, ModelUnavailable
 from ..graph.adapters import AdapterInfo, check_name
 from .adapters import NAME, Adapter, attach, undisturbed
+from .partial_loading import Keep
 
 _MARK = "lora_"
 """What every weight of such a layer has in its name."""
@@ -37,10 +38,25 @@ _STARTS = (True, False, "gaussian", "orthogonal", "eva")
 """How training began, where that left the model's own weights alone."""
 
 
+def _every(name: str) -> bool:
+    return True
+
+
 def load(
-    model: nn.Module, name: str, source: str | Path, *, revision: str | None = None, local_files_only: bool = False
+    model: nn.Module,
+    name: str,
+    source: str | Path,
+    *,
+    keep: Keep = _every,
+    revision: str | None = None,
+    local_files_only: bool = False,
 ) -> Adapter:
     """An adapter from a folder that `save_pretrained` wrote, or a hub id, for a model in eval mode.
+
+    Args:
+        model: all of its tree. Of modules that aren't kept the weights may be on meta; they get no layers, and of
+            the adapter's file what concerns them isn't read.
+        keep: asked for the parameters of modules, by full names.
 
     Raises:
         ConfigError: no such folder, not a LoRA adapter that can stand beside a model, or not one of this model.
@@ -56,7 +72,7 @@ def load(
     folder = _folder(name, source, revision, local_files_only)
     config = _config(name, folder)
     try:
-        weights = _weights(name, folder, model)
+        weights = _weights(name, folder, model, keep)
         with undisturbed(model) as layers:
             wrapped: Any = peft.PeftModel(model, config, NAME)
             told: Any = peft.set_peft_model_state_dict(wrapped, weights, adapter_name=NAME)
@@ -72,13 +88,15 @@ def load(
             raise ConfigError(
                 f"adapter {name!r} puts {type(layer).__name__} at {paths[module]}, which isn't LoRA's"
             )
+    kept = {module: layer for module, layer in layers.items() if keep(f"{paths[module]}.weight")}
+    for module, layer in kept.items():
         if any(weight.is_meta for weight in (*module.parameters(), *layer.parameters())):
             raise ConfigError(f"adapter {name!r}: the weights of {paths[module]} aren't in this process's memory")
         layer.eval().requires_grad_(False)
-    attach(layers)
+    attach(kept)
     ends = {paths[module].rpartition(".")[2] for module in layers}
     rank = max((layer.r[NAME] for layer in layers.values()), default=0)
-    return Adapter(AdapterInfo(rank, tuple(sorted(ends)), len(layers), _revision(folder)), layers)
+    return Adapter(AdapterInfo(rank, tuple(sorted(ends)), len(layers), _revision(folder)), kept)
 
 
 def _folder(name: str, source: str | Path, revision: str | None, local_files_only: bool) -> Path:
@@ -134,17 +152,21 @@ def _config(name: str, folder: Path) -> Any:
     return config
 
 
-def _weights(name: str, folder: Path, model: nn.Module) -> dict[str, Tensor]:
-    """The weights of its layers. What is saved with them of the model itself must be the model's."""
+def _weights(name: str, folder: Path, model: nn.Module, keep: Keep) -> dict[str, Tensor]:
+    """The weights of its layers, views of the file that are read when they are touched.
+
+    What is saved with them of the model itself must be the model's; of what isn't kept, whoever has it looks.
+    """
     weights = load_file(folder / WEIGHTS)
     own = dict(model.named_parameters())
     for key in [key for key in weights if _MARK not in key]:
         value = weights.pop(key)
-        there = own.get(key.removeprefix("base_model.model.").replace(".base_layer.", "."))
+        path = key.removeprefix("base_model.model.").replace(".base_layer.", ".")
+        there = own.get(path)
         if (
             there is None
             or there.shape != value.shape
-            or not torch.equal(there.to(value.device, value.dtype), value)
+            or (keep(path) and not torch.equal(there.to(value.device, value.dtype), value))
         ):
             raise ConfigError(f"adapter {name!r} brings weights in the place of the model's own: {key}")
     return weights

@@ -20,11 +20,11 @@ class Elsewhere(Protocol):
     def has(self, path: str) -> bool:
         """Whether a module is there."""
 
-    def parameter(self, path: str, name: str) -> Any:
-        """A parameter of one of its modules, brought here."""
+    def parameter(self, path: str, name: str, adapter: str | None) -> tuple[Any, bool]:
+        """A parameter of one of its modules as a run with an adapter has it, brought here, and whether it made it."""
 
-    def call(self, path: str, value: Any, limits: Limits) -> Any:
-        """What one of its modules returns, one tensor; gradients come by."""
+    def call(self, path: str, value: Any, limits: Limits, adapter: str | None) -> Any:
+        """What one of its modules returns in a run with an adapter, one tensor; gradients come by."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -176,16 +176,13 @@ def _candidates(sizes: Sizes, devices: Devices, spec: ModelSpec | None) -> Itera
     if wanted in (Placement.AUTO, Placement.DEVICE) and count in (None, 1):
         yield from ((Placement.DEVICE, [device]) for device in sorted(devices.every, key=lambda its: its.memory))
     ranged = spec is not None and spec.shards is not None
-    whole = spec is not None and bool(spec.adapters)  # they can't be chosen yet where it lies in several processes
     least = 1 if wanted in (Placement.DEVICES, Placement.BLOCKS) and count == 1 else 2
     for number in range(least, len(devices.every) + 1) if count is None else [count]:
         if not least <= number <= len(sizes.blocks):
             continue
-        if wanted is Placement.DEVICES or (
-            wanted is Placement.AUTO and (whole or number < PIPELINE) and not ranged
-        ):
+        if wanted is Placement.DEVICES or (wanted is Placement.AUTO and number < PIPELINE and not ranged):
             yield from ((Placement.DEVICES, chosen) for chosen in _together(devices, number))
-        if wanted in (Placement.BLOCKS, Placement.AUTO) and not whole:
+        if wanted in (Placement.BLOCKS, Placement.AUTO):
             yield from ((Placement.BLOCKS, chosen) for chosen in _anywhere(devices, number))
 
 

@@ -125,8 +125,6 @@ class ModelSpec(Plain):
             raise ValueError("beyond one, devices come whole")
         if self.placement is Placement.DEVICE and (self.devices or 0) > 1:
             raise ValueError("placement: device is one device; for several, leave it out, or say devices or blocks")
-        if self.adapters and (self.placement is Placement.BLOCKS or (self.shards or 1) > 1):
-            raise ValueError("adapters can't be chosen yet where blocks lie in several processes")
         try:
             json.dumps(self.model_dump(), ensure_ascii=False, allow_nan=False).encode()
         except (ValueError, TypeError, RecursionError) as error:

@@ -86,7 +86,6 @@ def split_engine(spec: ModelSpec, settings: Settings, device: str | None = None)
         ModelUnavailable: its weights don't come.
         ReplicaLost: a shard died meanwhile.
     """
-    from interpose.runtime.loading import with_adapters
     from interpose.runtime.split.building import commit_of
 
     from ..models.planning import ranges
@@ -121,9 +120,9 @@ def split_engine(spec: ModelSpec, settings: Settings, device: str | None = None)
             dtype=spec.dtype,
             revision=spec.revision,
             quantization=spec.quantization,
+            adapters=spec.adapters,
         )
-        loaded = with_adapters(home.loaded, spec.adapters)
-        made = ready(loaded, settings, room=home.free_bytes(), lanes=len(places) + 1)
+        made = ready(home.loaded, settings, room=home.free_bytes(), lanes=len(places) + 1)
     except BaseException:
         for shard in shards:
             ray.kill(shard)

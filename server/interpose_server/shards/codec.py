@@ -71,7 +71,7 @@ def pack(nest: Any) -> Packed:
         if isinstance(value, BlockCall):
             return msgpack.ExtType(CALL, packed([value.path, value.args, dict(value.kwargs)]))
         if isinstance(value, Visit):
-            fields = [value.site, value.calls, value.work, value.attention, value.grad]
+            fields = [value.site, value.calls, value.work, value.attention, value.grad, value.adapter]
             return msgpack.ExtType(VISIT, packed(fields))
         if isinstance(value, list):  # one of a class of its own
             return [*value]
@@ -271,7 +271,7 @@ def _call(plain: Any) -> BlockCall:
 
 
 def _visit(plain: Any) -> Visit:
-    return Visit(*_listed(plain, 5))
+    return Visit(*_listed(plain, 6))
 
 
 _MAKERS: dict[int, Callable[[Any], Any]] = {

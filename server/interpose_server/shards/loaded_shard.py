@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import torch
+from interpose.graph.adapters import encode_adapters
 from interpose.graph.manifest import decode_manifest
+from interpose.runtime.adapters import Adapter
 from interpose.runtime.loading import Loaded
+from interpose.runtime.split.adapting import on_slice
 from interpose.runtime.split.building import load_slice, release
 from interpose.runtime.split.guest import Exit, Graphs
 from interpose.runtime.split.route import Mail, Nest, Visit
@@ -18,8 +21,9 @@ from torch import Tensor, nn
 
 from ..worker.memory import free_bytes
 
-MEASURE, SERVE, FREE = "part.measure", "part.serve", "part.free"
-"""Errands: measure the slice (once), run parts of graphs from now on, tell how many bytes of memory are left."""
+MEASURE, ADAPT, SERVE, FREE = "part.measure", "part.adapt", "part.serve", "part.free"
+"""Errands: measure the slice (once), load adapters on it (once), run parts of graphs from now on, tell how many bytes
+of memory are left."""
 
 
 class LoadedShard:
@@ -41,6 +45,7 @@ class LoadedShard:
         self._blocks = blocks
         self.device = next(param.device for param in model.get_submodule(own[0]).parameters())
         self._shard = Shard(site, {path: model.get_submodule(path) for path in own}, self.device)
+        self._adapters: Mapping[str, Adapter] = {}
 
     def visit(
         self, number: int, hidden: Tensor, visit: Visit, mail: Sequence[Mail]
@@ -58,6 +63,8 @@ class LoadedShard:
     def errand(self, name: str, request: Nest) -> Nest:
         if name == MEASURE:
             return self._measured(request)
+        if name == ADAPT:
+            return self._adapted(request)
         if name == SERVE:
             return self._serve(request)
         if name == FREE:
@@ -65,19 +72,39 @@ class LoadedShard:
         return self._shard.errand(name, request)
 
     def _measured(self, request: Nest) -> Nest:
-        outputs = {path: request["outputs"][path] for path in self._blocks}
+        outputs = self._outputs(request)
         report = measured(self._model, self._own, outputs, feeding_of(request["feeding"]), request["name"])
+        if not request["adapters"]:
+            self._release()
+        return report.to_nest()
+
+    def _adapted(self, request: Nest) -> Nest:
+        loaded = self._loaded(request["model"])
+        self._adapters = on_slice(loaded, self._own, self._outputs(request), request["adapters"])
+        self._release()
+        return encode_adapters({name: adapter.info for name, adapter in self._adapters.items()})
+
+    def _outputs(self, request: Nest) -> Mapping[str, Nest]:
+        """What blocks return, in their order."""
+        return {path: request["outputs"][path] for path in self._blocks}
+
+    def _release(self) -> None:
+        """Let go of what only the slice needed."""
         release(self._model, self._own)
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
-        return report.to_nest()
 
     def _serve(self, request: Nest) -> None:
+        loaded = self._loaded(request["model"])
+        self._shard.adapters = self._adapters
+        self._shard.guest = Graphs(loaded, Sites(request["sites"], loaded.manifest), self._site, self._exit)
+
+    def _loaded(self, request: Nest) -> Loaded:
+        """The part with what home says of the whole model."""
         modules = dict(self._model.named_modules())
-        manifest = decode_manifest(request["manifest"])
-        loaded = Loaded(
+        return Loaded(
             model=self._model,
-            manifest=manifest,
+            manifest=decode_manifest(request["manifest"]),
             tokenizer_bytes=None,
             names={module: path for path, module in modules.items()},
             modules=modules,
@@ -85,8 +112,8 @@ class LoadedShard:
             feeding=feeding_of(request["feeding"]),
             rewritten=frozenset((path, event) for path, event in request["rewritten"]),
             first_only=frozenset(request["first_only"]),
+            adapters=self._adapters,
         )
-        self._shard.guest = Graphs(loaded, Sites(request["sites"], manifest), self._site, self._exit)
 
 
 def load_shard(

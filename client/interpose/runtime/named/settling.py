@@ -106,15 +106,19 @@ def search(loaded: Loaded, absent: Collection[str] = ()) -> Findings:
 
 
 @torch.no_grad()
-def refused_with(loaded: Loaded, adapter: str) -> dict[str, dict[str, str]]:
-    """Which of a model's named points don't hold in runs with an adapter: owner -> name -> why."""
+def refused_with(loaded: Loaded, adapter: str, absent: Collection[str] = ()) -> dict[str, dict[str, str]]:
+    """Which of a model's named points don't hold in runs with an adapter: owner -> name -> why.
+
+    Args:
+        absent: as of `search`.
+    """
     manifest = loaded.manifest
     refused: dict[str, dict[str, str]] = {}
     if not manifest.named:
         return refused
     with chosen(loaded.adapters, adapter):
         for tower in [_tower(loaded, paths) for paths in manifest.towers.values() or (manifest.blocks,)]:
-            for (owner, name), reason in _failures(loaded, tower, adapter).items():
+            for (owner, name), reason in _failures(loaded, tower, adapter, absent).items():
                 refused.setdefault(owner, {})[name] = reason
     return refused
 

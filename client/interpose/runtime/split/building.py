@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -51,14 +52,29 @@ def load_home(source: str | Path, route: Route, **options: Any) -> tuple[nn.Modu
 
 def stubbed(model: nn.Module, route: Route) -> Dispatcher:
     """Put stubs in the place of a model's blocks."""
-    dispatcher = Dispatcher(route)
     blocks = {path: model.get_submodule(path) for path in route.sites}
+    dispatcher = Dispatcher(route, blocks)
     where = places(route, blocks)
-    for path, block in blocks.items():
-        parent, _, name = path.rpartition(".")
-        setattr(model.get_submodule(parent), name, stub(block, dispatcher, where[path]))
+    _put(model, {path: stub(block, dispatcher, where[path]) for path, block in blocks.items()})
     settle_exit(model)
     return dispatcher
+
+
+@contextmanager
+def unstubbed(model: nn.Module, dispatcher: Dispatcher) -> Iterator[None]:
+    """Inside, a model has its whole tree, for those who look at modules and don't run them."""
+    stubs = {path: model.get_submodule(path) for path in dispatcher.blocks}
+    try:
+        _put(model, dispatcher.blocks)
+        yield
+    finally:
+        _put(model, stubs)
+
+
+def _put(model: nn.Module, modules: Mapping[str, nn.Module]) -> None:
+    for path, module in modules.items():
+        parent, _, name = path.rpartition(".")
+        setattr(model.get_submodule(parent), name, module)
 
 
 def load_slice(source: str | Path, own: Collection[str], blocks: Sequence[str], **options: Any) -> nn.Module:

@@ -13,11 +13,10 @@ from torch import Tensor, nn
 
 from ...errors import BadArgument, InternalError
 from ...graph.limits import Limits
-from ...graph.manifest import Manifest
+from ..adapters import chosen, parameter
 from ..calls import check_call
 from ..failures import plain
 from ..hooks import no_hooks
-from ..offloaded import parameter
 from .mapping import moved
 from .route import HOME, Ask, Nest
 from .sites import Sites
@@ -49,14 +48,16 @@ class Elsewhere:
         """Whether a module is at another site."""
         return self._sites.of(path) != self._site
 
-    def parameter(self, path: str, name: str) -> Any:
-        """Another site's parameter, brought here."""
-        return self._way()(self._sites.of(path), PARAMETER, {"path": path, "name": name})
+    def parameter(self, path: str, name: str, adapter: str | None) -> tuple[Any, bool]:
+        """Another site's parameter, brought here, and whether an adapter made it."""
+        request = {"path": path, "name": name, "adapter": adapter}
+        value, made = self._way()(self._sites.of(path), PARAMETER, request)
+        return value, made
 
-    def call(self, path: str, value: Any, limits: Limits) -> Any:
+    def call(self, path: str, value: Any, limits: Limits, adapter: str | None) -> Any:
         """What the module returns, one tensor. Raises as the module called here would."""
         ask, site = self._way(), self._sites.of(path)
-        request = {"path": path, "limits": limits.as_dict()}
+        request = {"path": path, "limits": limits.as_dict(), "adapter": adapter}
         if isinstance(value, Tensor) and value.requires_grad and torch.is_grad_enabled():
             return _Call.apply(value, ask, site, request)  # type: ignore[no-untyped-call]
         return _brought(ask(site, CALL, {**request, "value": value}), value)
@@ -88,22 +89,25 @@ class Owned:
 
     Args:
         modules: that others may have called, by path.
+        loaded: the site's model.
     """
 
-    def __init__(self, modules: Mapping[str, nn.Module], manifest: Manifest, device: torch.device) -> None:
+    def __init__(self, modules: Mapping[str, nn.Module], loaded: Loaded) -> None:
         self._modules = modules
-        self._manifest = manifest
-        self._device = device
+        self._manifest = loaded.manifest
+        self._device = torch.device(loaded.device)
+        self._adapters = loaded.adapters
 
     def errand(self, name: str, request: Nest) -> Nest:
         work: Mapping[str, Callable[[Nest], Nest]] = {CALL: self._call, PARAMETER: self._parameter}
         if name not in work or request["path"] not in self._modules:
             raise InternalError(f"{name!r} of {request['path']!r} can't be asked of this site")
-        with torch.no_grad():
+        # Whoever asks may be of this very process, and in a run with another adapter.
+        with torch.no_grad(), chosen(self._adapters, request["adapter"]):
             return work[name](request)
 
     def _parameter(self, request: Nest) -> Nest:
-        return parameter(self._modules[request["path"]], request["name"])
+        return [*parameter(self._modules[request["path"]], request["name"])]
 
     def _call(self, request: Nest) -> Nest:
         path, value, gradient = request["path"], request["value"], request.get("gradient")
@@ -139,4 +143,4 @@ def answer(loaded: Loaded) -> None:
     assert loaded.split is not None
     sites = loaded.split.sites
     own = {path: module for path, module in loaded.modules.items() if sites.outside(path)}
-    loaded.split.route.answer(Owned(own, loaded.manifest, torch.device(loaded.device)).errand)
+    loaded.split.route.answer(Owned(own, loaded).errand)

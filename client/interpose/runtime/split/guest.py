@@ -130,9 +130,10 @@ class Graphs:
         self._exit = exit_ or ByHome()
         self._prepare = Preparation(loaded.manifest)
         device = torch.device(loaded.device)
-        self._world = World(loaded.modules, device, loaded.manifest, elsewhere=Elsewhere(sites, site, way))
+        far = Elsewhere(sites, site, way)
+        self._world = World(loaded.modules, device, loaded.manifest, loaded.adapters, far)
         own = {path: module for path, module in loaded.modules.items() if sites.of(path) == site}
-        self._owned = Owned(own, loaded.manifest, device)
+        self._owned = Owned(own, loaded)
         self._parts: dict[int, Part] = {}
         self._early: dict[int, list[Mail]] = {}
         """Mail of jobs that have nothing to do here yet."""

@@ -60,6 +60,7 @@ class Visit:
         work: for the shard's guest: what the jobs of this forward ask there; None for nothing.
         attention: whether attention takes its eager form.
         grad: whether what is computed is tracked, and kept until the forward is dropped.
+        adapter: which adapter it runs with, None for none.
     """
 
     site: int
@@ -67,6 +68,7 @@ class Visit:
     work: Nest = None
     attention: bool = False
     grad: bool = False
+    adapter: str | None = None
 
 
 @dataclass(frozen=True, slots=True)

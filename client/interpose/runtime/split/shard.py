@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from ...errors import InternalError
 from .. import nests
+from ..adapters import Adapter, chosen
 from ..hooks import hooked, no_hooks
 from ..independence import Buffers, remembers
 from . import caches
@@ -69,6 +70,9 @@ class Shard:
         site: its number.
         blocks: path -> block, in eval mode.
         guest: what of the jobs' graphs runs here.
+
+    Attributes:
+        adapters: what forwards may choose, by name.
     """
 
     def __init__(
@@ -76,6 +80,7 @@ class Shard:
     ) -> None:
         self.site = site
         self.guest = guest
+        self.adapters: Mapping[str, Adapter] = {}
         self._blocks = blocks
         self._device = device
         self._first = {path: first_parameter(block) for path, block in blocks.items()}
@@ -123,7 +128,7 @@ class Shard:
             return result
 
         # The run of the context isn't this one's: a thread may serve many.
-        with torch.set_grad_enabled(visit.grad), no_hooks():
+        with torch.set_grad_enabled(visit.grad), no_hooks(), chosen(self.adapters, visit.adapter):
             result, reply, new = self._serve(visit, for_guest, run)
         new = [*new, *between.values()]
         kept = _Kept(tracked(hidden, mail), tracked(result, new))

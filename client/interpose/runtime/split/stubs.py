@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from ...errors import InternalError
+from ..adapters import choice
 from ..hooks import CURRENT
 from . import caches
 from .journey import Trip, differentiable
@@ -31,12 +32,16 @@ from .trial import uncollected
 class Dispatcher:
     """Takes the calls of a model's stubs, and has its shards make what somebody looks at.
 
+    Args:
+        blocks: path -> the block for which each stub stands, or what is left of it without weights.
+
     Attributes:
         outputs: path -> what the block returns, as `shard.output_kind` says; measured once all blocks were called.
     """
 
-    def __init__(self, route: Route) -> None:
+    def __init__(self, route: Route, blocks: Mapping[str, nn.Module]) -> None:
         self.route = route
+        self.blocks = blocks
         self.outputs: dict[str, Nest] = {}
         self._numbers = itertools.count(1)
         self._caches = caches.HomeCaches(lambda number: route.drop(caches=[number]))
@@ -101,13 +106,12 @@ class Dispatcher:
     ) -> tuple[Tensor, Mapping[int, Tensor]]:
         """One journey by shards in ascending order: what the last call returns, and what is wanted of others."""
         packing = Packing(self._caches)
-        visits, mail = [], list[Mail]()
+        visits, mail, adapter = [], list[Mail](), choice()
         for site, group in itertools.groupby(enumerate(calls), key=lambda item: item[1].place.site):
             numbered = [*group]
             work, letters = (None, ()) if carrier is None else carrier.load(site)
-            visits.append(
-                Visit(site, tuple(packing.call(call, site) for _, call in numbered), work, attention, grad)
-            )
+            packed = tuple(packing.call(call, site) for _, call in numbered)
+            visits.append(Visit(site, packed, work, attention, grad, adapter))
             mail += letters
             back = [[place, index] for place, (index, _) in enumerate(numbered) if index in wanted]
             if back := [pair for pair in back if pair[1] < len(calls) - 1]:
