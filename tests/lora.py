@@ -16,7 +16,13 @@ import torch
 from models import CACHE, tiny
 from transformers import AutoModelForCausalLM
 
-TARGETS = {"llama": ["q_proj", "o_proj", "down_proj"], "gpt2": ["c_attn", "c_proj", "c_fc"]}
+TARGETS = {
+    "llama": ["q_proj", "o_proj", "down_proj"],
+    "gpt2": ["c_attn", "c_proj", "c_fc"],
+    "gemma3": ["q_proj", "o_proj", "down_proj"],
+    "mixtral": ["q_proj", "o_proj"],
+    "mamba": ["in_proj"],
+}
 
 
 def lora(arch: str, seed: int = 0, *, targets: Sequence[str] = (), dtype: str = "float32", **config: Any) -> Path:

@@ -51,7 +51,6 @@ def test_a_name_alone_is_a_model(tmp_path: Path) -> None:
         ("settings: {redis_url: x}\nmodels: [{name: a}]", "settings.redis_url: it belongs at the top of the file"),
         ("models:\n- name: a\n  settings:\n    lease_s: 3", "4: models.0.settings.lease_s: can't differ from"),
         ("models: [{name: a, devices: 1.5}]", "devices come whole"),
-        ("models: [{name: a, placement: blocks, adapters: {b: /x}}]", "adapters can't be chosen yet"),
         ("models: [{name: a, adapters: {'my one': /x}}]", "models.0.adapters: an adapter is named by"),
         ("models: [{name: a, replicas: {min: 3, max: 2}}]", "can't both be"),
         ("models: [", "no YAML"),

@@ -130,7 +130,7 @@ def test_a_spec_has_the_last_word() -> None:
         ({"placement": "devices", "devices": 5}, Placement.DEVICES, (5.0,)),
         ({"devices": 2}, Placement.DEVICES, (2.0,)),
         ({"devices": 6}, Placement.BLOCKS, (1.0,) * 6),
-        ({"devices": 6, "adapters": {"a": "org/a"}}, Placement.DEVICES, (6.0,)),
+        ({"devices": 6, "adapters": {"a": "org/a"}}, Placement.BLOCKS, (1.0,) * 6),
         ({"devices": 0.5}, Placement.DEVICE, (0.15,)),
     ]:
         found = plan(model(), there, spec(**fields))

@@ -7,7 +7,7 @@ import os
 import secrets
 import subprocess
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -48,8 +48,14 @@ def start(site: int, source: Path, start_: int, end: int, secret: bytes, **optio
 
 
 @contextmanager
-def spread(source: Path, ranges: Sequence[tuple[int, int]], **timing: float) -> Iterator[Running]:
+def spread(
+    source: Path,
+    ranges: Sequence[tuple[int, int]],
+    adapters: Mapping[str, Path] | None = None,
+    **timing: float,
+) -> Iterator[Running]:
     """A model over processes of this machine."""
+    sources = {name: str(folder) for name, folder in (adapters or {}).items()}
     secret = secrets.token_bytes(32)
     shards = {site: start(site, source, *own, secret) for site, own in enumerate(ranges, 1)}
     try:
@@ -60,7 +66,7 @@ def spread(source: Path, ranges: Sequence[tuple[int, int]], **timing: float) -> 
             addresses[site] = told["host"], told["port"]
         blocks = blocks_of(source)
         parts = [blocks[first:end] for first, end in ranges]
-        home = assemble("tiny", str(source), secret, addresses, parts, device="cpu", **timing)
+        home = assemble("tiny", str(source), secret, addresses, parts, device="cpu", adapters=sources, **timing)
         try:
             yield Running(home, shards)
         finally:

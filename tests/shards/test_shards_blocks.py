@@ -9,6 +9,7 @@ import pytest
 from cluster_lab import ClusterLab, Load, cluster_lab
 from interpose.graph.manifest import decode_manifest
 from interpose.runtime.loading import load as load_whole
+from lora import lora
 from models import tiny
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(280)]
@@ -18,6 +19,7 @@ SPLIT = {
     "source": str(tiny("gpt2")),
     "placement": "blocks",
     "shards": 2,
+    "adapters": {"a": str(lora("gpt2"))},
     "replicas": {"min": 1},
 }
 
@@ -35,7 +37,8 @@ def test_its_manifest_is_the_whole_models(lab: ClusterLab) -> None:
         answer = client.get("/v1/models/org/split", headers={"Accept": "application/json"})
     plain = answer.json()
     found = decode_manifest(plain.get("manifest", plain))
-    assert found.revision == load_whole(tiny("gpt2"), device="cpu").manifest.revision
+    whole = load_whole(tiny("gpt2"), device="cpu", adapters={"a": lora("gpt2")}).manifest
+    assert (found.revision, found.adapters) == (whole.revision, whole.adapters)
     print(sorted(" ".join(p.cmdline()).strip()[:60] for p in lab.ray.processes("")))
     assert len(lab.ray.processes("ShardActor")) == 2
 

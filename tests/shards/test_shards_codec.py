@@ -94,9 +94,8 @@ def test_plain_values_keep_their_types() -> None:
 
 
 def test_visits_arrive_whole() -> None:
-    visit = Visit(
-        2, (BlockCall("h.0", (None, 3), {"cache": CacheRef(1)}), BlockCall("h.1", (), {})), {"w": 1}, True
-    )
+    calls = (BlockCall("h.0", (None, 3), {"cache": CacheRef(1)}), BlockCall("h.1", (), {}))
+    visit = Visit(2, calls, {"w": 1}, attention=True, grad=False, adapter="french")
     assert sent(visit) == visit
 
 

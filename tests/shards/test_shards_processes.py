@@ -18,14 +18,17 @@ from interpose.graph.manifest import fingerprint
 from interpose.runtime.engine import Engine
 from interpose.runtime.loading import load
 from interpose_server.shards.process import stand
+from lora import lora
 from models import tiny
 from processes import Running, spread
 
 PROMPTS = ["The capital of France is", "When Mary and John went to the store, John gave a drink to"]
 
+ADAPTERS = {"a": lora("gpt2", targets=["wte", "c_attn", "c_proj", "c_fc"])}
+
 
 def language(engine: Engine) -> LanguageModel:
-    model = LanguageModel(str(tiny("gpt2")))
+    model = LanguageModel(str(tiny("gpt2")), adapters=ADAPTERS)
     model._access.local.engine = engine
     return model
 
@@ -45,47 +48,51 @@ def steered(model: LanguageModel) -> None:
         model.logits.save()
 
 
-def read(model: LanguageModel) -> dict[str, torch.Tensor]:
+def read(model: LanguageModel, adapter: str | None = None) -> dict[str, torch.Tensor]:
     """Values of every site: read, changed, asked for in a block, of gradients, of a generation."""
-    with model.trace(PROMPTS) as t:
+    with model.trace(PROMPTS, adapter=adapter) as t:
         model.transformer.h[0].output[0][:, -1] *= 2
         hidden = model.transformer.h[2].output[0].save()
         logits = model.lm_head.output.save()
+        weight = model.transformer.h[2].attn.c_proj.weight.save()
         del t
-    with model.trace(PROMPTS[0]):
+    with model.trace(PROMPTS[0], adapter=adapter):
         first = model.transformer.h[0].output[0]
         first.retain_grad()
         steer(model, 1)
         model.lm_head.output[:, -1].sum().backward()
         grad = first.grad.save()
-    with model.generate(PROMPTS[0], max_new_tokens=4) as t:
+    with model.generate(PROMPTS[0], max_new_tokens=4, adapter=adapter) as t:
         with t.all():
             steer(model, 0)
             steer(model, 2)
         ids = t.result.save()
-    return {"hidden": hidden, "logits": logits, "grad": grad, "ids": ids}
+    return {"hidden": hidden, "logits": logits, "weight": weight, "grad": grad, "ids": ids}
 
 
 @pytest.fixture(scope="module")
 def running() -> Iterator[Running]:
-    with spread(tiny("gpt2"), [(0, 1), (1, 3)], beat_s=0.2, silence_s=6.0) as found:
+    with spread(tiny("gpt2"), [(0, 1), (1, 3)], ADAPTERS, beat_s=0.2, silence_s=6.0) as found:
         yield found
 
 
 @pytest.mark.slow
 def test_it_serves_as_the_whole_model(running: Running) -> None:
     loaded = running.home.loaded
-    whole = load(tiny("gpt2"), name="tiny", device="cpu")
+    whole = load(tiny("gpt2"), name="tiny", device="cpu", adapters=ADAPTERS)
     assert fingerprint(loaded.manifest) == fingerprint(whole.manifest)
     assert not any(param.is_meta for param in loaded.model.parameters()), "home has its own weights and no others"
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # as the shards have it: sums are split by threads
     try:
-        found, expected = read(language(Engine(loaded))), read(language(Engine(whole)))
+        split, together = language(Engine(loaded)), language(Engine(whole))
+        pairs = [(read(split, adapter), read(together, adapter)) for adapter in (None, "a", None)]
     finally:
         torch.set_num_threads(threads)
-    for name, value in expected.items():
-        assert torch.equal(found[name].detach(), value.detach()), name
+    for found, expected in pairs:
+        for name, value in expected.items():
+            assert torch.equal(found[name].detach(), value.detach()), name
+    assert not torch.equal(pairs[0][0]["logits"], pairs[1][0]["logits"])
     assert running.home.free_bytes() > 0
 
 

@@ -21,7 +21,7 @@ class Elsewhere(Protocol):
         """Whether a module is there."""
 
     def parameter(self, path: str, name: str, adapter: str | None) -> tuple[Any, bool]:
-        """A parameter of one of its modules as a run with an adapter has it, brought here, and whether it made it."""
+        """A parameter of its modules in a run with an adapter, brought here, and whether that has made it."""
 
     def call(self, path: str, value: Any, limits: Limits, adapter: str | None) -> Any:
         """What one of its modules returns in a run with an adapter, one tensor; gradients come by."""

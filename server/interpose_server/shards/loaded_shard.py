@@ -22,8 +22,8 @@ from torch import Tensor, nn
 from ..worker.memory import free_bytes
 
 MEASURE, ADAPT, SERVE, FREE = "part.measure", "part.adapt", "part.serve", "part.free"
-"""Errands: measure the slice (once), load adapters on it (once), run parts of graphs from now on, tell how many bytes
-of memory are left."""
+"""Errands: measure the slice (once), load adapters on it (once), run parts of graphs from now on, tell how many
+bytes of memory are left."""
 
 
 class LoadedShard:

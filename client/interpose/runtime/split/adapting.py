@@ -1,4 +1,4 @@
-"""Adapters of a split model: each process has the layers of its own modules, and tries the points of its own blocks."""
+"""Adapters of a split model: each process has the layers of its own modules, and tries its own blocks' points."""
 
 from __future__ import annotations
 
