@@ -19,7 +19,7 @@ from interpose.errors import ConfigError, InterposeError, OutOfMemory, UnknownAd
 from interpose.graph.adapters import check_revision, revision_of
 from interpose.graph.model import Graph, Invoke, Node, Point, Run
 from interpose.graph.values import Ref
-from interpose.runtime import adapters
+from interpose.runtime import adapters, products
 from interpose.runtime.engine import Engine, EngineJob
 from interpose.runtime.loading import load, with_adapters
 from interpose.runtime.lora import CONFIG, WEIGHTS
@@ -131,6 +131,36 @@ def test_runs_of_one_job_share_nothing_made_with_other_adapters(eager_cuts: None
     for run in range(3):
         found = job.sink.values[5 * run + 4]
         torch.testing.assert_close(found, logits(NAMES[run], row.rows[0]), rtol=0, atol=2e-4)
+
+
+def test_what_is_called_in_one_run_and_computed_in_anothers_forward_has_its_own(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Also where several jobs' calls become one product at the end of a forward."""
+    monkeypatch.setattr(products, "LARGE_BYTES", 0)
+    row = Invoke(((5, 9, 33),))
+    nodes = (
+        Node(0, "read", point=Point(BLOCK, "output"), invoke=0),
+        Node(1, "read", point=Point("", "output", ("logits",)), invoke=0),
+        Node(2, "save", (Ref(1),), invoke=0),
+        Node(3, "call", (HEAD, Ref(0)), invoke=0, run=1),
+        Node(4, "save", (Ref(3),), invoke=0, run=1),
+        Node(5, "call", (HEAD, Ref(0)), invoke=0),
+        Node(6, "save", (Ref(5),), invoke=0),
+    )
+
+    def job(first: str | None, second: str | None, *, alone: bool) -> EngineJob:
+        runs = (Run("trace", (row,), adapter=first), Run("trace", (row,), adapter=second))
+        return EngineJob(Graph(runs, nodes), {}, Kept(), exclusive=alone)
+
+    for names in (("a", None), ("a", "b"), (None, "a")):
+        alone, *shared = job(*names, alone=True), job(*names, alone=False), job(*names, alone=False)
+        assert engine().run([alone]) == [None]
+        assert engine().run(shared) == [None, None]
+        assert float((alone.sink.values[4] - alone.sink.values[6]).abs().max()) > 1e-2
+        for one in shared:
+            for node in (2, 4, 6):
+                torch.testing.assert_close(one.sink.values[node], alone.sink.values[node], rtol=0, atol=1e-4)
 
 
 def test_what_a_graph_was_prepared_for_is_kept_by_adapter() -> None:
