@@ -6,13 +6,17 @@ import time
 from collections.abc import Iterator
 
 import pytest
+import torch
 from cluster_lab import ClusterLab, Load, cluster_lab
+from interpose import LanguageModel
 from interpose.graph.manifest import decode_manifest
 from interpose.runtime.loading import load as load_whole
-from lora import lora
+from lora import lora, stock
 from models import tiny
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(280)]
+
+ROW = [5, 9, 33, 7]
 
 SPLIT = {
     "name": "org/split",
@@ -43,6 +47,20 @@ def test_its_manifest_is_the_whole_models(lab: ClusterLab) -> None:
     assert len(lab.ray.processes("ShardActor")) == 2
 
 
+def logits(lab: ClusterLab, adapter: str | None) -> torch.Tensor:
+    model = LanguageModel("org/split", host=lab.host, api_key=lab.key)
+    with model.trace(ROW, remote=True, adapter=adapter):
+        found = model.logits.save()
+    return found.detach()
+
+
+def test_jobs_choose_an_adapter(lab: ClusterLab) -> None:
+    for name, folder in [("a", lora("gpt2")), (None, None), ("a", lora("gpt2"))]:
+        with torch.no_grad():
+            expected = stock("gpt2", folder)(torch.tensor([ROW])).logits
+        torch.testing.assert_close(logits(lab, name), expected, rtol=0, atol=1e-4)
+
+
 def test_a_shard_that_dies_under_load_costs_time_only(lab: ClusterLab) -> None:
     with Load(lab, "org/split", tiny("gpt2")) as load:
         load.until_running()
@@ -60,6 +78,7 @@ def test_a_shard_that_dies_under_load_costs_time_only(lab: ClusterLab) -> None:
     print(tally)
     assert tally.sound
     assert tally.requeued
+    test_jobs_choose_an_adapter(lab)
 
 
 def test_shards_end_with_their_copy(lab: ClusterLab) -> None:
