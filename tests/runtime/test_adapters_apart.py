@@ -284,6 +284,19 @@ def test_what_more_than_single_layers_is_refused(tmp_path: Path, settings: dict[
     torch.testing.assert_close(again.sink.values[3], logits("a", (5, 9, 33)), rtol=0, atol=1e-4)
 
 
+def test_experts_that_the_library_fuses_are_refused(tmp_path: Path) -> None:
+    """Adapters of a Mixtral name its experts' layers as they were; what is of single layers is taken."""
+    loaded = load(tiny("mixtral"), adapters={"a": lora("mixtral")})
+    assert loaded.adapters["a"].info.targets == ("o_proj", "q_proj")
+    folder = tmp_path / "experts"
+    shutil.copytree(lora("mixtral"), folder)
+    config = json.loads((folder / CONFIG).read_text())
+    config |= {"target_modules": ["q_proj", "o_proj", "w1", "w3"], "target_parameters": None, "lora_dropout": 0.0}
+    (folder / CONFIG).write_text(json.dumps(config))
+    with pytest.raises(ConfigError, match="target_parameters"):
+        with_adapters(loaded, {"b": folder})
+
+
 def test_folders_that_hold_no_adapter(tmp_path: Path) -> None:
     loaded = engine().loaded
     with pytest.raises(ConfigError, match="no folder"):

@@ -78,6 +78,8 @@ def load(
             told: Any = peft.set_peft_model_state_dict(wrapped, weights, adapter_name=NAME)
     except (ValueError, KeyError, RuntimeError, TypeError) as error:
         raise ConfigError(f"adapter {name!r} doesn't fit the model: {_first_line(error)}") from error
+    if parameters := config.target_parameters:  # into which the library may have turned modules that it has fused
+        raise _too_much(name, "target_parameters", sorted(parameters))
     missing = [key for key in told.missing_keys if _MARK in key]
     if missing or told.unexpected_keys:
         first = [*told.unexpected_keys, *missing][0]
@@ -141,15 +143,24 @@ def _config(name: str, folder: Path) -> Any:
     if type(config) is not LoraConfig:
         raise ConfigError(f"adapter {name!r} is {plain.get('peft_type')}; only LoRA can be chosen by a run")
     usual, given = asdict(LoraConfig()), asdict(config)
-    odd = [key for key, value in given.items() if key not in _PLAIN and value != usual.get(key)]
+    odd = [key for key, value in given.items() if key not in _PLAIN and not _alike(value, usual.get(key))]
     if config.init_lora_weights not in _STARTS:
         odd.append("init_lora_weights")
     if odd:
-        raise ConfigError(
-            f"adapter {name!r} has {odd[0]}={getattr(config, odd[0])!r}, with which it changes more than what "
-            "single layers make; only plain LoRA (rsLoRA and DoRA too) can be chosen by a run"
-        )
+        raise _too_much(name, odd[0], getattr(config, odd[0]))
     return config
+
+
+def _alike(value: Any, usual: Any) -> bool:
+    """The library writes down empty lists where nothing was given."""
+    return bool(value == usual or (usual is None and value in ([], {}, set())))
+
+
+def _too_much(name: str, setting: str, value: Any) -> ConfigError:
+    return ConfigError(
+        f"adapter {name!r} has {setting}={value!r}, with which it changes more than what "
+        "single layers make; only plain LoRA (rsLoRA and DoRA too) can be chosen by a run"
+    )
 
 
 def _weights(name: str, folder: Path, model: nn.Module, keep: Keep) -> dict[str, Tensor]:
