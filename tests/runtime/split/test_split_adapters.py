@@ -215,7 +215,7 @@ def _same(found: Any, expected: Any, what: str) -> None:
 
 @pytest.mark.parametrize("kind", ["gpt2", "llama", "dora"])
 def test_modules_called_on_values_of_other_sites(kind: str) -> None:
-    """From home, from another shard, and with gradients, which run it once more."""
+    """From home, from another shard, in the middle of a block, and with gradients, which run it once more."""
     out = OUT.get(KINDS[kind][0], "self_attn.o_proj")
 
     def called(model: LanguageModel, name: str | None) -> list[Any]:
@@ -229,8 +229,13 @@ def test_modules_called_on_values_of_other_sites(kind: str) -> None:
             hidden.retain_grad()
             at(model, within(kind, 0, out))(hidden).square().sum().backward()
             grad = hidden.grad.save()
+        with model.trace(ROW, adapter=name):
+            inner = at(model, within(kind, 1, out)).output
+            size = at(model, HEAD)(inner).amax(-1, keepdim=True)
+            at(model, within(kind, 1)).output[:] += at(model, within(kind, 0, out))(inner) * size
+            steered = at(model, HEAD).output.save()
         del given
-        return [early, late, grad]
+        return [early, late, grad, steered]
 
     for name in NAMES:
         for found, expected in zip(
