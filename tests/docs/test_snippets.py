@@ -33,8 +33,14 @@ def served(smollm2: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[
         yield server
 
 
+def having(language: str) -> pytest.MarkDecorator:
+    """Each document with such a block."""
+    found = [document for document in DOCUMENTS if language in dict(blocks(document))]
+    return pytest.mark.parametrize("document", found, ids=lambda path: path.name)
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
+@having("python")
 def test_python_blocks_print_what_they_say(document: Path, served: Served) -> None:
     found = blocks(document)
     script, expected = "", []
@@ -52,7 +58,7 @@ def test_python_blocks_print_what_they_say(document: Path, served: Served) -> No
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
+@having("bash")
 def test_shell_blocks_run(document: Path, smollm2: Path, tmp_path: Path) -> None:
     models = tmp_path / ".cache/interpose/models"
     models.mkdir(parents=True)
