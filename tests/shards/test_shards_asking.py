@@ -105,7 +105,6 @@ def ended(link: Link, stations: list[Matrices], end: Callable[[], Any]) -> None:
     for station in stations:
         assert station.shard is not None
         assert station.shard.ended.wait(5)
-        assert not station.shard._asked, "nobody there waits for an answer"
 
 
 def threads() -> set[threading.Thread]:
@@ -125,4 +124,4 @@ def test_nobody_is_left_waiting_when_one_dies_during_an_errand(who: str) -> None
     deadline = time.monotonic() + 5
     while (left := threads() - before) and time.monotonic() < deadline:
         time.sleep(0.05)
-    assert not left
+    assert not left, "nobody computes any more, or waits for an answer"
