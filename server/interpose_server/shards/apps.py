@@ -11,7 +11,7 @@ from typing import Any
 
 from interpose.errors import InterposeError
 from ray import serve
-from ray.serve.api import RunTarget
+from ray.serve import RunTarget
 from ray.serve.config import AutoscalingConfig, AutoscalingPolicy
 
 from ..models.spec import ModelSpec

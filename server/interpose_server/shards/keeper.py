@@ -11,7 +11,7 @@ import time
 from dataclasses import dataclass, field
 
 from ray import serve
-from ray.serve.api import RunTarget
+from ray.serve import RunTarget
 from redis.exceptions import RedisError
 
 from .. import logs
