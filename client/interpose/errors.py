@@ -29,6 +29,7 @@ InterposeError
 ├── RequestError                  what was asked of the server
 │   ├── InvalidPayload            bytes that aren't a job
 │   ├── UnknownModel              not served here
+│   ├── ModelUpdated              served here, but no more as it was when the graph was recorded
 │   ├── ModelUnavailable          served here, not able to run now
 │   │   ├── ModelLoading          ... but soon: it was asked for and is on its way
 │   │   └── ModelFailed           ... because it can't be loaded
@@ -252,6 +253,10 @@ class InvalidPayload(RequestError):
 
 class UnknownModel(RequestError):
     code, status = "unknown_model", 404
+
+
+class ModelUpdated(RequestError):
+    code, status = "model_updated", 409
 
 
 class ModelUnavailable(RequestError):

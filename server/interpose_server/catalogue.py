@@ -11,6 +11,7 @@ from interpose.graph.manifest import Manifest, decode_manifest
 
 from .broker.accounts import Key
 from .broker.models import Hosted, Models
+from .broker.queue import updating
 from .broker.specs import Specs
 from .broker.states import ModelState
 
@@ -47,21 +48,24 @@ class Catalogue:
                 f"{name} is stopped here; try again later", details={"retry_after_s": 5, "state": "stopped"}
             )
         _check_loadable(hosted)
-        await self.known(hosted)
+        if not hosted.fingerprint:
+            await self.known(hosted)
         return await self._manifest(hosted)
 
     async def known(self, hosted: Hosted) -> None:
-        """Have a model loaded that never was, so that its manifest becomes known.
+        """Have a model loaded that never was, or that changes, so that its manifest becomes known.
 
         Raises:
             ModelLoading, ModelFailed: it isn't known yet.
         """
-        if hosted.fingerprint:
+        if hosted.fingerprint and not hosted.updating:
             return
         _check_loadable(hosted)
         name = hosted.name
         if hosted.wanted:
             await self._specs.wish(name)
+        if hosted.updating:
+            raise updating(name)
         on_its_way = not hosted.wanted or hosted.state is ModelState.LOADING or await self._specs.kept()
         told = "is being loaded" if on_its_way else "is to be loaded, but what loads models here is away"
         if on_its_way and hosted.crowded:
@@ -86,6 +90,10 @@ class Catalogue:
         except UnknownModel as error:
             its = [name for name in await self._models.names() if key.allows(name)]
             raise UnknownModel(f"{error.message}; there is {', '.join(its) or 'none yet'}") from None
+
+    def forget(self, name: str) -> None:
+        """What is remembered of a model is wrong."""
+        self._hosted.pop(name, None)
 
     async def _manifest(self, hosted: Hosted) -> Manifest:
         mark, manifest = self._manifests.get(hosted.name, ("", None))

@@ -26,7 +26,7 @@ _BUCKET = re.compile(r"[a-z0-9][a-z0-9._-]{1,61}[a-z0-9]")
 
 OF_WORKERS = frozenset(
     ("limits", "batch_jobs", "batch_rows", "batch_tokens", "batch_memory_bytes", "batch_s", "aside_s", "measure_s")
-) | {"worker_threads", "grace_s", "shelf_bytes", "backlog_bytes"}
+) | {"worker_threads", "grace_s", "finish_s", "shelf_bytes", "backlog_bytes"}
 """Those that may differ from model to model."""
 
 
@@ -70,6 +70,8 @@ class Settings(BaseSettings):
         backlog_bytes: what a worker holds of saves not yet published before its engine waits.
         inline_bytes: saves and payloads up to this size go through the broker, larger ones through the blob store.
         grace_s: how long a running batch may take to finish when the server stops.
+        finish_s: a copy that is replaced by another version of its model runs what was recorded against its own for
+            so long at most.
         drain_s: how long a gateway that is to stop still takes requests, while /readyz tells load balancers of it.
         streams_per_user, downloads_per_user: open at once on one gateway process.
         load_retry_s: a model that couldn't be loaded is left alone for so long, unless somebody asks.
@@ -114,6 +116,7 @@ class Settings(BaseSettings):
     measure_s: float = Field(default=2.0, ge=0, le=60)
     worker_threads: int | None = None
     grace_s: float = Field(default=20.0, ge=0)
+    finish_s: float = Field(default=300.0, ge=0)
     drain_s: float = Field(default=0.0, ge=0)
 
     load_retry_s: float = Field(default=300.0, gt=0)

@@ -21,7 +21,7 @@ from interpose.wire.submission import Submission, decode_submission
 from . import attachments, blob_keys
 from .auth import allow
 from .broker.accounts import Key
-from .broker.queue import NewJob
+from .broker.queue import NewJob, ServedOtherwise, updating
 from .parts import Parts
 
 QUICK_BYTES = 32 << 10
@@ -48,9 +48,25 @@ async def submit(
     if named not in (None, job.id):
         raise InvalidPayload("a submission is sent under another id than its own")
     allow(key, job.model)
+    digest = hashlib.sha256(body).hexdigest()
+    try:
+        return await _hand_in(parts, key, job, digest, large)
+    except ServedOtherwise:
+        # Another version came since the manifest was read, a moment ago.
+        parts.catalogue.forget(job.model)
+    try:
+        return await _hand_in(parts, key, job, digest, large)
+    except ServedOtherwise:
+        raise updating(job.model) from None
+
+
+async def _hand_in(
+    parts: Parts, key: Key, job: Submission, digest: str, large: bool
+) -> tuple[Submission, JobStatus, int | None]:
+    """Check a job against its model, store and enqueue it."""
+    limits = parts.settings.limits
     manifest = await parts.catalogue.ready(key, job.model)
     footprint = await _maybe_thread(large, lambda: _check(parts, job, manifest))
-    digest = hashlib.sha256(body).hexdigest()
     payload = await _maybe_thread(large, lambda: _packed(job))
     inline = len(payload) <= parts.settings.inline_bytes
     if job.graph.attachments or not inline:

@@ -103,7 +103,7 @@ async def test_ten_times_the_nodes(gateway: Gateway) -> None:
 async def test_unknown_models_and_modules(gateway: Gateway) -> None:
     refused(await gateway.post(submission(model="other")), "unknown_model", 404)
     refused(await gateway.post(submission(model="../../x")), "unknown_model", 404)
-    refused(await gateway.post(submission(revision="r0")), "unknown_model", 404)
+    refused(await gateway.post(submission(revision="r0")), "model_updated", 409)
     answer = await gateway.post(submission(tiny_graph("h.9")))
     refused(answer, "unknown_module", 422)
     assert "h has 0, 1" in answer.json()["message"] and answer.json()["node"] == 0

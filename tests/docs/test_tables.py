@@ -13,7 +13,7 @@ from interpose_server.models.spec import ModelSpec
 from interpose_server.settings import Settings
 
 DOCS = Path(__file__).parents[2] / "docs"
-NUMBERS = {"one": 1, "two": 2, "three": 3, "four": 4, "five": 5, "eight": 8, "ten": 10, "eleven": 11}
+NUMBERS = {"one": 1, "two": 2, "three": 3, "four": 4, "five": 5, "eight": 8, "nine": 9, "ten": 10, "eleven": 11}
 
 
 def rows(page: str) -> list[list[str]]:

@@ -15,7 +15,7 @@ from typing import Any
 import peft
 import pytest
 import torch
-from interpose.errors import ConfigError, InterposeError, OutOfMemory, UnknownAdapter, UnknownModel
+from interpose.errors import ConfigError, InterposeError, ModelUpdated, OutOfMemory, UnknownAdapter
 from interpose.graph.adapters import check_revision, revision_of
 from interpose.graph.model import Graph, Invoke, Node, Point, Run
 from interpose.graph.values import Ref
@@ -331,7 +331,7 @@ def test_revisions_are_of_what_a_graph_uses() -> None:
     assert of_a == revision_of(chosen, same) == revision_of(chosen, both) != revision_of(chosen, other)
     assert of_a != revision_of(forward("b").graph.runs, both)
     check_revision(of_a, chosen, both)
-    with pytest.raises(UnknownModel, match=r"at revision \w+\+\w+, the graph was recorded against"):
+    with pytest.raises(ModelUpdated, match=r"at revision \w+\+\w+, the graph was recorded against"):
         check_revision(of_a, chosen, other)
     with pytest.raises(UnknownAdapter, match="it has none at all"):
         check_revision(of_a, chosen, loaded.manifest)

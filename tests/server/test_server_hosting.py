@@ -4,13 +4,18 @@ from __future__ import annotations
 
 import asyncio
 import threading
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import msgpack
 import pytest
 from interpose.errors import ConfigError, ModelUnavailable, ReplicaLost, StorageFull
+from interpose.graph.manifest import decode_manifest
 from interpose.runtime.loading import load
+from interpose.wire.submission import Submission
 from interpose_server.broker.connect import Broker
 from interpose_server.broker.states import ModelState
 from interpose_server.models.spec import ModelSpec
@@ -19,7 +24,7 @@ from interpose_server.worker.engines import Ready, engine_for, ready
 from interpose_server.worker.hosting import Host
 from models import tiny
 from redis.exceptions import ConnectionError as RedisConnectionError
-from rig import run_gateway, submission, tiny_graph
+from rig import Gateway, run_gateway, submission, tiny_graph
 from test_server_worker import ended
 
 
@@ -178,6 +183,134 @@ async def test_a_copy_at_rest_that_lost_a_shard_ends(settings: Settings, broker:
     with pytest.raises(ReplicaLost):
         await asyncio.wait_for(running, 5)
     await host.close()
+
+
+# -- replaced by another version -------------------------------------------------------------------------------
+
+
+@asynccontextmanager
+async def serving(settings: Settings, name: str, dtype: str = "float32") -> AsyncIterator[Host]:
+    """A copy that is loaded, and doesn't run yet."""
+    host = Host(spec(dtype=dtype), name, settings)
+    await host.load()
+    try:
+        yield host
+    finally:
+        await host.close()
+
+
+async def told_to_go(*hosts: Host) -> None:
+    """Run copies that are told to stop at once, to their end."""
+    stop = asyncio.Event()
+    stop.set()
+    await asyncio.wait_for(asyncio.gather(*(host.run(stop) for host in hosts)), 30)
+
+
+async def handed_in(gateway: Gateway, count: int = 3) -> list[Submission]:
+    """Jobs recorded against what is served."""
+    manifest = decode_manifest(msgpack.unpackb(await gateway.broker.models.manifest("tiny")))
+    graph = tiny_graph("transformer.h.0")
+    jobs = [submission(graph, revision=manifest.revision, batching="exclusive") for _ in range(count)]
+    for job in jobs:
+        assert (await gateway.post(job)).status_code == 202
+    return jobs
+
+
+async def statuses(gateway: Gateway, jobs: list[Submission]) -> set[str]:
+    return {str((await gateway.broker.queue.info("ada", job.id)).status) for job in jobs}
+
+
+@asynccontextmanager
+async def labs(settings: Settings) -> AsyncIterator[Gateway]:
+    async with run_gateway(settings) as gateway:
+        await gateway.broker.models.forget("tiny")
+        await gateway.broker.specs.put(spec(dtype="float32"))
+        gateway.app.state.parts.catalogue.forget("tiny")
+        yield gateway
+
+
+async def test_a_copy_runs_what_its_successor_cannot_before_it_goes(settings: Settings) -> None:
+    async with labs(settings) as gateway, serving(settings, "w1") as old:
+        jobs = await handed_in(gateway)
+        again = submission(jobs[0].graph, revision=jobs[0].revision)
+        await gateway.broker.specs.put(spec(dtype="bfloat16"))
+        async with serving(settings, "w2", "bfloat16") as new:
+            refused = await gateway.post(again)
+            assert (refused.status_code, refused.json()["code"]) == (409, "model_updated")
+            stop = asyncio.Event()
+            running = asyncio.create_task(new.run(stop))
+            await told_to_go(old)
+            assert await statuses(gateway, jobs) == {"completed"}
+            (late,) = await handed_in(gateway, 1)
+            assert (await ended(gateway, late))[-1].body["status"] == "completed"
+            stop.set()
+            await asyncio.wait_for(running, 10)
+
+
+async def test_without_room_for_both_what_was_accepted_is_run_and_no_more_accepted(
+    settings: Settings,
+) -> None:
+    async with labs(settings) as gateway, serving(settings, "w1") as old, serving(settings, "w1b") as other:
+        jobs = await handed_in(gateway)
+        again = submission(jobs[0].graph, revision=jobs[0].revision)
+        await gateway.broker.specs.put(spec(dtype="bfloat16"))
+        assert await statuses(gateway, jobs) == {"queued"}, "its copies see to it"
+        await told_to_go(old, other)
+        assert await statuses(gateway, jobs) == {"completed"}
+        for answer in (await gateway.post(again), await gateway.client.get("/v1/models/tiny")):
+            assert (answer.status_code, answer.json()["code"]) == (503, "model_loading")
+            assert "is being updated" in answer.json()["detail"]
+        assert (await gateway.post(submission(jobs[0].graph))).status_code == 202, "it runs on anything"
+        async with serving(settings, "w2", "bfloat16"):
+            assert (await gateway.client.get("/v1/models/tiny")).status_code == 200
+            assert (await gateway.post(again)).json()["code"] == "model_updated"
+            await handed_in(gateway, 1)
+
+
+async def test_what_waited_without_a_copy_while_the_model_changed_ends_with_the_reason(settings: Settings) -> None:
+    async with labs(settings) as gateway:
+        async with serving(settings, "w1") as old:
+            await told_to_go(old)
+        jobs = await handed_in(gateway, 1)
+        await gateway.broker.specs.put(spec(dtype="bfloat16"))
+        async with serving(settings, "w2", "bfloat16") as new:
+            stop = asyncio.Event()
+            running = asyncio.create_task(new.run(stop))
+            error = (await ended(gateway, jobs[0]))[-1].body["error"]
+            assert error["code"] == "model_updated" and "while your job waited" in error["message"]
+            stop.set()
+            await asyncio.wait_for(running, 10)
+
+
+async def test_one_that_only_makes_way_leaves_jobs_to_the_next(settings: Settings) -> None:
+    async with labs(settings) as gateway, serving(settings, "w1") as old:
+        jobs = await handed_in(gateway, 20)
+        await told_to_go(old)
+        assert "queued" in await statuses(gateway, jobs)
+        again = await handed_in(gateway, 1)
+        async with serving(settings, "w2") as new:
+            stop = asyncio.Event()
+            running = asyncio.create_task(new.run(stop))
+            for job in jobs + again:
+                assert (await ended(gateway, job))[-1].body["status"] == "completed"
+            stop.set()
+            await asyncio.wait_for(running, 10)
+
+
+async def test_a_cold_model_takes_nothing_that_was_recorded_against_what_it_was(settings: Settings) -> None:
+    async with labs(settings) as gateway:
+        async with serving(settings, "w1") as old:
+            (job,) = await handed_in(gateway, 1)
+            await gateway.broker.queue.cancel("ada", job.id)
+            await told_to_go(old)
+        again = submission(job.graph, revision=job.revision)
+        await gateway.broker.specs.put(spec(dtype="float32", idle_s=1))
+        assert (await gateway.post(again)).status_code == 202, "what was changed decides no results"
+        await gateway.broker.specs.put(spec(dtype="bfloat16"))
+        later = submission(job.graph, revision=job.revision)
+        assert (await gateway.post(later)).json()["code"] == "model_loading"
+        assert (await gateway.client.get("/v1/models/tiny")).status_code == 503
+        assert (await gateway.broker.models.get("tiny")).wished
 
 
 def test_a_model_that_remembers_is_given_one_batch_at_a_time(settings: Settings) -> None:

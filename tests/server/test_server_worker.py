@@ -140,7 +140,8 @@ async def test_a_job_does_not_run_on_other_weights_than_it_was_recorded_against(
         for job in (bound, free):
             assert (await gateway.post(job)).status_code == 202
         async with working(gateway, engine):
-            assert error_of(await ended(gateway, bound)) == "unknown_model"
+            end = (await ended(gateway, bound))[-1].body["error"]
+            assert end["code"] == "model_updated" and "was updated while your job waited" in end["message"]
             assert (await ended(gateway, free))[-1].body["status"] == "completed"
     assert [len(batch) for batch in engine.batches] == [1]
 
@@ -154,8 +155,8 @@ async def test_while_a_model_changes_each_job_is_run_by_a_copy_it_was_recorded_a
             assert (await gateway.post(job)).status_code == 202
         models = gateway.broker.models
         await models.publish("tiny", "w2", new.manifest, "")
-        gateway.app.state.parts.catalogue._hosted.clear()
-        assert (await gateway.post(submission(revision="r1"))).json()["code"] == "unknown_model"
+        refused = await gateway.post(submission(revision="r1"))
+        assert (refused.status_code, refused.json()["code"]) == (409, "model_updated"), "whatever was remembered"
         after = [submission(revision="r2") for _ in range(3)]
         for job in after:
             assert (await gateway.post(job)).status_code == 202
@@ -187,7 +188,25 @@ async def test_jobs_of_a_revision_that_nobody_serves_any_more_end(settings: Sett
             assert await gateway.broker.queue.depth("tiny") == 2
             await gateway.broker.models.announce("tiny", "w1", ModelState.DRAINING)
             for job in jobs:
-                assert error_of(await ended(gateway, job)) == "unknown_model"
+                assert error_of(await ended(gateway, job)) == "model_updated"
+
+
+async def test_a_copy_of_an_older_version_leaves_what_came_since_to_its_successor(settings: Settings) -> None:
+    """Which may be away for a moment."""
+    old, new = Obedient(save_ones), Obedient(save_ones)
+    new.manifest = replace(new.manifest, revision="r2")
+    async with run_gateway(settings) as gateway:
+        models = gateway.broker.models
+        await models.publish("tiny", "w2", new.manifest, "")
+        job = submission(revision="r2")
+        assert (await gateway.post(job)).status_code == 202
+        await models.announce("tiny", "w2", ModelState.STOPPED)
+        async with working(gateway, old, "w1"):
+            await asyncio.sleep(0.2)
+            assert await gateway.broker.queue.depth("tiny") == 1
+        await models.publish("tiny", "w2", new.manifest, "")
+        async with working(gateway, new, "w2"):
+            assert (await ended(gateway, job))[-1].body["status"] == "completed"
 
 
 async def test_attachments_reach_the_engine(settings: Settings) -> None:

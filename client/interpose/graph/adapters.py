@@ -9,7 +9,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from ..errors import ConfigError, UnknownAdapter, UnknownModel
+from ..errors import ConfigError, ModelUpdated, UnknownAdapter
 
 if TYPE_CHECKING:
     from .manifest import Manifest
@@ -63,14 +63,14 @@ def check_revision(revision: str, runs: Iterable[Run], manifest: Manifest) -> No
 
     Raises:
         UnknownAdapter: one isn't there any more.
-        UnknownModel: something else is.
+        ModelUpdated: something else is.
     """
     runs = tuple(runs)
     for run in runs:
         check_adapter(run.adapter, manifest)
     now = revision_of(runs, manifest)
     if revision != now:
-        raise UnknownModel(
+        raise ModelUpdated(
             f"{manifest.model} is served at revision {_short(now)}, the graph was recorded against "
             f"{_short(revision)}; make the model again to read its new manifest"
         )

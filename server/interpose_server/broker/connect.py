@@ -76,5 +76,5 @@ def connect(settings: Settings) -> Broker:
         queue=Queue(redis, scripts, settings),
         accounts=Accounts(redis),
         models=Models(redis, scripts, settings),
-        specs=Specs(redis, settings),
+        specs=Specs(redis, scripts, settings),
     )

@@ -22,7 +22,7 @@ from .states import ModelState, derive
 
 FIELDS = (
     *("fingerprint", "revision", "tokenizer", "batches", "jobs", "busy_s"),
-    *("ready_ms", "wish_ms", "evict", "note", "crowded"),
+    *("ready_ms", "wish_ms", "evict", "note", "crowded", "served", "closed"),
 )
 
 PLANNED = "(planned)"
@@ -46,6 +46,7 @@ class Hosted:
         evicted: somebody asked for it to go as soon as it has no work.
         note: what was last decided about its copies, and why, for the operator.
         crowded: somebody waits for it, and there was no room for it when that was last decided.
+        updating: jobs that were recorded against what is known of it are taken no more: it comes back as another.
     """
 
     name: str
@@ -67,6 +68,7 @@ class Hosted:
     evicted: bool = False
     note: str = ""
     crowded: bool = False
+    updating: bool = False
 
     @property
     def told(self) -> str:
@@ -150,10 +152,13 @@ class Models:
         Raises:
             ModelUnavailable: this copy was told to drain meanwhile.
         """
+        served = revision_of_all(manifest)
         async with self._redis.pipeline(transaction=True) as pipe:
+            pipe.hdel(_key(name), "closed")
             pipe.hset(
                 _key(name),
                 mapping={
+                    "served": served,
                     "manifest": msgpack.packb(encode_manifest(manifest)),
                     "fingerprint": fingerprint(manifest),
                     "revision": manifest.revision,
@@ -161,10 +166,25 @@ class Models:
                     "budget": msgpack.packb(dict(budget or {})),
                 },
             )
-            pipe.hset(keys.SERVED.format(model=name), worker, revision_of_all(manifest))
+            pipe.hset(keys.SERVED.format(model=name), worker, served)
             await pipe.execute()
         if not await self.announce(name, worker, ModelState.READY):
             raise ModelUnavailable(f"this copy of {name} is wanted no longer")
+
+    async def close(self, name: str, worker: str, *, replaced: bool) -> bool:
+        """A copy is told to go. It drains at once, unless jobs were recorded against what only it serves.
+
+        Args:
+            replaced: the model's next copy will serve something else.
+
+        Returns:
+            Whether it stays until those jobs are done; none are accepted beyond them. May be asked again.
+        """
+        return bool(await self._run("close", name, worker, self._silent_ms, int(replaced)))
+
+    async def owed(self, name: str, worker: str) -> bool:
+        """Whether jobs wait or run that were recorded against what a copy serves."""
+        return bool(await self._run("owed", name, worker))
 
     async def beat(self, name: str, worker: str, batches: int = 0, jobs: int = 0, busy_s: float = 0.0) -> None:
         """A worker is alive, and has run so many more batches and jobs, for so long, since it last said so."""
@@ -186,7 +206,10 @@ class Models:
         own = {text(worker): ModelState(text(state)) for worker, state in states.items()}
         live = [text(worker) for worker, at in heard if now_ms - at <= self._silent_ms]
         copies = {worker: own[worker] for worker in live if worker in own}
-        mark, revision, tokenizer, batches, jobs, busy, ready_ms, wish_ms, evict, note, crowded = map(text, found)
+        mark, revision, tokenizer, batches, jobs, busy, ready_ms, wish_ms, evict, note, crowded, *rest = map(
+            text, found
+        )
+        serves, closed = rest
         failed = Failure.unpack(failure)
         removed = entry is not None and json.loads(entry)["removed"]
         wanted = entry is not None and not removed
@@ -210,6 +233,7 @@ class Models:
             evicted=bool(evict),
             note=note,
             crowded=crowded == "1",
+            updating=bool(closed) and closed == serves,
         )
 
     async def manifest(self, name: str) -> bytes:

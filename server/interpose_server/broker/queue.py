@@ -14,6 +14,7 @@ from interpose.errors import (
     JobConflict,
     JobPoisoned,
     JobTimeout,
+    ModelLoading,
     QueueFull,
     Unauthorized,
     UnknownJob,
@@ -28,6 +29,18 @@ from . import keys
 from .answers import text
 from .scripts import Scripts
 from .waiting import Waiting
+
+
+class ServedOtherwise(Exception):
+    """A job was checked against what its model serves no more."""
+
+
+def updating(model: str) -> ModelLoading:
+    """What those are told who have recorded something against a model that is about to come back as another."""
+    return ModelLoading(
+        f"{model} is being updated; run it again once that is done",
+        details={"retry_after_s": 1, "state": "loading"},
+    )
 
 
 @dataclass(frozen=True, slots=True)
@@ -168,6 +181,8 @@ class Queue:
             QueueFull: the user, or the server, has too many jobs waiting.
             Unauthorized: the key it came with was revoked.
             UnknownModel: it was forgotten meanwhile.
+            ModelLoading: it is being updated; what was recorded against it as it was is taken no more.
+            ServedOtherwise: it serves something else by now than it was checked against.
         """
         settings = self._settings
         answer, number = await self._run(
@@ -184,6 +199,10 @@ class Queue:
                 raise Unauthorized("the API key was revoked")
             case "retired":
                 raise UnknownModel(f"{job.model} is served here no longer")
+            case "moved":
+                raise ServedOtherwise
+            case "closed":
+                raise updating(job.model)
             case "full":
                 raise QueueFull(
                     f"{number:,} of your jobs are waiting, the most allowed; wait for some to finish",

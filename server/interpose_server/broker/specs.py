@@ -16,6 +16,7 @@ from ..models.spec import ModelSpec
 from ..settings import Settings
 from . import keys
 from .answers import text
+from .scripts import Scripts
 
 KEPT_S = 30
 """Who keeps models as the catalogue says was heard of within so long."""
@@ -35,8 +36,9 @@ class Entry:
 class Specs:
     """Each change is counted in `revision`, so that who keeps models need not read what hasn't changed."""
 
-    def __init__(self, redis: Redis, settings: Settings) -> None:
+    def __init__(self, redis: Redis, scripts: Scripts, settings: Settings) -> None:
         self._redis = redis
+        self._run = scripts
         self._settings = settings
 
     async def entries(self) -> list[Entry]:
@@ -72,10 +74,12 @@ class Specs:
             ConfigError: its settings aren't settings.
         """
         self._settings.changed(spec.settings)
-        new = await self.find(spec.name) is None
+        before = await self.find(spec.name)
         await self._write(Entry(spec))
         await self._redis.hdel(_key(spec.name), "failure", "evict")
-        return new
+        if before is not None and before.spec.weights != spec.weights:
+            await self._run("outdate", spec.name, self._settings.silent_ms)
+        return before is None
 
     async def remove(self, name: str) -> None:
         """Take no more jobs for a model. It goes once those it has are over. Raises UnknownModel."""

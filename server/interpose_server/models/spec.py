@@ -143,6 +143,11 @@ class ModelSpec(Plain):
         return self.model_copy(update={"source": _located(self.source, folder), "adapters": adapters})
 
     @property
+    def weights(self) -> tuple[Any, ...]:
+        """What decides results: two specs that differ in it are two revisions of a model."""
+        return self.place, self.revision, self.dtype, self.quantization, tuple(sorted(self.adapters.items()))
+
+    @property
     def place(self) -> str:
         """Where its weights come from: its own name, where nothing else is said."""
         return self.source or self.name

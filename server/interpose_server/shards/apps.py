@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from importlib.metadata import version
 from typing import Any
 
-from interpose.errors import InterposeError
+from interpose.errors import ConfigError, InterposeError
 from ray import serve
 from ray.serve import RunTarget
 from ray.serve.config import AutoscalingConfig, AutoscalingPolicy
@@ -142,13 +142,22 @@ def _target(spec: ModelSpec, settings: Settings, wanted: Needs, copies: int) -> 
         health_check_period_s=5,
         health_check_timeout_s=20,
         graceful_shutdown_wait_loop_s=0.05,
-        graceful_shutdown_timeout_s=settings.grace_s + BEYOND_GRACE_S,
+        graceful_shutdown_timeout_s=_stops_within_s(spec, settings),
         max_surge_percent=100 if has_room(wanted.all) else 0,
         rolling_update_percentage=1.0 if copies < 2 else 0.5,
         **group,
     )(Replica)
     app = deployment.bind(spec.model_dump(mode="json"))
     return RunTarget(target=app, name=app_name(spec.name), route_prefix=None)
+
+
+def _stops_within_s(spec: ModelSpec, settings: Settings) -> float:
+    """A copy that is let go first runs what only it can, then finishes its batch, whose jobs have their time."""
+    try:
+        own = settings.changed(spec.settings)
+    except ConfigError:
+        own = settings  # which its loading will tell
+    return own.finish_s + own.limits.wall_s + own.grace_s + BEYOND_GRACE_S
 
 
 def _mark(spec: ModelSpec, settings: Settings, wanted: Needs) -> str:

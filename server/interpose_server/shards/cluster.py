@@ -28,6 +28,9 @@ the parts of a copy."""
 APPLIED_NOTE = "applied"
 """The catalogue's revision, and a digest of the settings, that the keeper has seen to."""
 
+STOPPING_NOTE = "stopping"
+"""Whether the server is being stopped: copies wait no longer than its grace."""
+
 ASK_S = 60.0
 
 _SETTINGS_NOTE = "settings"

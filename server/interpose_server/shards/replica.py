@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import math
 import os
+import time
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -13,13 +15,16 @@ import ray
 from .. import logs
 from ..broker.states import ModelState
 from ..models.spec import ModelSpec, Placement
-from .cluster import shared
+from .cluster import STOPPING_NOTE, Notes, shared
 from .naming import worker_name
 
 if TYPE_CHECKING:
     from ..worker.hosting import Host
 
 log = logging.getLogger(__name__)
+
+LOOK_S = 1.0
+"""How often a copy that finishes its jobs looks whether the whole server is being stopped."""
 
 BROKEN = 70
 """Exit status of a process that can't go on."""
@@ -69,13 +74,23 @@ class Replica:
             raise RuntimeError(why)
 
     async def __del__(self) -> None:
-        """Claim nothing more, finish the running batch, give the rest back."""
+        """Claim nothing more, finish the running batch, give the rest back.
+
+        What takes longer than a job may, Serve ends; as does this, while the server is being stopped, its grace.
+        """
         self._stop.set()
         if self._running is not None:
-            await asyncio.gather(self._running, return_exceptions=True)
+            await self._over(self._running)
         else:
             await self._host.announce(ModelState.STOPPED)
         await self._host.close()
+
+    async def _over(self, running: asyncio.Task[None]) -> None:
+        ends = math.inf
+        while not running.done() and time.monotonic() < ends:
+            await asyncio.wait([running], timeout=LOOK_S)
+            if math.isinf(ends) and await asyncio.to_thread(Notes().read, STOPPING_NOTE):
+                ends = time.monotonic() + self._host.settings.grace_s
 
     async def _others(self) -> bool:
         """Whether another copy of the model runs jobs."""

@@ -49,6 +49,9 @@ class ClusterSupervisor(Supervisor):
         address = await asyncio.to_thread(self._reach, lambda: loop.call_soon_threadsafe(self._take_signals))
         self._reached = True
         self._data.note(**self._data.noted(), ray=address, decided=decided(self._config, settings))
+        await asyncio.to_thread(
+            cluster.Notes().write, cluster.STOPPING_NOTE, False
+        )  # of one that was killed meanwhile
         await put(self._config.models, broker, alone=self._wanted.redis_url is None)
         await deploy(self._config.models, settings, broker)
 
@@ -89,8 +92,11 @@ class ClusterSupervisor(Supervisor):
     def _leave(self) -> None:
         own = self._config.ray is None or self._config.redis_url is None
         if self._reached and own:
+            notes = cluster.Notes()
+            notes.write(cluster.STOPPING_NOTE, True)
             keeper.stop()
             apps.remove(list(apps.states()))
+            notes.write(cluster.STOPPING_NOTE, False)
         cluster.leave()
         if self._temp is not None:
             shutil.rmtree(self._temp, ignore_errors=True)

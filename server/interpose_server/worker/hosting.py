@@ -40,6 +40,9 @@ Make: TypeAlias = Callable[[ModelSpec, Settings, str | None], Ready]
 WATCH_S = 0.5
 """How often a copy at rest is asked whether it can go on."""
 
+OWED_S = 0.2
+"""How often a copy that is replaced looks whether it is still needed."""
+
 FOREVER_S = 10 * 365 * 86_400.0
 
 
@@ -113,9 +116,10 @@ class Host:
         Raises whatever leaves this process unable to go on, as a broken device does: another has to be started.
         """
         assert self._workers, "it isn't loaded"
-        leaving = asyncio.create_task(self._leave(stop))
+        last = asyncio.Event()
+        leaving = asyncio.create_task(self._leave(stop, last))
         try:
-            await self._work(stop)
+            await self._work(last)
         except Exception:
             # Its jobs needn't wait for their leases to end.
             with suppress(RedisError, OSError):
@@ -148,9 +152,29 @@ class Host:
         """The name under which one of its workers has its leases."""
         return f"{self.name}+{number}" if number else self.name
 
-    async def _leave(self, stop: asyncio.Event) -> None:
+    async def _leave(self, stop: asyncio.Event, last: asyncio.Event) -> None:
+        """Once told to stop, set `last` when it needn't claim any more."""
         await stop.wait()
+        try:
+            async with asyncio.timeout(self.settings.finish_s):
+                while await self._needed():  # noqa: ASYNC110 - nobody tells
+                    await asyncio.sleep(OWED_S)
+        except TimeoutError:
+            log.warning("jobs are left that no other copy can run; %g s are over", self.settings.finish_s)
+        finally:
+            last.set()
         await self.announce(ModelState.DRAINING)
+
+    async def _needed(self) -> bool:
+        """Whether jobs are left that were recorded against what only this copy serves; no more are accepted."""
+        models, name = self.broker.models, self.spec.name
+        try:
+            entry = await self.broker.specs.find(name)
+            replaced = entry is not None and not entry.removed and entry.spec.weights != self.spec.weights
+            return await models.close(name, self.name, replaced=replaced) and await models.owed(name, self.name)
+        except (RedisError, OSError) as error:
+            log.warning("what is left to do isn't known (%s); trying again", type(error).__name__)
+            return True
 
     async def announce(self, state: ModelState, why: BaseException | None = None) -> None:
         await self.broker.models.announce(self.spec.name, self.name, state, why)

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import msgpack
 import torch
-from interpose.errors import InternalError, InterposeError, InvalidPayload, StorageUnavailable
+from interpose.errors import InternalError, InterposeError, InvalidPayload, ModelUpdated, StorageUnavailable
 from interpose.graph.adapters import check_revision
 from interpose.graph.codec import decode_graph
 from interpose.graph.manifest import Manifest
@@ -67,7 +67,10 @@ class Preparer:
         graph = self._graph(claim)
         if claim.revision:
             # It was checked when it was submitted; since then the worker may have come back with other weights.
-            check_revision(claim.revision, graph.runs, self.manifest)
+            try:
+                check_revision(claim.revision, graph.runs, self.manifest)
+            except ModelUpdated as error:
+                raise ModelUpdated(f"the model was updated while your job waited: {error.message}") from None
         job = EngineJob(
             graph=graph,
             attachments=self._attachments(claim, graph),

@@ -142,28 +142,35 @@ local function claim(ref, model, worker, lease)
     return redis.call('HGETALL', JOB(ref))
 end
 
--- What other copies serve that were heard of within `silence` ms, and this one doesn't; nil where all are alike.
-local function others(model, copy, silence)
+-- Whether a copy that was heard of within `silence` ms runs jobs, or is about to.
+local function able(model, worker, silence)
+    local state = redis.call('HGET', STATES(model), worker)
+    local heard = tonumber(redis.call('ZSCORE', HEARD(model), worker) or 0)
+    return (state == 'ready' or state == 'loading') and heard >= now() - silence
+end
+
+-- Which jobs a copy leaves to others, by what the model served when they were checked: nil for none, else a function.
+-- To copies that serve that; and one that serves what the model no longer does has nothing to do with what came since.
+local function left_to_others(model, copy, silence)
     local served = map(redis.call('HGETALL', SERVED(model)))
-    local own, states, found = served[copy], nil, nil
+    local own, current = served[copy], redis.call('HGET', MODEL(model), 'served')
     if not own then return nil end
+    if current and current ~= own then
+        return function(revision) return revision ~= '' and revision ~= own end
+    end
+    local found = nil
     for worker, revision in pairs(served) do
-        if revision ~= own then
-            states = states or map(redis.call('HGETALL', STATES(model)))
-            local able = states[worker] == 'ready' or states[worker] == 'loading'
-            local heard = tonumber(redis.call('ZSCORE', HEARD(model), worker) or 0)
-            if able and heard >= now() - silence then
-                found = found or {}
-                found[revision] = true
-            end
+        if revision ~= own and able(model, worker, silence) then
+            found = found or {}
+            found[revision] = true
         end
     end
-    return found
+    return found and function(revision) return found[revision] end
 end
 
 -- The next refs of a model, fairest first: users by virtual time, each further job of one user counted as what
--- the user's jobs took of late. `others`: revisions whose jobs are left to others, if any.
-local function fair(model, most, running_per_user, others)
+-- the user's jobs took of late. `left`: tells which revisions' jobs are left to others, if any are.
+local function fair(model, most, running_per_user, left)
     local lanes = {}
     local users = redis.call('ZRANGE', USERS(model), 0, most - 1, 'WITHSCORES')
     for i = 1, #users, 2 do
@@ -174,16 +181,16 @@ local function fair(model, most, running_per_user, others)
             table.insert(lanes, {user = user, tag = tonumber(users[i + 1]), step = step, room = room, at = 0})
         end
     end
-    local found, left = {}, 0
-    while #found < most and left < 4096 do
+    local found, passed = {}, 0
+    while #found < most and passed < 4096 do
         local best
         for _, lane in ipairs(lanes) do
             if lane.room > 0 and (not best or lane.tag < best.tag) then best = lane end
         end
         if not best then break end
         local ref = redis.call('ZRANGE', QUEUE(model, best.user), best.at, best.at)[1]
-        if ref and others and others[redis.call('HGET', JOB(ref), 'served') or ''] then
-            best.at, left = best.at + 1, left + 1
+        if ref and left and left(redis.call('HGET', JOB(ref), 'served') or '') then
+            best.at, passed = best.at + 1, passed + 1
         elseif ref then
             table.insert(found, ref)
             best.at, best.tag, best.room = best.at + 1, best.tag + best.step, best.room - 1

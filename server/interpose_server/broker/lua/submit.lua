@@ -9,6 +9,9 @@ if known then
     return {redis.call('HGET', key, 'status'), -1}
 end
 if redis.call('SISMEMBER', RETIRED, model) == 1 then return {'retired', 0} end
+local serves = redis.call('HMGET', MODEL(model), 'served', 'closed')
+if ARGV[18] ~= '' and serves[1] and serves[1] ~= ARGV[18] then return {'moved', 0} end
+if ARGV[16] ~= '' and serves[2] and serves[2] == ARGV[18] then return {'closed', 0} end
 local queued = redis.call('SCARD', QUEUED(user))
 if queued >= tonumber(ARGV[11]) then return {'full', queued} end
 local total = tonumber(redis.call('GET', TOTAL) or 0)
