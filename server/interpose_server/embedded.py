@@ -8,8 +8,10 @@ import signal
 import socket
 import sys
 from contextlib import suppress
+from functools import partial
 
-from interpose.errors import ConfigError
+from interpose.errors import ConfigError, InternalError
+from redis.exceptions import RedisError
 
 from .broker.accounts import Accounts
 from .broker.connect import Broker, connect
@@ -18,6 +20,7 @@ from .datadir import DataDir, default_dir
 from .processes import Child
 from .settings import Settings
 from .sockets import address_of, listen, url_of
+from .tasks import end
 from .valkey import EmbeddedValkey
 from .wanted import Wanted
 from .worker.status import USELESS_TO_RETRY
@@ -52,6 +55,7 @@ class Supervisor:
         self._lock = lock
         self._stages: list[list[Child]] = []
         self._workers: list[Child] = []
+        self._vouching: list[asyncio.Task[None]] = []
         self._stop = asyncio.Event()
 
     async def run(self) -> None:
@@ -73,6 +77,7 @@ class Supervisor:
                 await self._stop.wait()
             say(await self._ended(broker))
         finally:
+            await end(self._vouching)
             await self._finish(settings.grace_s)
             if bound:
                 bound.close()
@@ -156,7 +161,10 @@ class Supervisor:
             command += ["--device", self._wanted.device] if self._wanted.device else []
             command += ["--dtype", self._wanted.dtype] if self._wanted.dtype else []
             label = f"the worker of {model.name}"
-            self._workers.append(Child(label, command, say, env=env, give_up=[USELESS_TO_RETRY]))
+            ended = partial(_tell_end, broker, model.name, name)
+            worker = Child(label, command, say, env=env, give_up=[USELESS_TO_RETRY], ended=ended)
+            self._workers.append(worker)
+            self._vouching.append(asyncio.create_task(_vouch(broker, model.name, name, worker)))
         self._stages.append(self._workers)
         for worker in self._workers:
             await worker.start()
@@ -217,6 +225,25 @@ class Supervisor:
         """Gateway first, so that nothing new comes; the broker last, so that nothing is lost."""
         for stage in reversed(self._stages):
             await asyncio.gather(*(child.stop(grace_s) for child in stage))
+
+
+async def _vouch(broker: Broker, model: str, name: str, worker: Child) -> None:
+    """Say that a worker's process lives, while it loads.
+
+    Until it has imported what it needs it can't say so itself: on a busy machine for longer than silence is borne.
+    """
+    while True:
+        if worker.alive:
+            with suppress(RedisError, OSError):
+                await broker.models.vouch(model, name)
+        await asyncio.sleep(1)
+
+
+async def _tell_end(broker: Broker, model: str, name: str, status: int) -> None:
+    """Of a worker that died while it loaded."""
+    why = InternalError(f"its process ended with status {status} while it loaded {model}")
+    with suppress(RedisError, OSError):
+        await broker.models.announce(model, name, ModelState.FAILED, why, since=ModelState.LOADING)
 
 
 def say(text: str) -> None:

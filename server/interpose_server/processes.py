@@ -7,7 +7,7 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 
@@ -23,6 +23,7 @@ class Child:
     Args:
         label: what it is called in messages.
         give_up: exit statuses after which it isn't started again.
+        ended: told of the status with which it ended by itself, before it is started again.
         say: takes one line for the operator.
     """
 
@@ -35,6 +36,7 @@ class Child:
         env: Mapping[str, str] | None = None,
         pass_fds: Sequence[int] = (),
         give_up: Sequence[int] = (),
+        ended: Callable[[int], Awaitable[None]] | None = None,
     ) -> None:
         self.label = label
         self.gave_up = asyncio.Event()
@@ -43,6 +45,7 @@ class Child:
         self._env = env
         self._pass_fds = pass_fds
         self._give_up = give_up
+        self._ended = ended
         self._process: asyncio.subprocess.Process | None = None
         self._watch: asyncio.Task[None] | None = None
         self._stopping = False
@@ -54,6 +57,10 @@ class Child:
     @property
     def pid(self) -> int | None:
         return self._process.pid if self._process else None
+
+    @property
+    def alive(self) -> bool:
+        return self._process is not None and self._process.returncode is None
 
     async def stop(self, grace_s: float) -> None:
         """SIGTERM, and SIGKILL if that isn't enough in time. Returns once it is gone."""
@@ -97,6 +104,8 @@ class Child:
                 return
             if time.monotonic() - started > STEADY_S:
                 wait_s = 0.2
+            if self._ended is not None:
+                await self._ended(status)
             self._say(f"{self.label} ended with status {status}; starting it again in {wait_s:g} s")
             await asyncio.sleep(wait_s)
             wait_s = min(wait_s * 2, SLOWEST_S)

@@ -22,6 +22,9 @@ log = logging.getLogger(__name__)
 CALM_S = 5.0
 """So long after the broker was away, at least, nobody is taken for dead: calls are retried for three seconds."""
 
+LATE_S = 2.0
+"""A sweep that comes so much too late shows a machine that is too busy to tell who lives."""
+
 
 async def sweep_forever(settings: Settings, broker: Broker, blobs: Blobs) -> None:
     """Reap leases every second, sweep jobs and blobs every `sweep_s`. Any number of processes may do so."""
@@ -44,7 +47,11 @@ async def sweep_forever(settings: Settings, broker: Broker, blobs: Blobs) -> Non
             log.warning("the sweep failed (%s); again soon", type(error).__name__)
         except StorageUnavailable:
             log.warning("the blob store can't be swept; again soon")
+        asleep = time.monotonic()
         await asyncio.sleep(every)
+        if time.monotonic() - asleep > every + LATE_S:
+            # Whoever else runs on this machine may have been held up as long.
+            calm = time.monotonic() + max(settings.lease_s, CALM_S)
 
 
 async def _reap(broker: Broker) -> None:
@@ -54,7 +61,7 @@ async def _reap(broker: Broker) -> None:
 
 async def _bury(broker: Broker) -> None:
     for worker in await broker.models.bury():
-        log.warning("%s died while it loaded its model", worker)
+        log.warning("%s fell silent while it loaded its model; it counts as lost", worker)
     for name in await retire(broker):
         log.info("%s is gone from the catalogue", name)
 

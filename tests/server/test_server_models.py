@@ -173,6 +173,28 @@ async def test_a_copy_that_dies_while_it_loads_has_failed(broker: Broker) -> Non
     assert await broker.models.bury() == []
 
 
+async def test_silence_is_borne_for_long_while_a_copy_loads(broker: Broker) -> None:
+    """A busy machine may let nobody speak; who started the process says that it lives."""
+    await broker.models.announce("tiny", "w1", LOADING)
+    heard = keys.HEARD.format(model="tiny")
+    at = float(await broker.redis.zscore(heard, "w1") or 0)
+    for seconds, buried in ((3 * 15, []), (5 * 15, ["w1"])):
+        await broker.models.announce("tiny", "w1", LOADING)
+        await broker.redis.zadd(heard, {"w1": at - seconds * 1000})
+        assert (await broker.models.get("tiny")).copies == {}
+        assert await broker.models.bury() == buried
+    failure = (await broker.models.get("tiny")).failure
+    assert failure is not None and "nothing was heard of w1 for 7" in failure.detail
+    await broker.models.announce("tiny", "w1", LOADING)
+    await broker.redis.zadd(heard, {"w1": 1})
+    await broker.models.vouch("tiny", "w1")
+    assert await broker.models.bury() == [] and await state(broker) is LOADING
+    await publish(broker, "w1")
+    await broker.redis.zadd(heard, {"w1": 1})
+    await broker.models.vouch("tiny", "w1")
+    assert (await broker.models.get("tiny")).copies == {}, "once it runs jobs it speaks for itself"
+
+
 async def test_the_catalogue(broker: Broker) -> None:
     spec = ModelSpec(name="org/tiny", source="/models/tiny", schedule=("mon-fri 08:00-20:00",))
     before = await broker.specs.revision()

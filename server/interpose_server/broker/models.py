@@ -25,6 +25,9 @@ FIELDS = (
     *("ready_ms", "wish_ms", "evict", "note", "crowded", "served", "closed"),
 )
 
+LOST_AFTER = 4
+"""A copy that loads, and is silent for so many times as long as others may be, counts as lost."""
+
 PLANNED = "(planned)"
 """In a worker's place where none was begun."""
 
@@ -188,7 +191,12 @@ class Models:
 
     async def beat(self, name: str, worker: str, batches: int = 0, jobs: int = 0, busy_s: float = 0.0) -> None:
         """A worker is alive, and has run so many more batches and jobs, for so long, since it last said so."""
-        await self._run("beat", name, worker, batches, jobs, busy_s)
+        await self._run("beat", name, worker, batches, jobs, busy_s, "")
+
+    async def vouch(self, name: str, worker: str) -> None:
+        """Whoever started a worker sees that its process lives. Says nothing of one that should speak for itself by
+        now, as it doesn't load any more."""
+        await self._run("beat", name, worker, 0, 0, 0, str(ModelState.LOADING))
 
     async def get(self, name: str) -> Hosted:
         """Raises UnknownModel."""
@@ -291,13 +299,24 @@ class Models:
         await self.announce(name, PLANNED, ModelState.STOPPED)
 
     async def bury(self) -> list[str]:
-        """Note of each copy that fell silent while it loaded that loading failed. Returns their workers' names."""
+        """Note of each copy that fell silent while it loaded that loading failed. Returns their workers' names.
+
+        Silence is no proof: a process may starve on a busy machine. So this waits for long. Who started a worker,
+        or Ray, knows sooner if it died.
+        """
         buried = []
         for hosted in await self.list():
-            states = await self._redis.hgetall(keys.STATES.format(model=hosted.name))
-            for worker, state in ((text(worker), text(state)) for worker, state in states.items()):
-                if state == ModelState.LOADING and worker not in hosted.copies:
-                    why = InternalError(f"{worker} died while it loaded {hosted.name}")
+            async with self._redis.pipeline(transaction=True) as pipe:
+                pipe.hgetall(keys.STATES.format(model=hosted.name))
+                pipe.zrange(keys.HEARD.format(model=hosted.name), 0, -1, withscores=True)
+                states, scores = await pipe.execute()
+            heard = {text(worker): int(at) for worker, at in scores}
+            for raw, state in states.items():
+                worker, silent_ms = text(raw), hosted.now_ms - heard.get(text(raw), 0)
+                if text(state) == ModelState.LOADING and silent_ms > LOST_AFTER * self._silent_ms:
+                    why = InternalError(
+                        f"nothing was heard of {worker} for {silent_ms / 1000:.0f} s while it loaded {hosted.name}"
+                    )
                     # Others may be at it, too, and it failed only once.
                     if await self.announce(hosted.name, worker, ModelState.FAILED, why, since=ModelState.LOADING):
                         await self.announce(hosted.name, worker, ModelState.STOPPED)

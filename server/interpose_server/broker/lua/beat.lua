@@ -1,7 +1,8 @@
--- ARGV: model worker batches jobs busy_s. A copy is alive, and has run so much since it last said so; one that has
--- said its last word is not heard.
+-- ARGV: model worker batches jobs busy_s only. A copy is alive, and has run so much since it last said so; one that has
+-- said its last word is not heard. `only`: the state it must be in for this to count, '' for any.
 local model, worker = ARGV[1], ARGV[2]
-if redis.call('HEXISTS', STATES(model), worker) == 1 then redis.call('ZADD', HEARD(model), now(), worker) end
+local state = redis.call('HGET', STATES(model), worker)
+if state and (ARGV[6] == '' or ARGV[6] == state) then redis.call('ZADD', HEARD(model), now(), worker) end
 if tonumber(ARGV[3]) + tonumber(ARGV[4]) + tonumber(ARGV[5]) > 0 then
     redis.call('HINCRBY', MODEL(model), 'batches', ARGV[3])
     redis.call('HINCRBY', MODEL(model), 'jobs', ARGV[4])
