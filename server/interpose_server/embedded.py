@@ -161,10 +161,10 @@ class Supervisor:
             command += ["--device", self._wanted.device] if self._wanted.device else []
             command += ["--dtype", self._wanted.dtype] if self._wanted.dtype else []
             label = f"the worker of {model.name}"
-            ended = partial(_tell_end, broker, model.name, name)
+            ended = partial(tell_end, broker, model.name, name)
             worker = Child(label, command, say, env=env, give_up=[USELESS_TO_RETRY], ended=ended)
             self._workers.append(worker)
-            self._vouching.append(asyncio.create_task(_vouch(broker, model.name, name, worker)))
+            self._vouching.append(asyncio.create_task(vouch(broker, model.name, name, worker)))
         self._stages.append(self._workers)
         for worker in self._workers:
             await worker.start()
@@ -227,7 +227,7 @@ class Supervisor:
             await asyncio.gather(*(child.stop(grace_s) for child in stage))
 
 
-async def _vouch(broker: Broker, model: str, name: str, worker: Child) -> None:
+async def vouch(broker: Broker, model: str, name: str, worker: Child) -> None:
     """Say that a worker's process lives, while it loads.
 
     Until it has imported what it needs it can't say so itself: on a busy machine for longer than silence is borne.
@@ -239,7 +239,7 @@ async def _vouch(broker: Broker, model: str, name: str, worker: Child) -> None:
         await asyncio.sleep(1)
 
 
-async def _tell_end(broker: Broker, model: str, name: str, status: int) -> None:
+async def tell_end(broker: Broker, model: str, name: str, status: int) -> None:
     """Of a worker that died while it loaded."""
     why = InternalError(f"its process ended with status {status} while it loaded {model}")
     with suppress(RedisError, OSError):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 import signal
 import socket
@@ -9,6 +10,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 
 import httpx
@@ -16,9 +18,16 @@ import psutil
 import pytest
 from fake_hub import Hub, serving_hub
 from interpose.errors import ConfigError, InvalidPayload
+from interpose_server.broker import keys
+from interpose_server.broker.connect import Broker
+from interpose_server.broker.states import ModelState
+from interpose_server.embedded import tell_end, vouch
+from interpose_server.processes import Child
+from interpose_server.tasks import end
 from interpose_server.wanted import Served as ServedModel
 from interpose_server.wanted import with_adapters
 from models import tiny
+from rig import tiny_manifest
 from serving import Served, serve
 
 INTERPOSE = Path(sys.executable).with_name("interpose")
@@ -209,3 +218,35 @@ def test_a_model_the_hub_does_not_give_is_told_once(tmp_path: Path) -> None:
     told = [line for line in done.stderr.splitlines() if "can't be loaded" in line]
     assert len(told) == 1 and "starting it again" not in done.stderr
     assert hub.asked["org/gated"] < 12, "one try's worth"
+
+
+async def test_who_started_a_worker_says_that_it_lives_and_when_it_died(broker: Broker) -> None:
+    """A process that takes its time before it says anything itself."""
+    heard, models = keys.HEARD.format(model="tiny"), broker.models
+    worker = Child(
+        "a worker", [sys.executable, "-c", "import time; time.sleep(60)"], print,
+        ended=partial(tell_end, broker, "tiny", "w1"),
+    )  # fmt: skip
+    vouching = asyncio.create_task(vouch(broker, "tiny", "w1", worker))
+    try:
+        await models.announce("tiny", "w1", ModelState.LOADING)
+        await broker.redis.zadd(heard, {"w1": 1})
+        await asyncio.sleep(1.2)
+        assert not (await models.get("tiny")).copies, "it doesn't run yet"
+        await worker.start()
+        await asyncio.sleep(1.2)
+        assert (await models.get("tiny")).copies == {"w1": ModelState.LOADING}
+        assert await models.bury() == [] and worker.pid is not None
+        os.kill(worker.pid, signal.SIGKILL)
+        async with asyncio.timeout(10):
+            while (hosted := await models.get("tiny")).failure is None:  # noqa: ASYNC110
+                await asyncio.sleep(0.02)
+        assert "ended with status -9 while it loaded tiny" in hosted.failure.detail
+        await models.announce("tiny", "w1", ModelState.LOADING)
+        await models.publish("tiny", "w1", tiny_manifest(), "")
+        await broker.redis.zadd(heard, {"w1": 1})
+        await asyncio.sleep(1.2)
+        assert not (await models.get("tiny")).copies, "once it runs jobs it speaks for itself"
+    finally:
+        await end([vouching])
+        await worker.stop(5)

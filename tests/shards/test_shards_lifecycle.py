@@ -10,20 +10,21 @@ from pathlib import Path
 
 import pytest
 import torch
-from cluster_lab import ClusterLab, cluster_lab
+from cluster_lab import ClusterLab, Load, cluster_lab
 from interpose import LanguageModel
 from interpose.config import CONFIG
-from interpose.errors import ModelFailed
+from interpose.errors import ModelFailed, ModelLoading, ModelUpdated
 from models import tiny
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(280)]
 
 PROMPT = [1, 2, 3, 4]
+PATIENCE_S = 5
 
 
 @pytest.fixture(scope="module")
 def lab(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ClusterLab]:
-    with cluster_lab(tmp_path_factory.mktemp("lifecycle"), 1, hold_s=1) as lab:
+    with cluster_lab(tmp_path_factory.mktemp("lifecycle"), 1, hold_s=1, patience_s=PATIENCE_S) as lab:
         yield lab
 
 
@@ -113,3 +114,42 @@ def test_a_pinned_model_stays_and_one_that_cannot_be_loaded_is_told(lab: Cluster
     while "broken" in states(lab):
         assert time.monotonic() < ends
         time.sleep(0.2)
+
+
+def test_a_model_that_is_never_idle_makes_way_for_one_that_waits(lab: ClusterLab, client: None) -> None:
+    expected = right("gpt2")
+    torch.testing.assert_close(last_block("a"), expected)
+    with Load(lab, "a", tiny("gpt2")) as load:
+        load.until_running()
+        began = time.monotonic()
+        torch.testing.assert_close(last_block("b"), expected)
+        waited_s = time.monotonic() - began
+        assert waited_s > PATIENCE_S and states(lab)["a"] != "ready"
+    tally = load.finish()
+    print(f"beside a model under load another gave a result after {waited_s:.1f} s; of the load: {tally}")
+    assert tally.sound, "its jobs waited for their turn"
+
+
+def test_jobs_recorded_before_an_update_are_run_before_it(lab: ClusterLab, client: None) -> None:
+    """There is no room for both versions: the old one stops first."""
+    expected, jobs = right("gpt2"), []
+    base = {"source": str(tiny("gpt2")), "devices": 1}
+    lab.deploy({"name": "a", **base}, {"name": "b", **base})
+    torch.testing.assert_close(last_block("a"), expected)
+    model = LanguageModel("a")
+    for _ in range(30):
+        with model.trace(PROMPT, remote=True, blocking=False) as t:
+            saved = model.transformer.h[1].output[0].save()
+        jobs.append((t.job, saved))
+    lab.deploy({"name": "a", "dtype": "bfloat16", **base}, {"name": "b", **base})
+    for job, saved in jobs:
+        job.result(timeout=90)
+        torch.testing.assert_close(saved, expected)
+    found, ends = None, time.monotonic() + 60
+    while found is None:
+        assert time.monotonic() < ends
+        try:
+            found = last_block("a")
+        except (ModelLoading, ModelUpdated):
+            continue  # It was recorded just before the old one was told to stop, and refused just after.
+    assert found.dtype is torch.bfloat16
