@@ -38,6 +38,9 @@ GATEWAYS = frozenset(
 )
 """Settings that say nothing to workers."""
 
+LIFECYCLE = frozenset(("hold_s", "patience_s", "scale_jobs", "scale_wait_s", "wish_s"))
+"""Settings that say how many copies there are, and nothing to them."""
+
 
 class Settings(BaseSettings):
     """Attributes end with their unit; `INTERPOSE_SERVER_LIMITS='{"wall_s": 60}'` sets limits one by one.

@@ -19,7 +19,7 @@ from interpose.wire.submission import Submission
 from interpose_server.broker.connect import Broker
 from interpose_server.broker.states import ModelState
 from interpose_server.models.spec import ModelSpec
-from interpose_server.settings import GATEWAYS, Settings
+from interpose_server.settings import GATEWAYS, LIFECYCLE, Settings
 from interpose_server.worker.engines import Ready, engine_for, ready
 from interpose_server.worker.hosting import Host
 from models import tiny
@@ -322,5 +322,5 @@ def test_a_model_that_remembers_is_given_one_batch_at_a_time(settings: Settings)
     assert 3 * found.lane.memory_bytes <= found.allowed.memory_bytes < 30 << 20
 
 
-def test_the_settings_of_gateways_are_settings() -> None:
-    assert set(Settings.model_fields) > GATEWAYS
+def test_the_settings_of_gateways_and_of_the_lifecycle_are_settings() -> None:
+    assert set(Settings.model_fields) > GATEWAYS | LIFECYCLE

@@ -15,7 +15,7 @@ from ray.serve import RunTarget
 from ray.serve.config import AutoscalingConfig, AutoscalingPolicy
 
 from ..models.spec import ModelSpec
-from ..settings import GATEWAYS, Settings
+from ..settings import GATEWAYS, LIFECYCLE, Settings
 from .choosing import chosen
 from .cluster import MODELS_NOTE, Cards, Notes, has_gpus, has_room
 from .naming import app_name
@@ -162,7 +162,7 @@ def _stops_within_s(spec: ModelSpec, settings: Settings) -> float:
 
 def _mark(spec: ModelSpec, settings: Settings, wanted: Needs) -> str:
     hosting = spec.model_dump(mode="json", exclude=SCHEDULING)
-    own = settings.model_dump(mode="json", exclude=set(GATEWAYS))
+    own = settings.model_dump(mode="json", exclude=set(GATEWAYS | LIFECYCLE))
     return _digest([hosting, own, wanted.options, list(wanted.bundles), version("interpose")])
 
 
