@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ...errors import InternalError
-from . import caches
+from . import home_caches
 from .mapping import Swapped, mapped
 from .placeholders import Withheld, settled
 from .route import ArgumentRef, BlockCall, CacheRef, Mail
@@ -71,7 +71,7 @@ class Packing:
         mail: arguments whose gradients go back.
     """
 
-    def __init__(self, known: caches.HomeCaches) -> None:
+    def __init__(self, known: home_caches.HomeCaches) -> None:
         self._known = known
         self.caches: list[Any] = []
         self.mail: list[Mail] = []
@@ -97,7 +97,7 @@ class Packing:
         if isinstance(value, Tensor):
             tracked = value.requires_grad and torch.is_grad_enabled()
             return self._argument(value, site) if tracked else self._bare(value)
-        if caches.is_cache(value):
+        if home_caches.is_cache(value):
             if id(value) not in self._refs:
                 self._refs[id(value)] = self._known.ref(value)
                 self.caches.append(value)

@@ -17,7 +17,7 @@ from .. import nests
 from ..adapters import Adapter, chosen
 from ..hooks import hooked, no_hooks
 from ..independence import Buffers, remembers
-from . import caches
+from . import home_caches
 from .mapping import Swapped, given, mapped, moved, readdressed
 from .route import HOME, ArgumentRef, BlockCall, CacheRef, Guest, Mail, Nest, Visit
 from .shard_caches import ShardCaches
@@ -33,7 +33,7 @@ what then comes home, the number behind it."""
 HIDDEN = "hidden"
 """In the description of what a block returns: the hidden states; `hidden:float32` where it changes their dtype."""
 
-_OURS = (caches.ADDRESS, ARGUMENT, BACK)
+_OURS = (home_caches.ADDRESS, ARGUMENT, BACK)
 
 OUTPUTS = "blocks.outputs"
 """Errand that a shard does itself: what its blocks return."""
@@ -97,7 +97,7 @@ class Shard:
         self, number: int, hidden: Tensor, visit: Visit, mail: Sequence[Mail]
     ) -> tuple[Tensor | None, Nest, Sequence[Mail]]:
         """Serve one forward; `mail` is what is addressed here."""
-        words = [letter for letter in mail if letter.address[0] == caches.ADDRESS]
+        words = [letter for letter in mail if letter.address[0] == home_caches.ADDRESS]
         with self._caches.taken(words):
             return self._visit(number, hidden, visit, mail)
 
@@ -106,7 +106,7 @@ class Shard:
     ) -> tuple[Tensor | None, Nest, Sequence[Mail]]:
         arrived = Swapped(lambda tensor: moved(tensor, self._device))
         hidden, mail = arrived(hidden), readdressed(mail, arrived)
-        of_caches = [letter for letter in mail if letter.address[0] == caches.ADDRESS]
+        of_caches = [letter for letter in mail if letter.address[0] == home_caches.ADDRESS]
         arguments = {letter.address[1]: letter.value for letter in mail if letter.address[0] == ARGUMENT}
         for_guest = [letter for letter in mail if letter.address[0] not in _OURS]
         asked = {place: back for letter in mail if letter.address[0] == BACK for place, back in letter.value}

@@ -10,7 +10,7 @@ import torch
 
 from ...errors import InternalError
 from ..caches import JOIN, KEEP, join, keep
-from .caches import ADDRESS, EDITS
+from .home_caches import ADDRESS, EDITS
 from .layers import by_index, grouped, layer_nest, new_cache, new_layer, update
 from .route import HOME, CacheRef, Mail, Nest
 

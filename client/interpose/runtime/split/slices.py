@@ -24,7 +24,7 @@ from ..independence import Verdict
 from ..inputs import Feeding
 from ..loading import described, trials
 from ..probe import probe
-from .caches import is_cache
+from .home_caches import is_cache
 from .route import Nest
 from .shard import first_parameter, hidden_dtype
 

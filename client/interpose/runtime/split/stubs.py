@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from ...errors import InternalError
 from ..adapters import choice
 from ..hooks import CURRENT
-from . import caches
+from . import home_caches
 from .journey import Trip, differentiable
 from .mapping import Swapped, leaf, moved, readdressed
 from .packing import Call, Packing, Place, leg, taken
@@ -44,7 +44,7 @@ class Dispatcher:
         self.blocks = blocks
         self.outputs: dict[str, Nest] = {}
         self._numbers = itertools.count(1)
-        self._caches = caches.HomeCaches(lambda number: route.drop(caches=[number]))
+        self._caches = home_caches.HomeCaches(lambda number: route.drop(caches=[number]))
 
     def call(self, place: Place, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """A stub is called."""
@@ -128,7 +128,7 @@ class Dispatcher:
             self._caches.spoiled(packing.caches)
             raise
         home = Swapped(lambda tensor: moved(tensor, hidden.device))
-        letters = [letter for letter in landing.mail if letter.address[0] != caches.ADDRESS]
+        letters = [letter for letter in landing.mail if letter.address[0] != home_caches.ADDRESS]
         landing = replace(landing, hidden=home(landing.hidden), mail=tuple(readdressed(letters, home)))
         if trip is not None:
             landing = differentiable(trip, (hidden, mail), landing)
