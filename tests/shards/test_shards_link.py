@@ -199,6 +199,9 @@ class _Stalls:
     def put(self, task: object) -> None:
         pass
 
+    def get(self) -> None:
+        """On a busy machine what computes comes back for more only now: there is no more."""
+
 
 # -- who may speak -----------------------------------------------------------------------------------------------
 
