@@ -8,6 +8,7 @@ import subprocess
 from pathlib import Path
 
 import pytest
+from interpose_server.datadir import DataDir
 from serving import INTERPOSE
 
 
@@ -70,6 +71,25 @@ def test_folder_and_redis_come_from_the_environment_too(tmp_path: Path) -> None:
     done = subprocess.run([INTERPOSE, "keys", "list"], capture_output=True, text=True, env=env)
     assert done.returncode == 1
     assert "Redis can't be used" in done.stderr
+
+
+def test_what_runs_on_a_data_folder_is_told_apart(tmp_path: Path) -> None:
+    config, data = tmp_path / "lab.yaml", DataDir(tmp_path / "data")
+    config.write_text(f"data_dir: {data.path}\nmodels: [{{name: a}}]")
+
+    def said() -> str:
+        return subprocess.run([INTERPOSE, "deploy", "status", config], capture_output=True, text=True).stderr
+
+    assert "nothing is deployed on" in said()
+    data.lock()
+    try:
+        assert "a cluster is starting or stopping on" in said()
+        data.note(verb="deploy up", pid="1")
+        assert "a cluster is starting or stopping on" in said()
+        data.note(verb="serve", pid="1")
+        assert "`interpose serve` runs on" in said()
+    finally:
+        data.unlock()
 
 
 def test_the_version() -> None:

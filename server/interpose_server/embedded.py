@@ -46,6 +46,9 @@ class Supervisor:
         lock: descriptor of the data folder's lock.
     """
 
+    verb = "serve"
+    """By which it was started, for whoever finds its note in the data folder."""
+
     fsync = "everysec"
     """Of the embedded Valkey, where nobody says: "always" would make a trace of few milliseconds twice as long."""
 
@@ -68,7 +71,7 @@ class Supervisor:
             await broker.reach()
             token = await self._access(broker.accounts)
             host = url_of(bound) if bound else "no gateway"
-            self._data.note(redis_url=settings.redis_url, host=host, pid=str(os.getpid()))
+            self._data.note(verb=self.verb, redis_url=settings.redis_url, host=host, pid=str(os.getpid()))
             await self._host(settings, broker)
             if bound:
                 await self._gateway(settings, bound)

@@ -157,7 +157,8 @@ def _held(worker: str, held: Sequence[Mapping[str, Any]], kind: str) -> str:
     nodes: dict[str, float] = {}
     for part in held:
         nodes[part["node"]] = nodes.get(part["node"], 0.0) + part["devices"]
-    return f"copy {worker[-8:]}: " + ", ".join(f"{count(number, kind)} of {node}" for node, number in nodes.items())
+    name = worker.rpartition("#")[2][:8]
+    return f"copy {name}: " + ", ".join(f"{count(number, kind)} of {node}" for node, number in nodes.items())
 
 
 def _adapter(text: str) -> tuple[str, str]:

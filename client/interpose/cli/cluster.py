@@ -47,9 +47,13 @@ class Place:
         if config.data_dir is None and (folder := os.environ.get(f"{PREFIX}DATA_DIR")):
             config = config.model_copy(update={"data_dir": Path(folder)})
         data = DataDir(config.data_dir or default_dir())
-        running = data.noted() if data.busy() else {}
-        if running and "ray" not in running:
-            raise ConfigError(f"a server without Ray runs on {data.path}; stop it, or choose another data_dir")
+        if not data.busy():
+            return cls(config, data, {})
+        running = data.noted()
+        if running.get("verb", "deploy up") != "deploy up":
+            raise ConfigError(f"`interpose serve` runs on {data.path}; stop it, or choose another data_dir")
+        if "ray" not in running:
+            raise ConfigError(f"a cluster is starting or stopping on {data.path}; try again in a moment")
         return cls(config, data, running)
 
     @property
@@ -168,7 +172,7 @@ async def _down(place: Place, models: Sequence[str]) -> None:
         await _taken_down(broker, sorted(set(models) or {spec.name for spec in place.config.models} & {*known}))
         others = [entry.spec.name for entry in await broker.specs.entries()]
     if others:
-        typer.echo(f"what runs on goes on for {', '.join(others)}", err=True)
+        typer.echo(f"all goes on for {', '.join(others)}; name what else is to be taken down", err=True)
     elif "pid" in place.running:
         await _stopped(place)
     else:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import socket
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -32,6 +33,7 @@ STOPPING_NOTE = "stopping"
 """Whether the server is being stopped: copies wait no longer than its grace."""
 
 ASK_S = 60.0
+KNOCK_S = 5.0
 
 _SETTINGS_NOTE = "settings"
 
@@ -62,13 +64,26 @@ def join(address: str, connected: Callable[[], object] = lambda: None) -> None:
     """Use a cluster that runs; `connected` as of `start`. Raises ConfigError if there is none that lets us in."""
     ray_internals.RAY.check()
     _hush()
+    if address.startswith("ray://"):
+        raise ConfigError(f"{address} is for Ray's client, which can't be used; give the cluster's own, HOST:6379")
     try:
+        _knock(address)
         ray.init(address=address, namespace=NAMESPACE, log_to_driver=False, logging_level=logging.ERROR)
-    except (ConnectionError, RuntimeError, ValueError, ray.exceptions.RayError) as error:
+    except (OSError, RuntimeError, ValueError, ray.exceptions.RayError) as error:
         reason = str(error).strip().partition("\n")[0].rstrip(".")
-        raise ConfigError(f"no Ray cluster can be used at {address}: {reason}") from error
+        advice = ""
+        if "Failed to connect" in reason:
+            advice = "; something listens there, which may ask for a token: RAY_AUTH_MODE, RAY_AUTH_TOKEN_PATH"
+        raise ConfigError(f"no Ray cluster can be used at {address}: {reason}{advice}") from error
     connected()
     _start_serve()
+
+
+def _knock(address: str) -> None:
+    """Raises OSError if nothing listens at HOST:PORT, for which Ray would wait many minutes."""
+    host, _, port = address.rpartition(":")
+    if host and port.isdigit():
+        socket.create_connection((host.strip("[]"), int(port)), KNOCK_S).close()
 
 
 def leave() -> None:

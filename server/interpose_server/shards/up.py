@@ -24,6 +24,7 @@ from .restarts import decided
 class ClusterSupervisor(Supervisor):
     """`interpose serve`, but that models run on Ray: on a cluster of this machine's own, or one that is joined."""
 
+    verb = "deploy up"
     fsync = "always"
 
     def __init__(self, config: ClusterConfig, data: DataDir, lock: int, *, print_env: bool = False) -> None:
