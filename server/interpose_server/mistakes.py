@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, TypeAlias, get_args
 
-from pydantic import BaseModel, ValidationError
+from pydantic import BaseModel
 
 Place: TypeAlias = tuple[str | int, ...]
 """Keys and positions, from the outermost on."""
@@ -60,21 +60,24 @@ class Mistake:
 
 
 def mistakes(
-    error: ValidationError, kind: type[BaseModel], homes: Mapping[str, Collection[str]] | None = None
+    errors: Iterable[Mapping[str, Any]], kind: type[BaseModel], homes: Mapping[str, Collection[str]] | None = None
 ) -> list[Mistake]:
     """Every mistake pydantic found.
 
     Args:
+        errors: its own list of them.
         kind: what was to be made.
         homes: where else keys belong -> their names, for those that stand in the wrong place.
     """
-    found = list(_all(error, kind, homes or {}))
+    found = list(_all(errors, kind, homes or {}))
     # A list of which nothing could be made counts as empty, too.
     return [one for one in found if not (one.told == EMPTY and any(_is_inside(other, one) for other in found))]
 
 
-def _all(error: ValidationError, kind: type[BaseModel], homes: Mapping[str, Collection[str]]) -> Iterator[Mistake]:
-    for found in error.errors(include_url=False):
+def _all(
+    errors: Iterable[Mapping[str, Any]], kind: type[BaseModel], homes: Mapping[str, Collection[str]]
+) -> Iterator[Mistake]:
+    for found in errors:
         place = tuple(found["loc"])
         of = _model_at(kind, place[:-1])
         if found["type"] == "extra_forbidden":

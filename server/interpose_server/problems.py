@@ -11,11 +11,12 @@ from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from interpose.errors import InternalError, InterposeError, InvalidPayload, NotFound, RequestError
 from interpose.wire.protocol import HEADER, PROBLEM, PROTOCOL
+from pydantic import BaseModel
 from redis.exceptions import RedisError
 from starlette.exceptions import HTTPException
 from starlette.responses import Response
 
-from .mistakes import words
+from .mistakes import mistakes, words
 
 log = logging.getLogger(__name__)
 
@@ -55,12 +56,23 @@ async def _http(request: Request, error: Exception) -> Response:
     return problem(RequestError(HTTPStatus(error.status_code).phrase), error.status_code)
 
 
-async def _invalid(_: Request, error: Exception) -> Response:
+async def _invalid(request: Request, error: Exception) -> Response:
     assert isinstance(error, RequestValidationError)
     first = error.errors()[0] if error.errors() else {"loc": ()}
-    where = ".".join(str(part) for part in first["loc"])
-    told = words(first) if "type" in first else "malformed"
-    return problem(InvalidPayload(f"{where}: {told}" if where else told))
+    if first.get("type", "json_invalid") == "json_invalid":
+        return problem(InvalidPayload("the body is no JSON"))
+    if (kind := _body_of(request)) is not None and first["loc"][:1] == ("body",):
+        first = {**first, "loc": first["loc"][1:]}
+        return problem(InvalidPayload(str(mistakes([first], kind)[0])))
+    where = ".".join(map(str, first["loc"]))
+    return problem(InvalidPayload(f"{where}: {words(first)}"))
+
+
+def _body_of(request: Request) -> type[BaseModel] | None:
+    """What a request's body is to be, where it is one model."""
+    field = getattr(request.scope.get("route"), "body_field", None)
+    kind = getattr(getattr(field, "field_info", None), "annotation", None)
+    return kind if isinstance(kind, type) and issubclass(kind, BaseModel) else None
 
 
 async def _broker(_: Request, error: Exception) -> Response:

@@ -173,7 +173,7 @@ class Settings(BaseSettings):
         try:
             return cls()
         except ValidationError as error:
-            wrong = mistakes(error, cls)[0]
+            wrong = mistakes(error.errors(), cls)[0]
             name = "_".join(map(str, wrong.place)).upper()
             raise ConfigError(f"{PREFIX}{name}: {wrong.told}") from error
         except SettingsError as error:
@@ -193,7 +193,7 @@ class Settings(BaseSettings):
             try:
                 self._with(changes)
             except ValidationError as error:
-                return mistakes(error, type(self))
+                return mistakes(error.errors(), type(self))
         return wrong
 
     def changed(self, changes: Mapping[str, Any], *, only: Collection[str] = OF_WORKERS) -> Settings:

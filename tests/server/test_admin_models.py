@@ -71,7 +71,8 @@ async def test_a_models_life_over_http(settings: Settings) -> None:
     "changes, words",
     [
         ({"name": "../up"}, "model's name"),
-        ({"colour": "red"}, "colour"),
+        ({"colour": "red"}, "colour: there is no such key here; there are name, source, "),
+        ({"device": 2}, "device: there is no such key here; did you mean devices?"),
         ({"replicas": {"min": 4, "max": 1}}, "can't both be"),
         ({"schedule": ["always"]}, "no time of the week"),
         ({"settings": {"redis_url": "redis://elsewhere"}}, "setting redis_url: can't differ from model to model"),

@@ -94,6 +94,7 @@ def test_taking_all_models_down_ends_it_in_one_line(tmp_path: Path) -> None:
         ({"models": []}, "models: holds nothing"),
         ({"rays": "auto"}, "rays: there is no such key here; did you mean ray?"),
         ({"settings": {"leases": 1}}, "leases: there is no such setting; did you mean lease_s?"),
+        ({"ray": "127.0.0.1:1", "port": 0}, "no Ray cluster can be used at 127.0.0.1:1: "),
     ],
 )
 def test_a_file_that_cannot_be_is_refused_at_once(tmp_path: Path, change: dict[str, object], word: str) -> None:

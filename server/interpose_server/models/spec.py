@@ -219,7 +219,7 @@ def _read(kind: type[P], document: Document, plain: Any, *place: int) -> P:
     try:
         found = kind.model_validate(plain)
     except ValidationError as error:
-        raise document.refused([wrong.within(*place) for wrong in mistakes(error, kind, HOMES)]) from error
+        raise document.refused([wrong.within(*place) for wrong in mistakes(error.errors(), kind, HOMES)]) from error
     if wrong := list(_settings(found)):
         raise document.refused([one.within(*place) for one in wrong])
     return found
@@ -243,4 +243,4 @@ def _checked(kind: type[P], plain: Any) -> P:
     try:
         return kind.model_validate(plain)
     except ValidationError as error:
-        raise ConfigError(str(mistakes(error, kind)[0])) from error
+        raise ConfigError(str(mistakes(error.errors(), kind)[0])) from error
