@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import time
 from collections.abc import Iterator
 
@@ -59,6 +60,18 @@ def test_jobs_choose_an_adapter(lab: ClusterLab) -> None:
         with torch.no_grad():
             expected = stock("gpt2", folder)(torch.tensor([ROW])).logits
         torch.testing.assert_close(logits(lab, name), expected, rtol=0, atol=1e-4)
+
+
+def test_operators_see_on_which_devices_its_parts_lie(lab: ClusterLab) -> None:
+    ends = time.monotonic() + 10
+    while not (model := json.loads(lab.interpose("models", "list", "--json"))["models"][0])["holds"]:
+        assert time.monotonic() < ends
+    devices = json.loads(lab.interpose("models", "list", "--json"))["devices"]
+    assert (devices["kind"], devices["total"], devices["free"]) == ("core", 4, 2)
+    free = {node["name"]: node["free"] for node in devices["nodes"]}
+    assert len(free) == 2 and model["takes"] == [1, 1]
+    for node in free:
+        assert sum(held["devices"] for held in model["holds"] if held["node"] == node) == 2 - free[node]
 
 
 def test_a_shard_that_dies_under_load_costs_time_only(lab: ClusterLab) -> None:
