@@ -138,7 +138,7 @@ def test_runs_of_one_job_share_nothing_made_with_other_adapters(eager_cuts: None
 def test_what_is_called_in_one_run_and_computed_in_anothers_forward_has_its_own(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Also where several jobs' calls become one product at the end of a forward."""
+    """Several jobs' calls never become one product where an adapter may stand before the layer."""
     monkeypatch.setattr(products, "LARGE_BYTES", 0)
     row = Invoke(((5, 9, 33),))
     nodes = (

@@ -6,7 +6,7 @@ product of more rows is summed in another order, so forwards of one run alone ne
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, TypeAlias
+from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
@@ -16,9 +16,6 @@ from .hooks import no_hooks, others
 if TYPE_CHECKING:
     from ..graph.model import Node
     from .interpreter import Interpreter
-
-_Key: TypeAlias = "tuple[str, str | None]"
-"""Path of a layer, and the adapter that it is called with."""
 
 LARGE_BYTES = 1 << 20
 """Weights of a layer from which on rows wait for others; smaller ones lie in the processor's cache anyway."""
@@ -34,41 +31,38 @@ class Products:
     """What the jobs of one forward want of the model's linear layers."""
 
     def __init__(self) -> None:
-        self._waiting: dict[_Key, list[tuple[Interpreter, Node, torch.Tensor]]] = {}
-        self._rows: dict[_Key, int] = {}
+        self._waiting: dict[str, list[tuple[Interpreter, Node, torch.Tensor]]] = {}
+        self._rows: dict[str, int] = {}
 
     def take(self, job: Interpreter, node: Node, path: str, value: torch.Tensor) -> bool:
         """Whether a call waits for others; the job is given its value later."""
         if node.id not in job.plan.late or job.unknown(node.id) or not _fits(job.world.modules[path], value):
             return False
-        key = path, job.choice(node)
-        rows = self._rows.get(key, 0) + _rows(value)
+        rows = self._rows.get(path, 0) + _rows(value)
         if rows > MOST:
             return False
-        self._waiting.setdefault(key, []).append((job, node, value))
-        self._rows[key] = rows
+        self._waiting.setdefault(path, []).append((job, node, value))
+        self._rows[path] = rows
         return True
 
     def relieve(self) -> None:
         """Make what needn't wait any longer."""
-        for key in [key for key, rows in self._rows.items() if rows > MOST - FEW]:
-            self._make(key)
+        for path in [path for path, rows in self._rows.items() if rows > MOST - FEW]:
+            self._make(path)
 
     def settle(self) -> None:
         """Make all that waits, and what is then asked for in turn."""
         while self._waiting:
             self._make(next(iter(self._waiting)))
 
-    def _make(self, key: _Key) -> None:
-        del self._rows[key]
-        wanted = [entry for entry in self._waiting.pop(key) if entry[0].error is None]
+    def _make(self, path: str) -> None:
+        del self._rows[path]
+        wanted = [entry for entry in self._waiting.pop(path) if entry[0].error is None]
         if not wanted:
             return
         values = [value for _, _, value in wanted]
-        first, node, _ = wanted[0]
-        # The forward at hand may be another run's than the one that calls.
-        with no_hooks(), first.adapter(node):
-            made = first.world.modules[key[0]](torch.cat([value.flatten(0, -2) for value in values]))
+        with no_hooks():
+            made = wanted[0][0].world.modules[path](torch.cat([value.flatten(0, -2) for value in values]))
         for (job, node, value), part in zip(wanted, made.split([*map(_rows, values)]), strict=True):
             job.settle(node, part.reshape(*value.shape[:-1], part.shape[-1]))
 
