@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import copy
+import ctypes
+import gc
 import json
 import shutil
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
 from typing import Any
 
+import peft
 import pytest
 import torch
 from interpose import LanguageModel
@@ -18,12 +23,16 @@ from interpose.graph.manifest import fingerprint
 from interpose.runtime import adapters
 from interpose.runtime.engine import Engine, EngineJob
 from interpose.runtime.loading import load, with_adapters
-from interpose.runtime.lora import CONFIG
+from interpose.runtime.lora import CONFIG, WEIGHTS
+from interpose.runtime.lora import load as load_lora
+from interpose.runtime.partial_loading import outside
 from interpose.runtime.split.shard import Shard
 from lora import lora
 from models import tiny
+from safetensors.torch import load_file, save_file
 from sharding import assembled
 from test_adapters_apart import Company, forward, generation
+from transformers import LlamaConfig, LlamaForCausalLM
 
 ROW = [5, 9, 33, 7, 8]
 ROWS = [ROW, [81, 2, 14]]
@@ -131,6 +140,57 @@ def test_each_process_has_the_layers_of_its_own_modules() -> None:
     assert set(held[0]) == {"model.embed_tokens", HEAD}
     assert not any("lora" in name for name, _ in loaded.model.named_modules())
     assert sum(map(len, held.values())) == loaded.manifest.adapters["a"].modules
+
+
+def own_bytes() -> int:
+    """Memory of this process alone, without what it has mapped of files."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) << 10 for line in lines if line.startswith("RssAnon:"))
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning")
+def test_no_process_has_more_of_an_adapter_than_it_keeps(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    sizes = {"hidden_size": 256, "intermediate_size": 512, "num_attention_heads": 4, "num_hidden_layers": 16}
+    model = LlamaForCausalLM(LlamaConfig(vocab_size=100, **sizes)).eval()
+    settings = peft.LoraConfig(r=256, target_modules="all-linear", init_lora_weights=False)
+    peft.get_peft_model(copy.deepcopy(model), settings).save_pretrained(tmp_path)
+    others = [f"model.layers.{index}" for index in range(1, 16)]
+    for path in others:
+        model.get_submodule(path).to("meta")
+    gc.collect()
+    ctypes.CDLL(None).malloc_trim(0)  # else what is free hides what is taken
+    began, most = own_bytes(), []
+    filled = peft.set_peft_model_state_dict
+
+    def watched(*args: Any, **kwargs: Any) -> Any:
+        told = filled(*args, **kwargs)
+        most.append(own_bytes() - began)
+        return told
+
+    monkeypatch.setattr(peft, "set_peft_model_state_dict", watched)
+    found = load_lora(model, "a", tmp_path, keep=outside(others))
+    whole_bytes = (tmp_path / WEIGHTS).stat().st_size
+    assert len(found.layers) == 7 and found.info.modules == 7 * 16
+    assert whole_bytes > 64 << 20 and most[0] < whole_bytes / 4
+    assert WEIGHTS not in Path("/proc/self/maps").read_text(), "the file isn't held"
+
+
+def still(tmp_path: Path, path: str) -> Path:
+    """An adapter with which one module makes nothing but zeros."""
+    made = tmp_path / "still"
+    shutil.copytree(lora("llama", use_dora=True, targets=["down_proj", "lm_head"]), made)
+    weights = load_file(made / WEIGHTS)
+    (key,) = (name for name in weights if "magnitude" in name and f".{path}." in name)
+    save_file({**weights, key: torch.zeros_like(weights[key])}, made / WEIGHTS)
+    return made
+
+
+@pytest.mark.parametrize("path", ["model.layers.1.mlp.down_proj", "lm_head"])
+def test_points_that_do_not_hold_with_an_adapter_are_the_whole_models(tmp_path: Path, path: str) -> None:
+    source = {"a": still(tmp_path, path)}
+    expected = load(tiny("llama"), adapters=source, device="cpu").manifest.adapters
+    assert expected["a"].refused
+    assert assembled(tiny("llama"), 2, source).manifest.adapters == expected
 
 
 # -- numbers ----------------------------------------------------------------------------------------------------
@@ -263,6 +323,15 @@ def test_jobs_of_a_batch_have_each_its_own() -> None:
     for found, expected in zip(on(shards("llama"), make), on(whole("llama"), make), strict=True):
         for node, value in expected.items():
             torch.testing.assert_close(found[node], value, rtol=0, atol=1e-5 if node == 4 else 0.0)
+
+
+def test_lanes_of_one_engine_choose_apart() -> None:
+    alone = [on(shards("llama"), lambda name=name: [forward(name)])[0] for name in NAMES]  # type: ignore[misc]
+    with ThreadPoolExecutor(3) as lanes:
+        for _ in range(5):
+            found = lanes.map(lambda name: on(shards("llama"), lambda: [forward(name)])[0], NAMES)
+            for one, expected in zip(found, alone, strict=True):
+                assert all(torch.equal(one[node], value) for node, value in expected.items())
 
 
 @pytest.mark.parametrize("host", NAMES)
