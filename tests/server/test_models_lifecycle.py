@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
@@ -278,6 +277,39 @@ def test_a_copy_that_finds_no_room_has_another_make_way() -> None:
     assert decide(both, Room((2,)), NOW, soon).copies == {"a": 1, "b": 1}
 
 
+def test_a_copy_that_finds_none_is_given_up_for_those_who_wait() -> None:
+    both = [model("a", waiting=1), model("b", waiting=1)]
+    memory = Memory(asked={"a": 1}, pending_s={"a": NOW - RULES.stuck_s}, starved_s={"a": NOW - 500, "b": NOW - 9})
+    first = decide(both, ONE, NOW, memory)
+    assert first.copies == {"a": 0, "b": 0} and "no place" in first.why["a"] and first.crowded == {"a", "b"}
+    then = decide(both, ONE, NOW + 1, first.memory)
+    assert then.copies == {"a": 0, "b": 1}, "it comes first no more"
+    alone = replace(memory, starved_s={"a": NOW - 500})
+    assert decide([both[0], model("b")], ONE, NOW, alone).copies == {"a": 1, "b": 0}, "nobody minds"
+
+
+def test_one_that_was_given_up_comes_again_soon_if_it_asks_for_something_else() -> None:
+    given_up = decide(
+        [model("a", waiting=1), model("b", waiting=1)],
+        ONE,
+        NOW,
+        Memory(asked={"a": 1}, pending_s={"a": NOW - RULES.stuck_s}, starved_s={"a": NOW - 500, "b": NOW - 9}),
+    ).memory
+    for times, one in (
+        (1, given_up),
+        (2, replace(given_up, given_up={"a": replace(given_up.given_up["a"], times=2)})),
+    ):
+        assert RULES.again_s(times) == RULES.patience_s * times
+        assert decide([model("a", waiting=1)], ONE, NOW + 9, one).copies == {"a": 0}
+        assert decide([model("a", waiting=1)], Room((2.0,)), NOW + 9, one).copies == {"a": 1}, (
+            "there are more nodes"
+        )
+        mended = Figures(spec("a", resources={"there": 1.0}), waiting=1)
+        assert decide([mended], ONE, NOW + 9, one).copies == {"a": 1}
+    assert decide([model("a", waiting=1)], ONE, NOW + RULES.patience_s, given_up).copies == {"a": 1}
+    assert RULES.again_s(99) == RULES.again_s(50) < 2 * 3600
+
+
 def test_copies_that_fall_silent_for_a_moment_stay_asked_for() -> None:
     memory = Memory(asked={"a": 1})
     first = decide([model(idle_s=5)], ONE, NOW, memory)
@@ -285,11 +317,6 @@ def test_copies_that_fall_silent_for_a_moment_stay_asked_for() -> None:
     assert decide([model(idle_s=5)], ONE, NOW + RULES.stuck_s, first.memory).copies == {"a": 0}
     pinned = decide([model(idle_s=5, pinned=True)], ONE, NOW + RULES.stuck_s, first.memory)
     assert pinned.copies == {"a": 1}
-
-
-def test_memory_goes_through_json() -> None:
-    memory = decide([model("a", waiting=100, ready=1), model("b", waiting=1)], ONE, NOW, long_loaded("a")).memory
-    assert Memory.from_plain(json.loads(json.dumps(memory.to_plain()))) == memory
 
 
 @pytest.mark.parametrize(
@@ -421,8 +448,8 @@ class Cluster:
                 played.leaving.append(max(played.ends, default=self.now))
 
     def begin(self, played: Played) -> None:
-        """Load what is wanted, where there is room on the devices by now."""
-        while played.ready + len(played.loading) < played.wanted:
+        """Load what is wanted, where there is room by now; none has further resources."""
+        while played.ready + len(played.loading) < played.wanted and not played.spec.resources:
             there = [
                 one.parts
                 for one in self.models.values()
@@ -518,3 +545,17 @@ def test_nobody_waits_longer_than_said_however_much_the_others_have_to_do(
     turns = sum(len(played.loads) for played in others)
     most = (cluster.now - NOW) / RULES.turn_s(load_s - cluster.step_s)
     assert turns <= free * (1 + most), "and they are long"
+
+
+@pytest.mark.parametrize("devices, others", [(1, 1), (2, 2), (3, 5)])
+def test_what_ray_has_no_place_for_costs_the_others_little(devices: int, others: int) -> None:
+    odd = Played(spec("odd", resources={"nobody-has": 1.0}), (1.0,))
+    models = [Played(spec(f"m{index}"), (1.0,)) for index in range(others)]
+    cluster = Cluster([odd, *models], (float(devices),), 5.0, 0.5)
+    held, steps = 0, 4 * 3600 // 3
+    for _ in range(steps):
+        cluster.step({played.spec.name: 1 for played in (odd, *models) if len(played.jobs) < 3}, 3.0)
+        held += sum(played.ready for played in models)
+    assert not odd.loads and all(len(played.jobs) <= 3 for played in models)
+    assert held > 0.8 * steps * min(devices, others)
+    assert max(played.longest_s for played in models) < 1800

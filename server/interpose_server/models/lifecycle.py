@@ -15,11 +15,17 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from .packing import Parts
-from .rules import Figures, Memory, Room, Rules, Wanted
+from .rules import Figures, GivenUp, Memory, Room, Rules, Wanted
 from .schedule import scheduled
+from .spec import ModelSpec
 
 OUTGROWN_S = 20.0
 """So long a model must have been larger than all devices before its users are told."""
+
+NO_PLACE = (
+    "Ray has found no place for it, though it has devices enough: see its `resources`, cores, and what else runs "
+    "on the cluster; others come first meanwhile"
+)
 
 
 def decide(
@@ -56,6 +62,8 @@ class _Decision:
         self._pending = self._since(memory.pending_s, lambda model: self._asked(model) > model.held and not leaving)
         self._starved = self._since_when_starved(memory)
         self._outgrown = self._since(memory.outgrown_s, self._is_outgrown)
+        self._in_vain = Counter(memory.in_vain)
+        self._given_up = {name: one for name, one in memory.given_up.items() if self._stays_given_up(name, one)}
         self._reserved = False
         """Whether somebody has waited so long that room is kept for them alone."""
 
@@ -174,10 +182,13 @@ class _Decision:
             elif self._lasted(self._outgrown, model, OUTGROWN_S):
                 self._impossible[name] = self._why[name]
             return
+        if name in self._given_up and self._now_s < self._given_up[name].until_s:
+            if wanted:
+                self._wait(name, NO_PLACE)
+            return
         if self._copies[name] and not model.held and self._lasted(self._pending, model, self._rules.stuck_s):
-            # By the figures there is room, and yet the copy found none: one more makes way.
-            self._pending[name] = self._now_s
-            self._make_way(model, at_once=True, busy=self._impatient(model))
+            self._press_on(model)
+            return
         while self._copies[name] < wanted:
             first = self._copies[name] == 0
             if self._reserved and any(model.parts):
@@ -193,6 +204,31 @@ class _Decision:
             if first:
                 self._wait(name, self._hopes(model))
             return
+
+    def _press_on(self, model: Figures) -> None:
+        """By the figures there is room, and yet the copy found none: one more makes way.
+
+        But Ray may never have a place for it, as others use its devices, or it needs what no node has. So it is
+        given up for a while where somebody waits for what it can't use.
+        """
+        name = model.name
+        self._pending[name] = self._now_s
+        more = self._in_vain[name] < self._rules.in_vain
+        if (more and self._make_way(model, at_once=True, busy=self._impatient(model))) or not (
+            self._starved.keys() - {name}
+        ):
+            return
+        times = self._given_up[name].times + 1 if name in self._given_up else 1
+        self._given_up[name] = GivenUp(self._asking_for(model), times, self._now_s + self._rules.again_s(times))
+        self._copies[name] = 0
+        self._wait(name, NO_PLACE)
+
+    def _asking_for(self, model: Figures) -> tuple[ModelSpec, Parts, tuple[float, ...] | None]:
+        return model.spec, model.parts, self._room.nodes
+
+    def _stays_given_up(self, name: str, found: GivenUp) -> bool:
+        model = self._models.get(name)
+        return model is not None and not model.held and found.asked == self._asking_for(model)
 
     def _wait(self, name: str, why: str) -> None:
         """There is no room for its first copy."""
@@ -242,6 +278,7 @@ class _Decision:
                 self._gone.add(victim)
                 waited = f", which has waited {self._waited_s(model):.0f} s" if busy else ""
                 self._why[victim] = f"it makes way for {model.name}{waited}"
+        self._in_vain[model.name] += 1
         return True
 
     def _victims(self, model: Figures, *, busy: bool) -> list[str]:
@@ -318,6 +355,8 @@ class _Decision:
             pressed_s=self._pressed,
             slack_s=self._slack,
             pending_s=pending,
+            in_vain={name: self._in_vain[name] for name in pending if not self._models[name].held},
+            given_up=self._given_up,
             outgrown_s=self._outgrown,
         )
 

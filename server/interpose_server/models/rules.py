@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
-from typing import Any
+from dataclasses import dataclass, field
 
 from .packing import Parts, packs
 from .spec import ModelSpec
 
 TURN_LOADS = 3.0
 """A turn is so many times as long as loading took, so that devices spend most of their time at work."""
+
+LONGEST_AGAIN = 16
+"""A copy that Ray has no place for is asked for again after `patience_s`, then after twice as long each time, up to
+so many times as long."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,6 +90,7 @@ class Rules:
     scale_jobs, scale_wait_s: more jobs than this waiting for each copy, or one for longer, are a press;
     press_s: one that has lasted so long brings another copy.
     stuck_s: a copy that was asked for, and isn't loading after so long, has found no room.
+    in_vain: for such a copy no more than so many make way.
     """
 
     hold_s: float = 60.0
@@ -95,6 +99,7 @@ class Rules:
     press_s: float = 5.0
     stuck_s: float = 120.0
     patience_s: float = 300.0
+    in_vain: int = 3
 
     def turn_s(self, took_s: float) -> float:
         """How long a model that has work keeps its devices from those who wait.
@@ -103,6 +108,25 @@ class Rules:
             took_s: how long its loading took.
         """
         return max(self.hold_s, TURN_LOADS * took_s)
+
+    def again_s(self, times: int) -> float:
+        """How long a copy isn't asked for that Ray had no place for, so many times in a row."""
+        return self.patience_s * min(2.0 ** (times - 1), LONGEST_AGAIN)
+
+
+@dataclass(frozen=True, slots=True)
+class GivenUp:
+    """A copy that Ray had no place for, though by its devices there was room.
+
+    Attributes:
+        asked: what was asked for, and of which nodes: of anything else nothing is known.
+        times: in a row.
+        until_s: it isn't asked for again before.
+    """
+
+    asked: tuple[ModelSpec, Parts, tuple[float, ...] | None]
+    times: int
+    until_s: float
 
 
 @dataclass(frozen=True, slots=True)
@@ -117,7 +141,9 @@ class Memory:
         starved_s: since when it has had no copy, though somebody waits for one.
         pressed_s, slack_s: since when it has wanted more copies than it has, and could do with fewer.
         pending_s: since when a copy that was asked for hasn't come.
-    outgrown_s: since when a copy has been larger than all devices.
+        in_vain: how often others made way for a first copy since it was asked for, while it hasn't come.
+        given_up: those whose first copy was asked for in vain.
+        outgrown_s: since when a copy has been larger than all devices.
     """
 
     asked: Mapping[str, int] = field(default_factory=dict)
@@ -128,14 +154,9 @@ class Memory:
     pressed_s: Mapping[str, float] = field(default_factory=dict)
     slack_s: Mapping[str, float] = field(default_factory=dict)
     pending_s: Mapping[str, float] = field(default_factory=dict)
+    in_vain: Mapping[str, int] = field(default_factory=dict)
+    given_up: Mapping[str, GivenUp] = field(default_factory=dict)
     outgrown_s: Mapping[str, float] = field(default_factory=dict)
-
-    def to_plain(self) -> dict[str, Any]:
-        return asdict(self)
-
-    @classmethod
-    def from_plain(cls, plain: Mapping[str, Any]) -> Memory:
-        return cls(**plain)
 
 
 @dataclass(frozen=True, slots=True)
