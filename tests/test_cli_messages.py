@@ -92,6 +92,15 @@ def test_what_runs_on_a_data_folder_is_told_apart(tmp_path: Path) -> None:
         data.unlock()
 
 
+def test_a_catalogue_without_a_server_says_so(tmp_path: Path) -> None:
+    command = [INTERPOSE, "models", "list", "--data-dir", tmp_path]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert done.stderr.splitlines() == [
+        f"no server runs on {tmp_path}; --data-dir names another folder",
+        "there are no models; `interpose models add` adds one",
+    ]
+
+
 def test_the_version() -> None:
     done = subprocess.run([INTERPOSE, "--version"], capture_output=True, text=True, check=True)
     assert done.stdout.startswith("interpose ")

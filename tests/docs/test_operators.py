@@ -75,7 +75,7 @@ def test_the_table_of_the_file_has_every_key() -> None:
     file, model = text.split("| of a model |")
     for table, kind in ((file, ClusterConfig), (model, ModelSpec)):
         told = [name for cell in re.findall(r"^\| (`.*?) \|", table, re.M) for name in re.findall(r"`(\w+)`", cell)]
-        assert set(told) | ({"gateway"} if kind is ClusterConfig else set()) == set(kind.model_fields), kind
+        assert set(told) == set(kind.model_fields), kind
         assert len(told) == len(set(told))
 
 

@@ -12,6 +12,7 @@ from typing import Any, TypeVar
 import typer
 from interpose_server.broker.connect import Broker
 from interpose_server.broker.states import ModelState
+from interpose_server.datadir import DataDir, default_dir
 from interpose_server.models.inventory import Inventory, copies, count
 from interpose_server.models.overview import overview, take_out
 from interpose_server.models.spec import ModelSpec, read_specs
@@ -120,6 +121,11 @@ async def _loaded(broker: Broker, name: str) -> None:
 
 
 def _on(ask: Callable[[Broker], Awaitable[T]], data_dir: Path | None, redis_url: str | None) -> T:
+    """What the broker answers. Says so where no server runs: the entries are kept for one that may come."""
+    data = DataDir(data_dir or default_dir())
+    if redis_url is None and not data.busy():
+        typer.echo(f"no server runs on {data.path}; --data-dir names another folder", err=True)
+
     async def run() -> T:
         async with open_broker(data_dir, redis_url) as broker:
             return await ask(broker)

@@ -159,7 +159,7 @@ class ClusterConfig(Plain):
     redis_url: the broker; None starts one here.
     data_dir: blobs and, of what is started here, files and logs.
     host, port: where the gateway listens, if one is started here; port 0 takes a free one.
-    gateway: whether one is started here; None for where the broker is, too.
+    gateway: whether one is started here; None for unless both `ray` and `redis_url` are given.
     settings: of the servers' settings, by name, for every process.
     """
 
