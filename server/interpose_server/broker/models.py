@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import msgpack
 from interpose.errors import InternalError, InterposeError, ModelUnavailable, UnknownModel
@@ -26,7 +26,7 @@ FIELDS = (
 )
 
 LOST_AFTER = 4
-"""A copy that loads, and is silent for so many times as long as others may be, counts as lost."""
+"""A copy that is silent for so many times as long as one may be that has jobs to run counts as lost."""
 
 PLANNED = "(planned)"
 """In a worker's place where none was begun."""
@@ -98,6 +98,15 @@ class Hosted:
         }
         failed = self.state is ModelState.FAILED and self.failure is not None
         return {**plain, "failure": self.failure.to_plain()} if failed and self.failure else plain
+
+
+class Lost(NamedTuple):
+    """A copy of which nothing is heard."""
+
+    model: str
+    worker: str
+    state: ModelState
+    silent_s: float
 
 
 class Models:
@@ -298,6 +307,21 @@ class Models:
         await self.announce(name, PLANNED, ModelState.FAILED, why)
         await self.announce(name, PLANNED, ModelState.STOPPED)
 
+    async def lost(self) -> list[Lost]:
+        """Copies that were silent for so long that, whatever keeps them, nobody waits for them any more."""
+        found = []
+        for name in await self.names():
+            async with self._redis.pipeline(transaction=True) as pipe:
+                pipe.time()
+                pipe.hgetall(keys.STATES.format(model=name))
+                pipe.zrange(keys.HEARD.format(model=name), 0, -1, withscores=True)
+                (seconds, micros), states, scores = await pipe.execute()
+            now_ms, heard = seconds * 1000 + micros // 1000, {text(worker): int(at) for worker, at in scores}
+            for worker, state in ((text(worker), ModelState(text(state))) for worker, state in states.items()):
+                if (silent_ms := now_ms - heard.get(worker, 0)) > LOST_AFTER * self._silent_ms:
+                    found.append(Lost(name, worker, state, silent_ms / 1000))
+        return found
+
     async def bury(self) -> list[str]:
         """Note of each copy that fell silent while it loaded that loading failed. Returns their workers' names.
 
@@ -305,22 +329,16 @@ class Models:
         or Ray, knows sooner if it died.
         """
         buried = []
-        for hosted in await self.list():
-            async with self._redis.pipeline(transaction=True) as pipe:
-                pipe.hgetall(keys.STATES.format(model=hosted.name))
-                pipe.zrange(keys.HEARD.format(model=hosted.name), 0, -1, withscores=True)
-                states, scores = await pipe.execute()
-            heard = {text(worker): int(at) for worker, at in scores}
-            for raw, state in states.items():
-                worker, silent_ms = text(raw), hosted.now_ms - heard.get(text(raw), 0)
-                if text(state) == ModelState.LOADING and silent_ms > LOST_AFTER * self._silent_ms:
-                    why = InternalError(
-                        f"nothing was heard of {worker} for {silent_ms / 1000:.0f} s while it loaded {hosted.name}"
-                    )
-                    # Others may be at it, too, and it failed only once.
-                    if await self.announce(hosted.name, worker, ModelState.FAILED, why, since=ModelState.LOADING):
-                        await self.announce(hosted.name, worker, ModelState.STOPPED)
-                        buried.append(worker)
+        for lost in await self.lost():
+            if lost.state is not ModelState.LOADING:
+                continue
+            why = InternalError(
+                f"nothing was heard of {lost.worker} for {lost.silent_s:.0f} s while it loaded {lost.model}"
+            )
+            # Others may be at it, too, and it failed only once.
+            if await self.announce(lost.model, lost.worker, ModelState.FAILED, why, since=ModelState.LOADING):
+                await self.announce(lost.model, lost.worker, ModelState.STOPPED)
+                buried.append(lost.worker)
         return buried
 
     async def list(self) -> list[Hosted]:

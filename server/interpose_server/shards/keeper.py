@@ -21,7 +21,7 @@ from ..tasks import end
 from . import apps
 from .cluster import APPLIED_NOTE, Notes, shared
 from .inventory import inventory
-from .orphans import reap_orphans
+from .orphans import Hanging, reap_orphans
 
 log = logging.getLogger(__name__)
 
@@ -108,6 +108,7 @@ class Rounds:
     settings: Settings
     _seen: int | None = field(default=None, init=False)
     _applied_at: float = field(default=float("-inf"), init=False)
+    _hanging: Hanging = field(default_factory=Hanging, init=False)
     _shown_at: float = field(default=float("-inf"), init=False)
 
     async def go(self) -> None:
@@ -117,6 +118,7 @@ class Rounds:
             await self._apply(revision)
             self._seen, self._applied_at = revision, time.monotonic()
         await reap_orphans(self.broker)
+        await self._hanging.end(self.broker)
         if time.monotonic() - self._shown_at > SHOWN_S:
             self._shown_at = time.monotonic()
             workers = [worker for hosted in await self.broker.models.list() for worker in hosted.copies]

@@ -27,6 +27,8 @@ def prepare(folder: Path, *, own: bool) -> None:
     if own:
         # By default Ray's processes stand behind all others of a machine: on a busy one, jobs lost their leases.
         os.environ.setdefault("RAY_worker_niceness", "0")
+        # One that hangs won't finish anything, however long Serve waits for it.
+        os.environ.setdefault("RAY_SERVE_FORCE_STOP_UNHEALTHY_REPLICAS", "1")
     if (
         not own
         or "RAY_AUTH_MODE" in os.environ

@@ -1,11 +1,14 @@
-"""Jobs of replicas that Ray knows are dead: queued again at once, where their leases would take a while to end."""
+"""Replicas that Ray knows are dead, whose jobs are queued again before their leases end; and those that hang."""
 
 from __future__ import annotations
 
 import asyncio
 import logging
+import time
+from contextlib import suppress
 from functools import cache
 
+import ray
 from interpose.errors import ConfigError, InternalError
 
 from ..broker.connect import Broker
@@ -15,6 +18,12 @@ from .naming import actor_of
 from .ray_internals import Death
 
 log = logging.getLogger(__name__)
+
+SERVE = "serve"
+"""Ray's namespace of replicas."""
+
+NOTICED_S = 10.0
+"""A copy is ended if its silence has lasted so long under the eyes of who ends it."""
 
 
 async def reap_orphans(broker: Broker) -> None:
@@ -30,6 +39,40 @@ async def reap_orphans(broker: Broker) -> None:
                 why = InternalError(f"{worker} died while it loaded {hosted.name}")
                 await broker.models.announce(hosted.name, worker, ModelState.FAILED, why)
             await broker.models.announce(hosted.name, worker, ModelState.STOPPED)
+
+
+class Hanging:
+    """Ends replicas that say nothing for long, though they should.
+
+    Serve waits for one that it stops as long as jobs may take, whether or not it does anything. One that loads, or
+    stands by, isn't meant.
+    """
+
+    def __init__(self) -> None:
+        self._since: dict[str, float] = {}
+        """Worker -> when its silence was noticed: after the broker was away all have been silent for a moment."""
+
+    async def end(self, broker: Broker) -> None:
+        now = time.monotonic()
+        lost = [one for one in await broker.models.lost() if one.state in (ModelState.READY, ModelState.DRAINING)]
+        self._since = {one.worker: self._since.get(one.worker, now) for one in lost}
+        for one in lost:
+            if now - self._since[one.worker] < NOTICED_S:
+                continue
+            if await asyncio.to_thread(_kill, one.worker):
+                log.warning("%s, a copy of %s, hung for %.0f s; it is ended", one.worker, one.model, one.silent_s)
+            await broker.models.announce(one.model, one.worker, ModelState.STOPPED)
+
+
+def _kill(worker: str) -> bool:
+    """Whether a replica lived until now."""
+    actor = actor_of(worker)
+    found = ray_internals.living(actor) if actor else None
+    if found is None:
+        return False
+    with suppress(ValueError):  # it has just gone
+        ray.kill(ray.get_actor(found.name, namespace=SERVE))
+    return True
 
 
 def _death(worker: str) -> Death | None:

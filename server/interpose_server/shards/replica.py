@@ -79,6 +79,8 @@ class Replica:
         What takes longer than a job may, Serve ends; as does this, while the server is being stopped, its grace.
         """
         self._stop.set()
+        if self._host.ill():
+            os._exit(BROKEN)  # it would never finish
         if self._running is not None:
             await self._over(self._running)
         else:

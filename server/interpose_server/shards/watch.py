@@ -39,6 +39,8 @@ class Watch:
     def __init__(self) -> None:
         self._wanted: Mapping[str, int] = {}
         self._looked_at = float("-inf")
+        self._memory = Memory()
+        """Kept while the broker is away: whoever waited then has waited."""
         threading.Thread(target=self._run, name="interpose-watch", daemon=True).start()
 
     def wanted(self, model: str) -> int | None:
@@ -57,23 +59,23 @@ class Watch:
 
     async def _follow(self, settings: Settings) -> None:
         """Decide again and again, until the settings are others or something fails."""
-        broker, memory = connect(settings), Memory()
+        broker = connect(settings)
         figures = Figures(broker)
         try:
             while shared() == settings:
-                memory = await self._look(figures, settings, memory)
+                await self._look(figures, settings)
                 await asyncio.sleep(EVERY_S)
         finally:
             await broker.close()
 
-    async def _look(self, figures: Figures, settings: Settings, memory: Memory) -> Memory:
+    async def _look(self, figures: Figures, settings: Settings) -> None:
         noted = Notes().read(MODELS_NOTE) or {}
 
         def parts(spec: ModelSpec) -> tuple[float, ...]:
             return tuple(noted[spec.name]["parts"]) if spec.name in noted else (1.0,)
 
         models = await figures.look(parts)
-        decided = decide(models, Room(devices()), time.time(), memory, rules(settings))
+        decided = decide(models, Room(devices()), time.time(), self._memory, rules(settings))
+        self._memory = decided.memory
         self._wanted, self._looked_at = decided.copies, time.monotonic()
         await figures.tell(decided)
-        return decided.memory
