@@ -6,6 +6,7 @@ import json
 import re
 import signal
 import subprocess
+import time
 from pathlib import Path
 
 import psutil
@@ -46,7 +47,12 @@ def test_one_command_serves_and_ctrl_c_ends_all_it_started(tmp_path: Path) -> No
         token = lab.data_dir / "ray-token"
         assert token.stat().st_mode & 0o077 == 0
 
-        done = interpose("deploy", "status", config)
+        ends = time.monotonic() + 20
+        while True:
+            done = interpose("deploy", "status", config)
+            # Devices are counted every two seconds.
+            if re.search("copy .*: 1 core of ", done.stdout) or time.monotonic() > ends:
+                break
         assert done.returncode == 0 and "org/tiny  ready  1 copy  0 waiting" in done.stdout
         assert re.search(r"^\d+ of \d+ cores free, 1 node; no node has a GPU$", done.stdout, re.M)
         assert "a copy takes 1 core" in done.stdout and re.search("copy .*: 1 core of ", done.stdout)
