@@ -367,6 +367,7 @@ def test_the_command_plans_and_refuses() -> None:
     for arguments, text in [
         (["--devices", "2x2GB", "--shards", "3"], "that takes 3 devices, and there are 2"),
         (["--devices", "4x24GB", "--shards", "4"], "has 3 blocks, which can't be 4 ranges"),
+        (["--devices", "1x1GB"], "Without --devices, the fewest that do are named"),
         (["--devices", "two"], "aren't understood"),
         (["--devices", "1x2GB", "--dtype", "int3"], "no dtype 'int3'"),
         (["--devices", "1x2GB", "--placement", "there"], "no placement 'there'; there are auto, device"),

@@ -60,8 +60,15 @@ def report(
     console = Console(width=None if terminal else 120, no_color=not terminal)
     if there is None:
         show_fewest(figures(spec), fewest(spec, load), console)
-    else:
-        show(plan_for(spec, there, load), console)
+        return
+    try:
+        found = plan_for(spec, there, load)
+    except ConfigError as error:
+        if error.details.get("reason") != "too_large":
+            raise
+        told = f"{error.message}. Without --devices, the fewest that do are named"
+        raise ConfigError(told, details=error.details) from error
+    show(found, console)
 
 
 def _load(rows: int | None, context: int | None, sizes: Sizes) -> Load | None:
