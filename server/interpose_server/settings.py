@@ -33,7 +33,7 @@ OF_WORKERS = frozenset(
 GATEWAYS = frozenset(
     {
         *("metrics_open", "rate_per_s", "rate_burst", "queued_per_user", "queued_total", "streams_per_user"),
-        *("downloads_per_user", "subscriptions", "position_s", "drain_s", "sweep_s"),
+        *("downloads_per_user", "subscriptions", "position_s", "drain_s", "sweep_s", "valkey_fsync"),
     }
 )
 """Settings that say nothing to workers."""

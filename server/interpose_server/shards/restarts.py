@@ -7,13 +7,13 @@ from collections.abc import Iterator
 from typing import Any
 
 from ..models.spec import ClusterConfig
-from ..settings import OF_WORKERS, Settings
+from ..settings import LIFECYCLE, OF_WORKERS, Settings
 
 OF_THE_FILE = ("ray", "redis_url", "host", "port", "gateway")
 SECRET = ("redis_url",)
 """May hold a password."""
 
-LIVE = OF_WORKERS - {"limits"} | {"redis_url", "data_dir", "metrics_open"}
+LIVE = OF_WORKERS - {"limits"} | LIFECYCLE - {"wish_s"} | {"redis_url", "data_dir", "metrics_open"}
 """Settings that say nothing to a gateway, or that aren't the file's. What runs on Ray takes all others at once."""
 
 
