@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,6 @@ from . import attention, describe, independence, lora, named
 from .adapters import Adapter
 from .feeding import examples, measure_feeding, places
 from .inputs import Feeding, vocabulary
-from .partial_loading import outside
 from .pieces import joined
 from .probe import Measured, probe
 from .quantized import scheme
@@ -111,26 +110,17 @@ def tokenizer_of(at: Source) -> Any:
         return None
 
 
-def with_adapters(
-    loaded: Loaded,
-    sources: Mapping[str, str | Path],
-    *,
-    local_files_only: bool = False,
-    absent: Collection[str] = (),
-) -> Loaded:
+def with_adapters(loaded: Loaded, sources: Mapping[str, str | Path], *, local_files_only: bool = False) -> Loaded:
     """The same model with more adapters that runs may choose; one of a name that is there already takes its place.
-
-    Args:
-        absent: blocks that only hand on what they are given, of a slice of a model: they get no layers.
 
     Raises ConfigError, ModelUnavailable.
     """
     if sources and loaded.split is not None:
         raise ConfigError(f"{loaded.manifest.model} lies in several processes: its adapters are loaded when it is")
     for name, source in sources.items():
-        adapter = lora.load(loaded.model, name, source, keep=outside(absent), local_files_only=local_files_only)
+        adapter = lora.load(loaded.model, name, source, local_files_only=local_files_only)
         loaded = offering_adapter(loaded, name, adapter)
-        info = replace(adapter.info, refused=named.refused_with(loaded, name, absent))
+        info = replace(adapter.info, refused=named.refused_with(loaded, name).points)
         loaded = offering_adapter(loaded, name, replace(adapter, info=info))
     return loaded
 

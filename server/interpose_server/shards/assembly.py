@@ -7,7 +7,6 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
-from interpose.graph.adapters import decode_adapters
 from interpose.graph.manifest import encode_manifest
 from interpose.runtime.inputs import Feeding
 from interpose.runtime.loading import Loaded, tokenizer_of
@@ -117,10 +116,9 @@ class _Asked:
         """The model with its adapters, which every site loads for itself."""
         own = {name: at_home(loaded, dispatcher, name, source) for name, source in self._adapters.items()}
         request = {"model": self._told(loaded), "outputs": dict(dispatcher.outputs), "adapters": self._adapters}
-        told = [decode_adapters(nest) for nest in self._all(ADAPT, request)]
+        told = self._all(ADAPT, request)
         for name, adapter in own.items():
-            slices = [Fitted(self._own(site), infos[name]) for site, infos in zip(self._sites, told, strict=True)]
-            loaded = offering(loaded, name, adapter, slices)
+            loaded = offering(loaded, name, adapter, [Fitted.of_nest(nest[name]) for nest in told])
         return loaded
 
     def serve(self, loaded: Loaded) -> None:
@@ -136,9 +134,6 @@ class _Asked:
             "rewritten": [[*place] for place in loaded.rewritten],
             "first_only": [*loaded.first_only],
         }
-
-    def _own(self, site: int) -> list[str]:
-        return [path for path, at in self._route.sites.items() if at == site]
 
     def _all(self, name: str, request: Nest) -> list[Any]:
         with ThreadPoolExecutor(len(self._sites)) as pool:

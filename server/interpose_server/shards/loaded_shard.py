@@ -6,7 +6,6 @@ from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import torch
-from interpose.graph.adapters import encode_adapters
 from interpose.graph.manifest import decode_manifest
 from interpose.runtime.adapters import Adapter
 from interpose.runtime.loading import Loaded
@@ -80,9 +79,9 @@ class LoadedShard:
 
     def _adapted(self, request: Nest) -> Nest:
         loaded = self._loaded(request["model"])
-        self._adapters = on_slice(loaded, self._own, self._outputs(request), request["adapters"])
+        self._adapters, found = on_slice(loaded, self._own, self._outputs(request), request["adapters"])
         self._release()
-        return encode_adapters({name: adapter.info for name, adapter in self._adapters.items()})
+        return {name: fitted.to_nest() for name, fitted in found.items()}
 
     def _outputs(self, request: Nest) -> Mapping[str, Nest]:
         """What blocks return, in their order."""

@@ -21,8 +21,7 @@ from .build import build
 from .checks import Bench
 from .ends import chain, ends, whole
 from .families import MAMBA, Family, find
-from .sheet import Name
-from .verify import Trial
+from .verify import ANCHORS, Trial
 
 if TYPE_CHECKING:
     from ..loading import Loaded
@@ -65,6 +64,19 @@ class Findings:
     refused: Mapping[str, Mapping[str, str]]
 
 
+@dataclass(frozen=True)
+class Refused:
+    """Points that don't hold with an adapter.
+
+    Attributes:
+        points: owner -> name -> why.
+        written: of these, what came of writing the first block of a kind, by that block; it holds for all `alike`.
+    """
+
+    points: Mapping[str, Mapping[str, str]]
+    written: Mapping[str, Mapping[str, str]]
+
+
 def settle(loaded: Loaded) -> Loaded:
     """The model with those named points in its manifest that hold, and the reasons of the rest."""
     return offering(loaded, search(loaded))
@@ -99,28 +111,34 @@ def search(loaded: Loaded, absent: Collection[str] = ()) -> Findings:
             refused[""][name] = found
     trying = _kept(loaded, named, refused, {})
     for tower in towers:
-        for (owner, name), reason in _failures(trying, tower, absent=absent).items():
+        kinds = [[owner for owner in kind if owner not in absent] for kind in alike(trying.manifest)]
+        for (owner, name), reason in _tried(trying, tower, kinds, absent=absent).failed.items():
             del named[owner][name]
             refused[owner][name] = reason
     return Findings(named, refused)
 
 
 @torch.no_grad()
-def refused_with(loaded: Loaded, adapter: str, absent: Collection[str] = ()) -> dict[str, dict[str, str]]:
-    """Which of a model's named points don't hold in runs with an adapter: owner -> name -> why.
+def refused_with(loaded: Loaded, adapter: str, absent: Collection[str] = ()) -> Refused:
+    """Which of a model's named points don't hold in runs with an adapter.
 
     Args:
-        absent: as of `search`.
+        absent: as of `search`. Of each kind of block the first alone is written, as in a whole model, so that where
+            it is absent none is.
     """
     manifest = loaded.manifest
-    refused: dict[str, dict[str, str]] = {}
+    points: dict[str, dict[str, str]] = {}
+    written: dict[str, dict[str, str]] = {}
     if not manifest.named:
-        return refused
+        return Refused(points, written)
+    kinds = [[owner for owner in kind if owner not in absent] for kind in alike(manifest) if kind[0] not in absent]
     with chosen(loaded.adapters, adapter):
         for tower in [_tower(loaded, paths) for paths in manifest.towers.values() or (manifest.blocks,)]:
-            for (owner, name), reason in _failures(loaded, tower, adapter, absent).items():
-                refused.setdefault(owner, {})[name] = reason
-    return refused
+            trial = _tried(loaded, tower, kinds, adapter, absent)
+            for into, found in ((points, trial.failed), (written, trial.written)):
+                for (owner, name), reason in found.items():
+                    into.setdefault(owner, {})[name] = reason
+    return Refused(points, written)
 
 
 def _tower(loaded: Loaded, paths: tuple[str, ...]) -> Tower:
@@ -215,9 +233,14 @@ def _streams(modules: Mapping[str, ModuleInfo], named: Mapping[str, Mapping[str,
     return found
 
 
-def _failures(
-    loaded: Loaded, tower: Tower, adapter: str | None = None, absent: Collection[str] = ()
-) -> Mapping[Name, str]:
+def _tried(
+    loaded: Loaded,
+    tower: Tower,
+    kinds: Sequence[Sequence[str]],
+    adapter: str | None = None,
+    absent: Collection[str] = (),
+) -> Trial:
+    """Try the points of one list of blocks. `kinds`: owners that are alike, of any list."""
     from ..engine import Engine  # it runs what is loaded, and this is part of loading
 
     manifest = loaded.manifest
@@ -233,13 +256,14 @@ def _failures(
         for owner, points in manifest.named.items()
         if owner in owners
         for name, point in points.items()
+        if owner not in absent or name in ANCHORS
     }
     there = [
         identity
         for identity in identities
         if identity.output in points and all(name in points for name in identity.inputs)
     ]
-    kinds = [[owner for owner in kind if owner in owners and owner not in absent] for kind in _kinds(manifest)]
+    own = [[owner for owner in kind if owner in owners] for kind in kinds]
     dtype = getattr(torch, manifest.dtype, torch.float32)
     experts = figure(tower.config, "num_local_experts", "num_experts", "n_routed_experts") or 2
     trial = Trial(
@@ -248,7 +272,7 @@ def _failures(
         points,
         there,
         dtype,
-        list(filter(None, kinds)),
+        list(filter(None, own)),
         experts,
         adapter,
         bool(absent),
@@ -256,12 +280,11 @@ def _failures(
     try:
         trial.run()
     except InterposeError as error:
-        reason = f"it can't be tried: {error.message}"
-        return {**trial.failed, **dict.fromkeys(trial.points, reason)}
-    return trial.failed
+        trial.failed |= dict.fromkeys(trial.points, f"it can't be tried: {error.message}")
+    return trial
 
 
-def _kinds(manifest: Manifest) -> list[list[str]]:
+def alike(manifest: Manifest) -> list[list[str]]:
     """Owners in groups whose points are alike but for their paths."""
     found: dict[int, list[str]] = {}
     for owner, index in encode_named(manifest.named)["owners"].items():

@@ -44,6 +44,8 @@ class Trial:
         apart: whether these are some blocks of a model's: then what follows the last one isn't asked after a write
             in a block, as in a whole model it isn't either, where the first of a kind is written.
         failed: why points left.
+        written: of these, those that left as a write did nothing, or something wrong, by the block it was in;
+            each of its kind has lost them.
     """
 
     engine: Any
@@ -56,6 +58,7 @@ class Trial:
     adapter: str | None = None
     apart: bool = False
     failed: dict[Name, str] = field(default_factory=dict)
+    written: dict[Name, str] = field(default_factory=dict)
 
     def run(self) -> None:
         owners = list(dict.fromkeys(owner for owner, _ in self.points))
@@ -133,8 +136,8 @@ class Trial:
         for invoke, name in plan.items():
             values = {at: value for (row, at), value in kept.items() if row == invoke}
             reason = self._ineffective(name, values, clean)
-            for other in kind if reason else ():
-                self._refuse((other, name[1]), reason)
+            if reason:
+                self._refuse_all(kind, name[1], reason)
 
     def _written(self, names: Sequence[Name]) -> tuple[Sheet, dict[int, Name]]:
         """A sheet whose first row is untouched, and each other writes one point: row -> point."""
@@ -213,8 +216,17 @@ class Trial:
         name = sheet.cause.get(error.node) if error.node is not None else None
         if name is None or name not in self.points:
             raise error
-        for owner in kind if name[0] in kind else (name[0],):
-            self._refuse((owner, name[1]), f"it can't be used: {error.message}")
+        reason = f"it can't be used: {error.message}"
+        if name[0] in kind:
+            self._refuse_all(kind, name[1], reason)
+        else:
+            self._refuse(name, reason)
+
+    def _refuse_all(self, kind: Sequence[str], name: str, reason: str) -> None:
+        """What came of writing the first of a kind is so for all of it."""
+        self.written[kind[0], name] = reason
+        for owner in kind:
+            self._refuse((owner, name), reason)
 
     def _refuse(self, name: Name, reason: str) -> None:
         if self.points.pop(name, None) is not None:
