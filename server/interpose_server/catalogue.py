@@ -50,6 +50,8 @@ class Catalogue:
         _check_loadable(hosted)
         if not hosted.fingerprint:
             await self.known(hosted)
+        if hosted.updating and hosted.wanted:
+            await self._specs.wish(name)  # else who only sends such a job again waits for what nobody loads
         return await self._manifest(hosted)
 
     async def known(self, hosted: Hosted) -> None:

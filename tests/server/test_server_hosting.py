@@ -20,6 +20,7 @@ from interpose_server.broker.connect import Broker
 from interpose_server.broker.states import ModelState
 from interpose_server.models.spec import ModelSpec
 from interpose_server.settings import GATEWAYS, LIFECYCLE, Settings
+from interpose_server.worker import hosting
 from interpose_server.worker.engines import Ready, engine_for, ready
 from interpose_server.worker.hosting import Host
 from models import tiny
@@ -245,6 +246,42 @@ async def test_a_copy_runs_what_its_successor_cannot_before_it_goes(settings: Se
             assert (await ended(gateway, late))[-1].body["status"] == "completed"
             stop.set()
             await asyncio.wait_for(running, 10)
+
+
+async def test_where_the_copies_of_another_revision_are_gone_one_that_is_left_is_what_is_served(
+    settings: Settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Else the model would be ready, and its jobs wait for copies that are gone."""
+    monkeypatch.setattr(hosting, "STAND_IN_S", 0.1)
+    async with labs(settings) as gateway, serving(settings, "w1") as old, serving(settings, "w2", "bfloat16"):
+        models, stop = gateway.broker.models, asyncio.Event()
+        (job,) = await handed_in(gateway, 1)
+        running = asyncio.create_task(old.run(stop))
+        await asyncio.sleep(0.3)
+        assert not await models.outlived("tiny", "w1") and await statuses(gateway, [job]) == {"queued"}
+        await models.announce("tiny", "w2", ModelState.STOPPED)
+        await models.announce("tiny", "w3", ModelState.LOADING)
+        assert not await models.outlived("tiny", "w1"), "that may be its like"
+        await models.announce("tiny", "w3", ModelState.STOPPED)
+        assert (await ended(gateway, job))[-1].body["error"]["code"] == "model_updated"
+        gateway.app.state.parts.catalogue.forget("tiny")
+        (late,) = await handed_in(gateway, 1)
+        assert (await ended(gateway, late))[-1].body["status"] == "completed"
+        stop.set()
+        await asyncio.wait_for(running, 10)
+
+
+async def test_who_sends_a_job_again_has_a_cold_model_that_was_changed_loaded(settings: Settings) -> None:
+    async with labs(settings) as gateway:
+        async with serving(settings, "w1") as old:
+            await handed_in(gateway, 1)
+            await told_to_go(old)
+        manifest = decode_manifest(msgpack.unpackb(await gateway.broker.models.manifest("tiny")))
+        await gateway.broker.specs.put(spec(dtype="bfloat16"))
+        gateway.app.state.parts.catalogue.forget("tiny")
+        refused = await gateway.post(submission(tiny_graph("transformer.h.0"), revision=manifest.revision))
+        assert (refused.status_code, refused.json()["code"]) == (503, "model_loading")
+        assert (await gateway.broker.models.get("tiny")).wished
 
 
 async def test_without_room_for_both_what_was_accepted_is_run_and_no_more_accepted(

@@ -164,6 +164,14 @@ class Models:
         Raises:
             ModelUnavailable: this copy was told to drain meanwhile.
         """
+        await self.describe(name, worker, manifest, tokenizer, budget)
+        if not await self.announce(name, worker, ModelState.READY):
+            raise ModelUnavailable(f"this copy of {name} is wanted no longer")
+
+    async def describe(
+        self, name: str, worker: str, manifest: Manifest, tokenizer: str, budget: Mapping[str, Any] | None = None
+    ) -> None:
+        """Have a model serve what one of its copies does from now on. Arguments as of `publish`."""
         served = revision_of_all(manifest)
         async with self._redis.pipeline(transaction=True) as pipe:
             pipe.hdel(_key(name), "closed")
@@ -180,8 +188,13 @@ class Models:
             )
             pipe.hset(keys.SERVED.format(model=name), worker, served)
             await pipe.execute()
-        if not await self.announce(name, worker, ModelState.READY):
-            raise ModelUnavailable(f"this copy of {name} is wanted no longer")
+
+    async def outlived(self, name: str, worker: str) -> bool:
+        """Whether a model counts as serving what none of its copies does by now, and this one could speak for it.
+
+        Its jobs would wait for ever: they are left to copies that are gone.
+        """
+        return bool(await self._run("outlived", name, worker, LOST_AFTER * self._silent_ms))
 
     async def close(self, name: str, worker: str, *, replaced: bool) -> bool:
         """A copy is told to go. It drains at once, unless jobs were recorded against what only it serves.

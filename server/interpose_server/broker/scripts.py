@@ -13,7 +13,7 @@ from .keys import prelude
 
 NAMES = (
     *("submit", "order", "peek", "claim", "release", "heartbeat", "report", "cancel", "reap", "sweep", "ack"),
-    *("announce", "beat", "give_up", "load", "retire", "close", "owed", "outdate"),
+    *("announce", "beat", "give_up", "load", "retire", "close", "owed", "outdate", "outlived"),
 )
 
 

@@ -11,7 +11,7 @@ import logging
 import os
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from contextlib import suppress
 from functools import partial
 from typing import TypeAlias
@@ -42,6 +42,9 @@ WATCH_S = 0.5
 
 OWED_S = 0.2
 """How often a copy that is replaced looks whether it is still needed."""
+
+STAND_IN_S = 5.0
+"""How often a copy looks whether its model counts as serving what only others did, that are gone."""
 
 FOREVER_S = 10 * 365 * 86_400.0
 
@@ -82,6 +85,8 @@ class Host:
         self._workers: list[Worker] = []
         """One for each batch that is under way at once."""
         self._check: Callable[[], None] = lambda: None
+        self._describe: Callable[[], Awaitable[None]] | None = None
+        """Has the model serve what this copy does."""
 
     async def load(self) -> None:
         """Return once gateways know that it runs jobs.
@@ -117,7 +122,7 @@ class Host:
         """
         assert self._workers, "it isn't loaded"
         last = asyncio.Event()
-        leaving = asyncio.create_task(self._leave(stop, last))
+        beside = [asyncio.create_task(self._leave(stop, last)), asyncio.create_task(self._stand_in(stop))]
         try:
             await self._work(last)
         except Exception:
@@ -126,7 +131,7 @@ class Host:
                 await self.broker.queue.reap(self.name)
             raise
         finally:
-            await end([leaving])
+            await end(beside)
         await self.announce(ModelState.STOPPED)
 
     async def _work(self, stop: asyncio.Event) -> None:
@@ -147,6 +152,15 @@ class Host:
         while True:
             await asyncio.sleep(WATCH_S)
             await asyncio.to_thread(self._check)
+
+    async def _stand_in(self, stop: asyncio.Event) -> None:
+        """Where copies of another revision came and went, have jobs be recorded against this one's again."""
+        while not stop.is_set():
+            await asyncio.sleep(STAND_IN_S)
+            with suppress(RedisError, OSError):
+                if self._describe and await self.broker.models.outlived(self.spec.name, self.name):
+                    log.warning("%s: the copies of another revision are gone", self.spec.name)
+                    await self._describe()
 
     def _lane(self, number: int) -> str:
         """The name under which one of its workers has its leases."""
@@ -229,7 +243,9 @@ class Host:
         ]  # fmt: skip
         manifest: Manifest = ready.manifest
         budget = told(ready.allowed, ready.measured)
-        await self.broker.models.publish(self.spec.name, self.name, manifest, tokenizer, budget)
+        known = self.spec.name, self.name, manifest, tokenizer, budget
+        self._describe = partial(self.broker.models.describe, *known)
+        await self.broker.models.publish(*known)
 
     async def _beat(self) -> None:
         while True:
