@@ -166,6 +166,7 @@ class ModelAccess:
             if not options.blocking:
                 raise ConfigError("blocking=False needs remote=True: a local run is over when the block is left")
             return self.local.run(graph, tensors, exclusive=options.batching == "exclusive", on_tokens=on_tokens)
+        from .catalog import doubting
         from .client import run_remote, submit_remote
         from .wire.addressed import addressed
 
@@ -175,13 +176,14 @@ class ModelAccess:
         host, key = self._server
         graph, tensors = addressed(graph, tensors)
         send = partial(run_remote, on_tokens=on_tokens) if options.blocking else submit_remote
-        return send(
-            graph,
-            self.name,
-            tensors,
-            revision=options.revision or revision_of(graph.runs, manifest),
-            batching=options.batching,
-            timeout=options.timeout,
-            host=host,
-            api_key=key,
-        )
+        with doubting(self.name, host, key):
+            return send(
+                graph,
+                self.name,
+                tensors,
+                revision=options.revision or revision_of(graph.runs, manifest),
+                batching=options.batching,
+                timeout=options.timeout,
+                host=host,
+                api_key=key,
+            )

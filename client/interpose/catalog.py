@@ -11,14 +11,14 @@ import math
 import os
 import tempfile
 import time
-from collections.abc import Mapping
-from contextlib import suppress
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from urllib.parse import quote
 
 from .config import CONFIG, Endpoint, cache_folder, endpoint
-from .errors import InterposeError, InvalidPayload, ModelLoading
+from .errors import InterposeError, InvalidPayload, ModelLoading, ModelUnavailable, ModelUpdated
 from .graph.manifest import Manifest, decode_manifest
 from .progress import Progress
 from .tracing.notes import note
@@ -61,6 +61,21 @@ def fetch_manifest(model: str, host: str | None = None, api_key: str | None = No
             _store(_head(server, model), tag.encode())
     _known[server, model] = time.monotonic(), tag, manifest
     return manifest
+
+
+@contextmanager
+def doubting(model: str, host: str | None = None, api_key: str | None = None) -> Iterator[None]:
+    """Has the server asked for a model's manifest anew, however fresh that is, once it refuses what is sent within.
+
+    That is refused where the model has changed since.
+    """
+    try:
+        yield
+    except (ModelUpdated, ModelUnavailable):
+        server = endpoint(host, api_key)
+        if (known := _known.get((server, model))) is not None:
+            _known[server, model] = -math.inf, *known[1:]
+        raise
 
 
 def fetch_tokenizer(model: str, host: str | None = None, api_key: str | None = None) -> bytes | None:

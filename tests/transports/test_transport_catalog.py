@@ -6,9 +6,10 @@ import sys
 import msgpack
 import pytest
 from interpose import catalog
+from interpose.catalog import doubting
 from interpose.client import fetch_manifest, fetch_tokenizer
 from interpose.config import CONFIG
-from interpose.errors import InvalidGraph, InvalidPayload, ModelFailed, ModelLoading
+from interpose.errors import InvalidGraph, InvalidPayload, ModelFailed, ModelLoading, ModelUpdated
 from interpose.graph.manifest import Leaf, Manifest, ModuleInfo, encode_manifest, fingerprint
 from interpose.progress import Progress
 from interpose.tracing import notes
@@ -96,6 +97,18 @@ def test_a_changed_manifest_is_seen(lab: Lab):
     serve(lab)
     fetch_manifest(MODEL)
     assert fetch_manifest(MODEL) != serve(lab, revision="r2") == fetch_manifest(MODEL)
+
+
+@pytest.mark.parametrize("refusal", [ModelUpdated("it has changed"), cold("loading")])
+def test_what_a_refused_job_was_recorded_against_is_asked_for_anew(lab: Lab, monkeypatch, refusal):
+    monkeypatch.setattr(catalog, "FRESH_S", 60.0)
+    old = serve(lab)
+    assert fetch_manifest(MODEL) == old
+    new = serve(lab, revision="r2")
+    assert fetch_manifest(MODEL) == old
+    with pytest.raises(type(refusal)), doubting(MODEL):
+        raise refusal
+    assert fetch_manifest(MODEL) == new
 
 
 def test_a_damaged_cache_is_fetched_anew(lab: Lab, tmp_path):

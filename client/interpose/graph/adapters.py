@@ -72,7 +72,7 @@ def check_revision(revision: str, runs: Iterable[Run], manifest: Manifest) -> No
     if revision != now:
         raise ModelUpdated(
             f"{manifest.model} is served at revision {_short(now)}, the graph was recorded against "
-            f"{_short(revision)}; make the model again to read its new manifest"
+            f"{_short(revision)}; record it again"
         )
 
 
