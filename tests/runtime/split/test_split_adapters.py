@@ -23,6 +23,7 @@ from interpose.runtime.loading import load, with_adapters
 from interpose.runtime.lora import CONFIG, WEIGHTS
 from interpose.runtime.lora import load as load_lora
 from interpose.runtime.partial_loading import outside
+from interpose.runtime.split.placeholders import settled
 from interpose.runtime.split.shard import Shard
 from lora import lora
 from models import tiny
@@ -247,6 +248,26 @@ def test_numbers_are_the_whole_models_bit_by_bit(kind: str, way: Callable[..., d
             _same(found[key], value, f"{name}: {key}")
         seen.append(next(iter(expected.values())))
     assert not torch.equal(_first(seen[0]), _first(seen[1])), "the adapter counts"
+
+
+def test_what_is_looked_at_later_is_made_with_the_adapter_it_was_asked_for_with() -> None:
+    loaded, hidden = shards("llama").loaded, torch.randn(1, 3, 64, generator=torch.Generator().manual_seed(0))
+    blocks = [loaded.modules[within("llama", block)] for block in (0, 1)]
+    turns = loaded.model.model.rotary_emb(hidden, torch.arange(3)[None])
+
+    def made(name: str | None) -> torch.Tensor:
+        value = hidden
+        with adapters.chosen(loaded.adapters, name):
+            for block in blocks:
+                value = block(value, position_embeddings=turns)
+        return value
+
+    with torch.no_grad():
+        one, other = made("a"), made(None)
+        assert not torch.equal(settled(one), settled(other))
+        with adapters.chosen(loaded.adapters, "a"):
+            assert torch.equal(settled(made("a")), settled(one))
+            assert torch.equal(settled(made(None)), settled(other))
 
 
 def _first(value: Any) -> torch.Tensor:

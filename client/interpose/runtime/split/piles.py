@@ -5,27 +5,46 @@ from __future__ import annotations
 import weakref
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import TypeAlias
 
 import torch
 from torch import Tensor
 
 from ...errors import InternalError
+from ..adapters import choice
 from ..hooks import CURRENT
 from .packing import Call
 from .placeholders import Placeholder
 
-Go: TypeAlias = Callable[[Tensor, Sequence[Call], Collection[int], bool], Mapping[int, Tensor]]
-"""Hidden states, calls, which of what they return is asked for, with gradients or not -> what was asked for."""
+Go: TypeAlias = Callable[[Tensor, Sequence[Call], Collection[int], "How"], Mapping[int, Tensor]]
+"""Hidden states, calls, which of what they return is asked for, in which way -> what was asked for."""
+
+
+@dataclass(frozen=True, slots=True)
+class How:
+    """In which way calls are made: as was the case where they were, whoever looks at what they return.
+
+    Args:
+        grad: with gradients.
+        adapter: which one is chosen.
+    """
+
+    grad: bool
+    adapter: str | None
+
+    @classmethod
+    def now(cls) -> How:
+        return cls(torch.is_grad_enabled(), choice())
 
 
 class Pile:
     """Calls of stubs that follow one another, each given just what the one before returned."""
 
-    def __init__(self, go: Go, hidden: Tensor, grad: bool) -> None:
+    def __init__(self, go: Go, hidden: Tensor, how: How) -> None:
         self._go = go
         self._hidden = hidden
-        self._grad = grad
+        self._how = how
         self._calls: list[Call] = []
         self._made: list[weakref.ref[Placeholder]] = []
         self._dtypes: list[torch.dtype | None] = []  # None where it isn't known
@@ -33,9 +52,9 @@ class Pile:
         self._failed = ""
         self._done = False
 
-    def takes(self, turn: int, grad: bool) -> bool:
+    def takes(self, turn: int, how: How) -> bool:
         """Whether a call on what the call of that turn returned can join."""
-        return not self._done and grad == self._grad and turn == len(self._calls) - 1
+        return not self._done and how == self._how and turn == len(self._calls) - 1
 
     def add(self, call: Call, dtype: torch.dtype | None) -> Placeholder:
         """Args: dtype: of what the call returns, None for that of what it is given."""
@@ -71,8 +90,8 @@ class Pile:
     def _flush(self, turn: int) -> None:
         # What nobody has any more nobody can ask for.
         held = {index for index, made in enumerate(self._made) if made() is not None}
-        with _apart(), torch.set_grad_enabled(self._grad):
-            self._values = self._go(self._hidden, self._calls, held | {turn, len(self._calls) - 1}, self._grad)
+        with _apart(), torch.set_grad_enabled(self._how.grad):
+            self._values = self._go(self._hidden, self._calls, held | {turn, len(self._calls) - 1}, self._how)
         for index, value in self._values.items():
             dtype = self._dtypes[index] or value.dtype
             if value.shape != self._hidden.shape or value.dtype != dtype:

@@ -12,17 +12,15 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from ...errors import InternalError
-from ..adapters import choice
 from ..hooks import CURRENT
 from . import home_caches
 from .journey import Trip, differentiable
 from .mapping import Swapped, leaf, moved, readdressed
 from .packing import Call, Packing, Place, leg, taken
-from .piles import Pile
+from .piles import How, Pile
 from .placeholders import Placeholder, Withheld, settled
 from .route import Carrier, Landing, Mail, Nest, Route, Visit
 from .shard import BACK, OUTPUTS, first_parameter, hidden_dtype
@@ -51,13 +49,13 @@ class Dispatcher:
         uncollected()
         hidden, call = taken(place, args, kwargs)
         pile = hidden.source if isinstance(hidden, Placeholder) else None
-        grad = torch.is_grad_enabled()
-        if not isinstance(pile, Pile) or not pile.takes(hidden.turn, grad):
-            pile = Pile(self._go, settled(hidden), grad)
+        how = How.now()
+        if not isinstance(pile, Pile) or not pile.takes(hidden.turn, how):
+            pile = Pile(self._go, settled(hidden), how)
         kind = self.outputs.get(place.path)
         if kind is None:
             # Before it was measured every block is called at once, as nobody knows what it returns.
-            made: Tensor = Pile(self._go, settled(hidden), grad).first(call)
+            made: Tensor = Pile(self._go, settled(hidden), how).first(call)
             self.outputs.update(self.route.errand(place.site, OUTPUTS, None))
             kind = self.outputs[place.path]
         else:
@@ -68,9 +66,7 @@ class Dispatcher:
 
     # -- journeys ------------------------------------------------------------------------------------------------
 
-    def _go(
-        self, hidden: Tensor, calls: Sequence[Call], wanted: Collection[int], grad: bool
-    ) -> Mapping[int, Tensor]:
+    def _go(self, hidden: Tensor, calls: Sequence[Call], wanted: Collection[int], how: How) -> Mapping[int, Tensor]:
         """Make what those of some calls return that are wanted, the last among them."""
         scope = CURRENT.get()
         visitor = None if scope is None else scope.visitor
@@ -87,7 +83,7 @@ class Dispatcher:
                 carrier.landed(Landing(hidden))
             else:
                 asked = {index - begun for index in wanted if begun <= index < begun + len(part)}
-                hidden, between = self._leg(hidden, part, asked, carrier, attention=attention, grad=grad)
+                hidden, between = self._leg(hidden, part, asked, carrier, how, attention=attention)
                 found |= {begun + index: value for index, value in between.items()}
                 begun += len(part)
                 found[begun - 1] = hidden
@@ -100,18 +96,18 @@ class Dispatcher:
         calls: Sequence[Call],
         wanted: Collection[int],
         carrier: Carrier | None,
+        how: How,
         *,
         attention: bool,
-        grad: bool,
     ) -> tuple[Tensor, Mapping[int, Tensor]]:
         """One journey by shards in ascending order: what the last call returns, and what is wanted of others."""
         packing = Packing(self._caches)
-        visits, mail, adapter = [], list[Mail](), choice()
+        visits, mail = [], list[Mail]()
         for site, group in itertools.groupby(enumerate(calls), key=lambda item: item[1].place.site):
             numbered = [*group]
             work, letters = (None, ()) if carrier is None else carrier.load(site)
             packed = tuple(packing.call(call, site) for _, call in numbered)
-            visits.append(Visit(site, packed, work, attention, grad, adapter))
+            visits.append(Visit(site, packed, work, attention, how.grad, how.adapter))
             mail += letters
             back = [[place, index] for place, (index, _) in enumerate(numbered) if index in wanted]
             if back := [pair for pair in back if pair[1] < len(calls) - 1]:
@@ -119,8 +115,8 @@ class Dispatcher:
         sites = [visit.site for visit in visits]
         mail += [*packing.mail, *self._caches.mail(packing.caches, sites)]
         number = next(self._numbers)
-        trip = Trip(self.route, number, tuple(sites), carrier) if grad else None
-        border = Swapped(leaf if grad else Tensor.detach)
+        trip = Trip(self.route, number, tuple(sites), carrier) if how.grad else None
+        border = Swapped(leaf if how.grad else Tensor.detach)
         try:
             landing = self.route.forward(number, border(hidden), visits, readdressed(mail, border))
             self._caches.landed(packing.caches, landing.mail, hidden.device)
