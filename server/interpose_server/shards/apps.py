@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
@@ -27,6 +28,8 @@ DEPLOYMENT = "model"
 MOST = 10_000
 """Copies as far as Serve is concerned. How many there may be is for the policy, so that saying otherwise in the
 catalogue restarts nothing."""
+
+POLL_S = 0.1
 
 BEYOND_GRACE_S = 10.0
 """What ends a replica that doesn't stop waits so much longer than the replica itself."""
@@ -87,12 +90,20 @@ def settings_mark(settings: Settings) -> str:
     return _digest(settings.model_dump(mode="json"))
 
 
-def remove(models: Sequence[str]) -> None:
-    """Take models down: each copy finishes the batch it runs, and gives back the jobs it only claimed."""
-    notes = Notes()
-    for model in models:
-        if model in states():
-            serve.delete(app_name(model))
+def remove(models: Sequence[str], wait_s: float = 0.0) -> None:
+    """Take models down: each copy finishes the batch it runs, and gives back the jobs it only claimed.
+
+    Args:
+        wait_s: returns once they are gone, or after so long. Serve's own waiting ends in an error after a minute,
+            and takes each in turn.
+    """
+    notes, there = Notes(), states()
+    going = {app_name(model) for model in models if model in there}
+    for name in going:
+        serve.delete(name, _blocking=False)
+    ends = time.monotonic() + wait_s
+    while going & serve.status().applications.keys() and time.monotonic() < ends:
+        time.sleep(POLL_S)
     known: dict[str, Any] = notes.read(MODELS_NOTE) or {}
     notes.write(MODELS_NOTE, {name: note for name, note in known.items() if name not in models})
 

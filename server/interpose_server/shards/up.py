@@ -86,17 +86,17 @@ class ClusterSupervisor(Supervisor):
             broker_alone, rest = [], self._stages
         for stage in reversed(rest):
             await asyncio.gather(*(child.stop(grace_s) for child in stage))
-        await asyncio.to_thread(self._leave)
+        await asyncio.to_thread(self._leave, grace_s)
         for stage in broker_alone:
             await asyncio.gather(*(child.stop(grace_s) for child in stage))
 
-    def _leave(self) -> None:
+    def _leave(self, grace_s: float) -> None:
         own = self._config.ray is None or self._config.redis_url is None
         if self._reached and own:
             notes = cluster.Notes()
             notes.write(cluster.STOPPING_NOTE, True)
             keeper.stop()
-            apps.remove(list(apps.states()))
+            apps.remove(list(apps.states()), grace_s + apps.BEYOND_GRACE_S)
             notes.write(cluster.STOPPING_NOTE, False)
         cluster.leave()
         if self._temp is not None:
