@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -375,6 +376,25 @@ def test_a_gradient_that_does_not_come_is_an_error_wherever_its_value_came_from(
         with loss.backward():
             value.grad.save()
             first.grad.save()
+
+
+def test_a_job_that_fails_after_its_backward_leaves_no_graph_on_any_shard() -> None:
+    """Its error's frames hold the loss, and so torch's graph: a circle by way of that isn't seen by the collector."""
+    model = language(3)
+    with pytest.raises(NotReached, match="no gradient flows"), model.trace(ROW) as t:
+        first, own = model.transformer.h[0].output, model.transformer.h[2].output * 2
+        high = model.logits.mean() > 1e9
+        value = t.cond(high, lambda: own * 3, lambda: own)
+        loss = t.cond(high, lambda: value.sum(), lambda: model.logits.sum())
+        with loss.backward():
+            value.grad.save()
+            first.grad.save()
+    gc.collect()
+    split_: Any = shards("gpt2", 3).loaded.split
+    for site, stop in split_.route._stops.items():
+        split_.route._threads[site].run(lambda: None)
+        assert not stop.station._kept and not stop._entries
+    assert not split_.route._ways
 
 
 def test_a_value_that_is_what_came_to_a_shard_is_watched_and_its_gradient_goes_on() -> None:

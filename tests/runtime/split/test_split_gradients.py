@@ -11,7 +11,7 @@ import torch
 from cutting import Cut, block_ranges, cut
 from interpose.errors import InternalError
 from interpose.runtime.hooks import hooked
-from interpose.runtime.split.route import HOME, Landing, Mail, Nest
+from interpose.runtime.split.route import HOME, Landing, Mail, Nest, Waves
 from splitting import fed, split, whole
 from torch import Tensor, nn
 
@@ -233,6 +233,10 @@ class Home:
         self.mail += landing.mail
         if landing.hidden is None:
             raise ZeroDivisionError
+
+    @property
+    def waves(self) -> Waves:
+        return self
 
     def wave(self, site: int) -> tuple[Nest, Sequence[Mail]]:
         return (self._work if site == self._site else None), ()

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import astuple
 from typing import Any
+from weakref import WeakValueDictionary
 
 from ..forward import Enough, Forward, Placed
 from ..interpreter import Interpreter
@@ -12,7 +13,7 @@ from ..loading import Loaded
 from .away import Away
 from .letters import by_job
 from .placeholders import settled
-from .route import Landing, Mail, Nest
+from .route import Landing, Mail, Nest, Waves
 
 
 def forward_of(loaded: Loaded) -> type[Forward]:
@@ -93,20 +94,21 @@ class Carried(Forward):
     def landed(self, landing: Landing) -> None:
         self.serving = True
         self._at = self._next
-        self._take(landing)
+        _take(self._jobs, landing)
         if landing.hidden is None or self.over:
             raise Enough
         self.serving = False
 
-    def _take(self, landing: Landing, *, backward: bool = False) -> None:
-        for reply in landing.replies.values():
-            for told in reply or ():
-                away_of(self._jobs[told["number"]]).hear(told)
-        for number, mail in by_job(landing.mail).items():
-            job = self._jobs[number]
-            away_of(job).receive(mail, job.plan.upstream if backward else None)
+    @property
+    def waves(self) -> Waves:
+        return _Waves(self._jobs)
 
-    # -- backward ----------------------------------------------------------------------------------------------
+
+class _Waves:
+    """The jobs' backwards. Whoever runs one has the jobs."""
+
+    def __init__(self, jobs: Mapping[int, Interpreter]) -> None:
+        self._jobs = WeakValueDictionary(jobs)
 
     def wave(self, site: int) -> tuple[Nest, Sequence[Mail]]:
         work, mail = [], []
@@ -119,7 +121,17 @@ class Carried(Forward):
         return work or None, mail
 
     def ebbed(self, landing: Landing) -> None:
-        self._take(landing, backward=True)
+        _take(self._jobs, landing, backward=True)
+
+
+def _take(jobs: Mapping[int, Interpreter], landing: Landing, *, backward: bool = False) -> None:
+    """Give jobs what shards have sent and say of them."""
+    for reply in landing.replies.values():
+        for told in reply or ():
+            away_of(jobs[told["number"]]).hear(told)
+    for number, mail in by_job(landing.mail).items():
+        job = jobs[number]
+        away_of(job).receive(mail, job.plan.upstream if backward else None)
 
 
 def away_of(job: Interpreter) -> Away:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from .mapping import Swapped, mapped
-from .route import Carrier, Landing, Mail, Nest, Route
+from .route import Landing, Mail, Nest, Route, Waves
 from .station import tracked
 
 
@@ -22,11 +22,11 @@ class Trip:
         came: what came home requiring gradients.
     """
 
-    def __init__(self, route: Route, number: int, sites: tuple[int, ...], carrier: Carrier | None) -> None:
+    def __init__(self, route: Route, number: int, sites: tuple[int, ...], waves: Waves | None) -> None:
         self.route = route
         self.number = number
         self.sites = sites
-        self.carrier = carrier
+        self.waves = waves
         self.came: Sequence[Tensor] = ()
         end = weakref.finalize(self, route.drop, [number])
         end.atexit = False
@@ -35,13 +35,13 @@ class Trip:
         """Go back by the shards."""
         work: dict[int, Nest] = {}
         mail: list[Mail] = []
-        for site in self.sites if self.carrier is not None else ():
-            assert self.carrier is not None
-            work[site], letters = self.carrier.wave(site)
+        for site in self.sites if self.waves is not None else ():
+            assert self.waves is not None
+            work[site], letters = self.waves.wave(site)
             mail += letters
         found, landing = self.route.backward(self.number, gradients, work, mail)
-        if self.carrier is not None:
-            self.carrier.ebbed(landing)
+        if self.waves is not None:
+            self.waves.ebbed(landing)
         return found
 
 

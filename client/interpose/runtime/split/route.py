@@ -128,6 +128,15 @@ class Carrier(Protocol):
     def landed(self, landing: Landing) -> None:
         """The shards are done. Raises to end the forward here."""
 
+    @property
+    def waves(self) -> Waves:
+        """What serves the backwards of this forward."""
+
+
+class Waves(Protocol):
+    """Home's side of backwards. Torch's graph holds it, so it holds no job: what a job that failed keeps, its error's
+    frames say, may hold that graph, and no garbage collector would find the circle."""
+
     def wave(self, site: int) -> tuple[Nest, Sequence[Mail]]:
         """The work of the backward that is about to come by a shard, and the mail that goes with it."""
 

@@ -115,7 +115,8 @@ class Dispatcher:
         sites = [visit.site for visit in visits]
         mail += [*packing.mail, *self._caches.mail(packing.caches, sites)]
         number = next(self._numbers)
-        trip = Trip(self.route, number, tuple(sites), carrier) if how.grad else None
+        waves = None if carrier is None else carrier.waves
+        trip = Trip(self.route, number, tuple(sites), waves) if how.grad else None
         border = Swapped(leaf if how.grad else Tensor.detach)
         try:
             landing = self.route.forward(number, border(hidden), visits, readdressed(mail, border))
