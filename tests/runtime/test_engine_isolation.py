@@ -279,6 +279,23 @@ def test_what_is_saved_before_a_write_stays_when_a_neighbour_wrote_first() -> No
         torch.testing.assert_close(together.values[node][0], alone.values[node][0])
 
 
+def test_values_lie_closely_packed_beside_a_longer_neighbour() -> None:
+    """As they do alone: `view` goes by that, the user's own and that of modules called on values."""
+    nodes = (
+        read(0, BLOCK.format(1)),
+        Node(1, "view", (Ref(0), (-1, 64)), invoke=0),
+        Node(2, "call", (BLOCK.format(0) + ".mlp", Ref(0)), invoke=0),
+        Node(3, "attention_mask"),
+        Node(4, "view", (Ref(3), (-1,))),
+        *(save(5 + number, of) for number, of in enumerate((1, 2, 4))),
+    )
+    job, longer = graph(*nodes, rows=[(81, 2, 14), (3, 4, 5)]), graph(LOGITS, save(1, 0), rows=[range(1, 7)])
+    alone, together = Kept(), Kept()
+    assert engine("gpt2").run([EngineJob(job, {}, alone)]) == [None]
+    assert engine("gpt2").run([EngineJob(longer, {}, Kept()), EngineJob(job, {}, together)]) == [None, None]
+    close(together, alone)
+
+
 @pytest.mark.parametrize("place", [0, 1, 2])
 @pytest.mark.parametrize("block", [0, 2])
 def test_a_neighbour_that_fails_midway_changes_nothing(place: int, block: int) -> None:

@@ -64,9 +64,8 @@ class Placed:
                 continue
             span = self.span if node.invoke is None else self.invokes[node.invoke].within(self.span)
             with self.job.guard():
-                self.job.provide(
-                    node.id, mask[span.row : span.row + span.rows, span.start : span.start + span.length]
-                )
+                part = mask[span.row : span.row + span.rows, span.start : span.start + span.length]
+                self.job.provide(node.id, part.contiguous())
 
 
 def place(

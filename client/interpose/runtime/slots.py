@@ -171,8 +171,10 @@ class RunValues:
             view = View(leaf, self.span, self.touched.whole)
             current = view.cut(self.touched.tensor(path))
             # What this run reads is handed out, and `finish` may write where it lies.
-            shared = self.touched.in_place or path in self.touched.owned
-            slot = self.slots[path] = Slot(leaf, view, current.clone() if shared else current, private=shared)
+            copied = self.touched.in_place or path in self.touched.owned
+            # Alone it would lie closely packed, and `view`, also within modules called on it, goes by that.
+            copied = copied or not (view.whole or current.is_contiguous())
+            slot = self.slots[path] = Slot(leaf, view, current.clone() if copied else current, private=copied)
         return slot
 
     def _within(self, leaf: Leaf, invoke: Span) -> View:
