@@ -379,7 +379,7 @@ def test_a_gradient_that_does_not_come_is_an_error_wherever_its_value_came_from(
 
 
 def test_a_job_that_fails_after_its_backward_leaves_no_graph_on_any_shard() -> None:
-    """Its error's frames hold the loss, and so torch's graph: a circle by way of that isn't seen by the collector."""
+    """Its error's frames hold the loss, and so torch's graph: a circle by way of that is never collected."""
     model = language(3)
     with pytest.raises(NotReached, match="no gradient flows"), model.trace(ROW) as t:
         first, own = model.transformer.h[0].output, model.transformer.h[2].output * 2

@@ -134,8 +134,9 @@ class Carrier(Protocol):
 
 
 class Waves(Protocol):
-    """Home's side of backwards. Torch's graph holds it, so it holds no job: what a job that failed keeps, its error's
-    frames say, may hold that graph, and no garbage collector would find the circle."""
+    """Home's side of backwards. Torch's graph holds it, so it holds no job: what a failed job keeps (the frames
+    of its error) may hold that graph, and no garbage collector would find such a circle.
+    """
 
     def wave(self, site: int) -> tuple[Nest, Sequence[Mail]]:
         """The work of the backward that is about to come by a shard, and the mail that goes with it."""
