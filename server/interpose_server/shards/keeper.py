@@ -78,9 +78,10 @@ def stop() -> None:
 
 
 async def _keep() -> None:
+    hanging = Hanging()
     while True:
         try:
-            await _follow(shared())
+            await _follow(shared(), hanging)
         except (RedisError, OSError) as error:
             log.warning("the broker doesn't answer (%s); trying again", type(error).__name__)
         except Exception:
@@ -88,10 +89,10 @@ async def _keep() -> None:
         await asyncio.sleep(EVERY_S)
 
 
-async def _follow(settings: Settings) -> None:
+async def _follow(settings: Settings, hanging: Hanging) -> None:
     """Go on until the settings are others, or something fails."""
     broker = connect(settings)
-    rounds = Rounds(broker, settings)
+    rounds = Rounds(broker, settings, hanging)
     try:
         while shared() == settings:
             await rounds.go()
@@ -106,19 +107,20 @@ class Rounds:
 
     broker: Broker
     settings: Settings
+    hanging: Hanging
     _seen: int | None = field(default=None, init=False)
     _applied_at: float = field(default=float("-inf"), init=False)
-    _hanging: Hanging = field(default_factory=Hanging, init=False)
     _shown_at: float = field(default=float("-inf"), init=False)
 
     async def go(self) -> None:
         await self.broker.specs.keep()
+        # First what jobs wait for: what Serve refuses of the catalogue it may refuse in every round.
+        await reap_orphans(self.broker)
+        await self.hanging.end(self.broker)
         revision = await self.broker.specs.revision()
         if revision != self._seen or time.monotonic() - self._applied_at > AGAIN_S:
             await self._apply(revision)
             self._seen, self._applied_at = revision, time.monotonic()
-        await reap_orphans(self.broker)
-        await self._hanging.end(self.broker)
         if time.monotonic() - self._shown_at > SHOWN_S:
             self._shown_at = time.monotonic()
             workers = [worker for hosted in await self.broker.models.list() for worker in hosted.copies]
