@@ -52,7 +52,7 @@ class Mistake:
     at_key: bool = False
 
     def __str__(self) -> str:
-        name = ".".join(map(str, self.place))
+        name = ".".join(_key(part) for part in self.place)
         return f"{name}: {self.told}" if name else self.told
 
     def within(self, *outer: str | int) -> Mistake:
@@ -135,6 +135,12 @@ def _is_inside(mistake: Mistake, outer: Mistake) -> bool:
     return len(mistake.place) > len(outer.place) and mistake.place[: len(outer.place)] == outer.place
 
 
+def _key(part: str | int) -> str:
+    """As it can be shown in a terminal."""
+    name = str(part)
+    return name if name.isprintable() else repr(name)
+
+
 def _value(value: Any) -> str:
     if isinstance(value, Mapping):
         return "keys with values"
@@ -144,7 +150,10 @@ def _value(value: Any) -> str:
         return "nothing"
     if isinstance(value, bool):
         return str(value).lower()
-    shown = repr(value)
+    try:
+        shown = repr(value)
+    except ValueError:
+        return "a number of thousands of digits"
     return shown if len(shown) <= LONGEST else f"{shown[:LONGEST]}..."
 
 

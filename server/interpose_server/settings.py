@@ -117,7 +117,7 @@ class Settings(BaseSettings):
     batch_s: float = Field(default=2.0, gt=0)
     aside_s: float = Field(default=1.0, ge=0)
     measure_s: float = Field(default=2.0, ge=0, le=60)
-    worker_threads: int | None = None
+    worker_threads: int | None = Field(default=None, ge=1)
     grace_s: float = Field(default=20.0, ge=0)
     finish_s: float = Field(default=300.0, ge=0)
     drain_s: float = Field(default=0.0, ge=0)

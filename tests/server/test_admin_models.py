@@ -78,6 +78,7 @@ async def test_a_models_life_over_http(settings: Settings) -> None:
         ({"settings": {"redis_url": "redis://elsewhere"}}, "setting redis_url: can't differ from model to model"),
         ({"settings": {"limits": {"nodes": "many"}}}, "the limit nodes is a number"),
         ({"settings": {"batch_s": math.inf}}, "JSON can't say"),
+        ({"resources": {"GPU": 1}}, "resources.GPU: is no resource of your own"),
         ({"source": "\ud800"}, "JSON can't say"),
         ({"idle_s": math.inf}, "idle_s: has to be a finite number"),
         ({"devices": math.inf}, "devices: has to be a finite number"),

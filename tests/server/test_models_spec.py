@@ -53,6 +53,18 @@ def test_a_name_alone_is_a_model(tmp_path: Path) -> None:
         ("models: [{name: a, devices: 1.5}]", "devices come whole"),
         ("models: [{name: a, adapters: {'my one': /x}}]", "models.0.adapters: an adapter is named by"),
         ("models: [{name: a, replicas: {min: 3, max: 2}}]", "can't both be"),
+        (
+            "models:\n- name: a\n  resources:\n    GPU: 1",
+            "4: models.0.resources.GPU: is no resource of your own; devices",
+        ),
+        (
+            "models:\n- name: a\n  resources: {fast: -1}",
+            "3: models.0.resources.fast: has to be a whole number, or a part",
+        ),
+        ("models: [{name: a, resources: {fast: 1.5}}]", "with up to four digits, not 1.5"),
+        ("models: [{name: a, settings: {worker_threads: -5}}]", "worker_threads: has to be at least 1, not -5"),
+        ('models: [{name: a, "\\e[2J\\n": 1}]', r"models.0.'\x1b[2J\n': there is no such key here"),
+        (f"models: [{{name: a, shards: 0x{'f' * 5000}}}]", "at most 10000, not a number of thousands of digits"),
         ("models: [", "no YAML"),
         ("[" * 5000, "no YAML"),
         ("models: [!!python/object/apply:os.getcwd []]", "no YAML"),
@@ -85,6 +97,12 @@ def test_passwords_are_not_repeated(tmp_path: Path) -> None:
 def test_a_file_that_is_not_there_is_named(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="can't be read"):
         ClusterConfig.read(tmp_path / "none.yaml")
+
+
+@pytest.mark.parametrize("source", ["~nobody-of-this-name/x", "./a\\0b"])
+def test_a_folder_that_none_can_be_is_refused(tmp_path: Path, source: str) -> None:
+    with pytest.raises(ConfigError, match="is no folder"):
+        read(tmp_path, f'models: [{{name: a, source: "{source}"}}]')
 
 
 FOLDERS = "{name: a, source: ./weights, adapters: {fr: ../lora, hub: org/lora, whole: /lora}}"

@@ -1,4 +1,4 @@
-"""Models are taken down: how long that is waited for, on a Serve that is played."""
+"""Models are deployed, and taken down, on a Serve that is played."""
 
 from __future__ import annotations
 
@@ -6,6 +6,9 @@ import time
 from typing import Any
 
 import pytest
+from interpose.errors import ConfigError
+from interpose_server.models.spec import ModelSpec
+from interpose_server.settings import Settings
 from interpose_server.shards.naming import app_name
 
 
@@ -53,3 +56,28 @@ def test_a_copy_that_hangs_is_waited_for_no_longer_than_said(
     assert expected_s <= time.monotonic() - began < expected_s + 1
     assert {*serve.asked_at} == {app_name(model) for model in models}
     assert notes.kept.keys() == {*"abc"} - {*models}
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+@pytest.mark.parametrize(
+    "odd", [{"resources": {"GPU": 1}}, {"resources": {"fast": -1}}, {"settings": {"worker_threads": 10**400}}]
+)
+def test_a_model_that_ray_does_not_take_holds_up_no_other(
+    monkeypatch: pytest.MonkeyPatch, odd: dict[str, Any]
+) -> None:
+    """As an entry of an earlier version may say."""
+    from interpose_server.shards import apps
+
+    notes, deployed = Notes(), list[str]()
+    notes.kept = {}
+    monkeypatch.setattr(apps, "Notes", lambda: notes)
+    monkeypatch.setattr(apps, "states", dict)
+    for name in ("has_gpus", "has_room"):
+        monkeypatch.setattr(apps, name, lambda *_: True)
+    monkeypatch.setattr(apps.serve, "run_many", lambda targets, **_: deployed.extend(one.name for one in targets))
+    specs = [ModelSpec(name=name, devices=1, **(odd if name == "b" else {})) for name in "abc"]
+    applied = apps.apply(specs, Settings())
+    assert deployed == [app_name("a"), app_name("c")] and applied.changed == ["a", "c"]
+    assert notes.kept.keys() == {"a", "c"}
+    (refused,) = applied.refused.values()
+    assert isinstance(refused, ConfigError) and "b asks for" in refused.message

@@ -71,8 +71,10 @@ class Specs:
         """Add a model, or replace what is said of it; loading that failed may be tried again. Whether it is new.
 
         Raises:
-            ConfigError: its settings aren't settings.
+            ConfigError: its settings aren't settings, or its resources none that Ray takes.
         """
+        for wrong in spec.wrong_resources():
+            raise ConfigError(str(wrong))
         self._settings.changed(spec.settings)
         before = await self.find(spec.name)
         await self._write(Entry(spec))

@@ -41,6 +41,9 @@ P = TypeVar("P", bound=Plain)
 MOST = 10_000
 """Copies of a model, and processes of a copy."""
 
+RAYS_OWN = {"CPU", "GPU", "memory", "object_store_memory"}
+"""Resources that Ray takes by other ways only."""
+
 
 class Replicas(Plain):
     """Copies of a model. With `min` 0 it is loaded when somebody asks for it."""
@@ -132,6 +135,16 @@ class ModelSpec(Plain):
             raise ValueError("it holds something that JSON can't say, such as an endless number") from error
         return self
 
+    def wrong_resources(self) -> Iterator[Mistake]:
+        """What Ray doesn't take of them. Asked of what is written, not of what the broker has kept."""
+        for name, amount in self.resources.items():
+            if name in RAYS_OWN:
+                told = "is no resource of your own; devices says what a copy takes"
+                yield Mistake(("resources", name), told, at_key=True)
+            elif amount < 0 or (amount > 1 and amount != int(amount)) or amount != round(amount, 4):
+                told = f"has to be a whole number, or a part of one with up to four digits, not {amount:g}"
+                yield Mistake(("resources", name), told)
+
     @classmethod
     def checked(cls, plain: Any) -> ModelSpec:
         """Raises ConfigError, which names the field."""
@@ -202,7 +215,11 @@ def read_specs(path: Path) -> list[ModelSpec]:
 
 
 def _located(source: str, folder: Path) -> str:
-    return str((folder / Path(source).expanduser()).resolve()) if source.startswith((".", "~")) else source
+    """Raises ConfigError."""
+    try:
+        return str((folder / Path(source).expanduser()).resolve()) if source.startswith((".", "~")) else source
+    except (RuntimeError, OSError, ValueError) as error:
+        raise ConfigError(f"{source!r} is no folder: {error}") from error
 
 
 HOMES: Mapping[str, Collection[str]] = {
@@ -226,9 +243,13 @@ def _read(kind: type[P], document: Document, plain: Any, *place: int) -> P:
 
 
 def _settings(found: Plain) -> Iterator[Mistake]:
-    """What is wrong with the settings in an entry, or in a file. Raises ConfigError where the environment's are."""
+    """What is wrong with settings and resources in an entry, or in a file.
+
+    Raises ConfigError where the environment's settings are wrong.
+    """
     base = Settings.read()
     if isinstance(found, ModelSpec):
+        yield from found.wrong_resources()
         yield from (wrong.within("settings") for wrong in base.mistakes_in(found.settings))
     if isinstance(found, ClusterConfig):
         known = Settings.model_fields

@@ -69,17 +69,20 @@ def apply(specs: Sequence[ModelSpec], settings: Settings) -> Applied:
     for spec in specs:
         try:
             where = chosen(spec, cards)
+            wanted = needs(where, settings, gpus=gpus)
+            note = {"mark": _mark(where.spec, settings, wanted), "parts": wanted.devices(gpus=gpus)}
+            state = deployed.get(spec.name)
+            if known.get(spec.name, {}).get("mark") == note["mark"] and _sound(state):
+                continue
+            copies = min(max(spec.replicas.min, state.running if state else 0), spec.replicas.max)
+            targets.append(_target(where.spec, settings, wanted, copies))
         except InterposeError as error:
             refused[spec.name] = error
-            continue
-        wanted = needs(where, settings, gpus=gpus)
-        note = {"mark": _mark(where.spec, settings, wanted), "parts": wanted.devices(gpus=gpus)}
-        state = deployed.get(spec.name)
-        if known.get(spec.name, {}).get("mark") == note["mark"] and _sound(state):
-            continue
-        copies = min(max(spec.replicas.min, state.running if state else 0), spec.replicas.max)
-        targets.append(_target(where.spec, settings, wanted, copies))
-        changed[spec.name] = note
+        except (ValueError, TypeError, ArithmeticError) as error:
+            # What Ray doesn't take of one model is no reason to hold up the others.
+            refused[spec.name] = ConfigError(f"Ray doesn't take what a copy of {spec.name} asks for: {error}")
+        else:
+            changed[spec.name] = note
     if targets:
         notes.write(MODELS_NOTE, known | changed)
         serve.run_many(targets, wait_for_applications_running=False)
