@@ -87,7 +87,7 @@ class Settings(BaseSettings):
         metrics_open: whether /metrics answers without an admin's key.
     """
 
-    model_config = SettingsConfigDict(env_prefix=PREFIX, frozen=True, extra="ignore")
+    model_config = SettingsConfigDict(env_prefix=PREFIX, frozen=True, extra="ignore", allow_inf_nan=False)
 
     redis_url: str = Field(default="redis://127.0.0.1:6379/0", repr=False)
     data_dir: Path = Path("interpose-data")

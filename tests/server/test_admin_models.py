@@ -269,3 +269,9 @@ def test_a_misspelt_setting_is_refused(lab: Lab, monkeypatch: pytest.MonkeyPatch
     done = lab.run("models", "list")
     assert done.exit_code == 1
     assert "no setting INTERPOSE_SERVER_LEESE_S; did you mean INTERPOSE_SERVER_LEASE_S?" in done.stderr
+
+
+def test_a_time_without_end_is_refused(lab: Lab, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("INTERPOSE_SERVER_LEASE_S", "inf")
+    done = lab.run("models", "list")
+    assert done.exit_code == 1 and "INTERPOSE_SERVER_LEASE_S" in done.stderr and "finite" in done.stderr

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 
 import pytest
-from interpose.errors import ModelUnavailable
+from interpose.errors import ConfigError, ModelUnavailable
 from interpose.wire.status import JobStatus
 from interpose_server.broker import keys
 from interpose_server.broker.connect import Broker
@@ -139,3 +139,17 @@ async def test_who_waits_for_room_is_told_so(broker: Broker) -> None:
         await watch.tell(wanted)
         assert (await broker.models.get("tiny")).told == told
         memory = wanted.memory
+
+
+@pytest.mark.parametrize("mended", ["put", "removed"])
+async def test_an_entry_of_another_version_stops_all_until_it_is_mended(broker: Broker, mended: str) -> None:
+    await broker.specs.put(NEW)
+    await broker.redis.hset(keys.SPECS, "tiny", '{"spec": {"name": "tiny", "later": 1}, "removed": false}')
+    with pytest.raises(ConfigError, match=r"entry of tiny .* models remove tiny"):
+        await broker.specs.entries()
+    if mended == "put":
+        assert not await broker.specs.put(NEW)
+        assert await broker.specs.list() == [NEW]
+    else:
+        await broker.specs.remove("tiny")
+        assert [entry.removed for entry in await broker.specs.entries()] == [True]

@@ -6,6 +6,7 @@ engine.
 
 from __future__ import annotations
 
+import gc
 import logging
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
@@ -187,6 +188,8 @@ class Engine:
         # Tried again only here: where an exception is handled, its traceback holds what the forward made.
         if not isinstance(found, InterposeError):
             return [self._outcome(job, run, pace) for job, run in zip(jobs, found, strict=True)]
+        if isinstance(found, OutOfMemory):
+            gc.collect()  # jobs that failed hold what their forward made, in circles through their errors' frames
         if len(jobs) > 1:
             half = len(jobs) // 2
             return [*self._together(jobs[:half], pace), *self._together(jobs[half:], pace)]

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 
 from interpose.errors import ConfigError, ModelUnavailable, UnknownModel
+from pydantic import ValidationError
 from redis.asyncio import Redis
 from redis.asyncio.client import Pipeline
 from redis.exceptions import WatchError
@@ -42,17 +44,23 @@ class Specs:
         self._settings = settings
 
     async def entries(self) -> list[Entry]:
-        """All, by name; those that were removed until their jobs are over."""
+        """All, by name; those that were removed until their jobs are over.
+
+        Raises:
+            ConfigError: this version can't read one. Left out, it would be taken for removed: so nothing is
+                followed until an operator puts it again or removes it.
+        """
         found = await self._redis.hgetall(keys.SPECS)
-        return [_entry(raw) for _, raw in sorted(found.items())]
+        return [_entry(text(name), raw) for name, raw in sorted(found.items())]
 
     async def list(self) -> list[ModelSpec]:
         """What is in the catalogue."""
         return [entry.spec for entry in await self.entries() if not entry.removed]
 
     async def find(self, name: str) -> Entry | None:
+        """Raises ConfigError if this version can't read it."""
         raw = await self._redis.hget(keys.SPECS, name)
-        return None if raw is None else _entry(raw)
+        return None if raw is None else _entry(name, raw)
 
     async def get(self, name: str) -> ModelSpec:
         """Raises UnknownModel."""
@@ -76,16 +84,21 @@ class Specs:
         for wrong in spec.wrong_resources():
             raise ConfigError(str(wrong))
         self._settings.changed(spec.settings)
-        before = await self.find(spec.name)
+        raw = await self._redis.hget(keys.SPECS, spec.name)
+        before = None if raw is None else _read(raw)
         await self._write(Entry(spec))
         await self._redis.hdel(_key(spec.name), "failure", "evict")
-        if before is not None and before.spec.weights != spec.weights:
+        if raw is not None and (before is None or before.spec.weights != spec.weights):
             await self._run("outdate", spec.name, self._settings.silent_ms)
-        return before is None
+        return raw is None
 
     async def remove(self, name: str) -> None:
         """Take no more jobs for a model. It goes once those it has are over. Raises UnknownModel."""
-        await self._change(name, lambda spec: Entry(spec, removed=True))
+        raw = await self._redis.hget(keys.SPECS, name)
+        if raw is not None and _read(raw) is None:
+            await self._write(Entry(ModelSpec(name=name), removed=True))
+        else:
+            await self._change(name, lambda spec: Entry(spec, removed=True))
 
     async def pin(self, name: str, pinned: bool) -> None:
         """Whether a model that is loaded stays so. Raises UnknownModel."""
@@ -181,9 +194,22 @@ def _queue(pipe: Pipeline, entry: Entry) -> None:
     pipe.incr(keys.SPECS_CHANGED)
 
 
-def _entry(raw: bytes | str) -> Entry:
+def _entry(name: str, raw: bytes | str) -> Entry:
+    entry = _read(raw)
+    if entry is None:
+        raise ConfigError(
+            f"the catalogue's entry of {name} isn't this version's, and none is followed until it is: put it "
+            f"again, or have it removed: interpose models remove {name}"
+        )
+    return entry
+
+
+def _read(raw: bytes | str) -> Entry | None:
+    """None if it is another version's."""
     plain = json.loads(text(raw))
-    return Entry(ModelSpec.model_validate(plain["spec"]), plain["removed"])
+    with suppress(ValidationError):
+        return Entry(ModelSpec.model_validate(plain["spec"]), plain["removed"])
+    return None
 
 
 def _key(name: str) -> str:

@@ -87,12 +87,12 @@ class ModelSpec(Plain):
     placement: Placement = Placement.AUTO
     devices: float | None = Field(default=None, ge=0)
     shards: int | None = Field(default=None, ge=1, le=MOST)
-    device_memory: int | None = Field(default=None, gt=0)
+    device_memory: int | None = Field(default=None, gt=0, lt=1 << 60)
     resources: Mapping[str, float] = Field(default_factory=dict)
     replicas: Replicas = Replicas()
     pinned: bool = False
     idle_s: float = Field(default=900.0, gt=0)
-    schedule: tuple[str, ...] = ()
+    schedule: tuple[str, ...] = Field(default=(), max_length=100)
     load_s: float = Field(default=1800.0, gt=0)
     adapters: Mapping[str, str] = Field(default_factory=dict)
     settings: Mapping[str, Any] = Field(default_factory=dict)
