@@ -7,16 +7,18 @@ import os
 import signal
 import socket
 import sys
+import time
 from contextlib import suppress
 from functools import partial
 
-from interpose.errors import ConfigError, InternalError
+from interpose.errors import ConfigError, InternalError, ModelUnavailable
 from redis.exceptions import RedisError
 
 from .broker.accounts import Accounts
 from .broker.connect import Broker, connect
 from .broker.states import ModelState
 from .datadir import DataDir, default_dir
+from .models.spec import LOAD_S
 from .processes import Child
 from .settings import Settings
 from .sockets import address_of, listen, url_of
@@ -165,7 +167,8 @@ class Supervisor:
             command += ["--dtype", self._wanted.dtype] if self._wanted.dtype else []
             label = f"the worker of {model.name}"
             ended = partial(tell_end, broker, model.name, name)
-            worker = Child(label, command, say, env=env, give_up=[USELESS_TO_RETRY], ended=ended)
+            again = partial(tell_start, broker, model.name, name)
+            worker = Child(label, command, say, env=env, give_up=[USELESS_TO_RETRY], ended=ended, again=again)
             self._workers.append(worker)
             self._vouching.append(asyncio.create_task(vouch(broker, model.name, name, worker)))
         self._stages.append(self._workers)
@@ -230,21 +233,45 @@ class Supervisor:
             await asyncio.gather(*(child.stop(grace_s) for child in stage))
 
 
-async def vouch(broker: Broker, model: str, name: str, worker: Child) -> None:
+async def vouch(broker: Broker, model: str, name: str, worker: Child, load_s: float = LOAD_S) -> None:
     """Say that a worker's process lives, while it loads.
 
     Until it has imported what it needs it can't say so itself: on a busy machine for longer than silence is borne.
+    One that has said nothing for `load_s`, since its start or its last word, hangs: it is ended, and starts anew.
     """
+    pid, vouched_ms, since = worker.pid, 0, time.monotonic()
     while True:
+        spoke = True
         if worker.alive:
+            # While the broker is away nobody can speak.
             with suppress(RedisError, OSError):
-                await broker.models.vouch(model, name)
+                heard_ms, now_ms = await broker.models.vouch(model, name)
+                spoke, vouched_ms = heard_ms != vouched_ms, now_ms
+        if spoke or worker.pid != pid:
+            pid, since = worker.pid, time.monotonic()
+        elif time.monotonic() - since > load_s:
+            say(f"nothing was heard of {worker.label} for {load_s:g} s; ending it")
+            await _tell_hung(broker, model, name, load_s)
+            worker.kill()
+            since = time.monotonic()
         await asyncio.sleep(1)
+
+
+async def tell_start(broker: Broker, model: str, name: str) -> None:
+    """Of a worker that failed or died, and is about to be started again: who waits for it waits with reason."""
+    with suppress(RedisError, OSError):
+        await broker.models.announce(model, name, ModelState.LOADING)
 
 
 async def tell_end(broker: Broker, model: str, name: str, status: int) -> None:
     """Of a worker that died while it loaded."""
     why = InternalError(f"its process ended with status {status} while it loaded {model}")
+    with suppress(RedisError, OSError):
+        await broker.models.announce(model, name, ModelState.FAILED, why, since=ModelState.LOADING)
+
+
+async def _tell_hung(broker: Broker, model: str, name: str, load_s: float) -> None:
+    why = ModelUnavailable(f"its process said nothing for {load_s:g} s", details={"reason": "timeout"})
     with suppress(RedisError, OSError):
         await broker.models.announce(model, name, ModelState.FAILED, why, since=ModelState.LOADING)
 

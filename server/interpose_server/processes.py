@@ -23,7 +23,8 @@ class Child:
     Args:
         label: what it is called in messages.
         give_up: exit statuses after which it isn't started again.
-        ended: told of the status with which it ended by itself, before it is started again.
+        ended: told of the status with which it ended by itself.
+        again: told before it is started again.
         say: takes one line for the operator.
     """
 
@@ -37,6 +38,7 @@ class Child:
         pass_fds: Sequence[int] = (),
         give_up: Sequence[int] = (),
         ended: Callable[[int], Awaitable[None]] | None = None,
+        again: Callable[[], Awaitable[None]] | None = None,
     ) -> None:
         self.label = label
         self.gave_up = asyncio.Event()
@@ -46,6 +48,7 @@ class Child:
         self._pass_fds = pass_fds
         self._give_up = give_up
         self._ended = ended
+        self._again = again
         self._process: asyncio.subprocess.Process | None = None
         self._watch: asyncio.Task[None] | None = None
         self._stopping = False
@@ -61,6 +64,12 @@ class Child:
     @property
     def alive(self) -> bool:
         return self._process is not None and self._process.returncode is None
+
+    def kill(self) -> None:
+        """End it at once; it is started again as after any other end."""
+        if self._process is not None:
+            with suppress(ProcessLookupError):
+                self._process.kill()
 
     async def stop(self, grace_s: float) -> None:
         """SIGTERM, and SIGKILL if that isn't enough in time. Returns once it is gone."""
@@ -109,4 +118,6 @@ class Child:
             self._say(f"{self.label} ended with status {status}; starting it again in {wait_s:g} s")
             await asyncio.sleep(wait_s)
             wait_s = min(wait_s * 2, SLOWEST_S)
+            if self._again is not None:
+                await self._again()
             await self._spawn()

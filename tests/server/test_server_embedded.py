@@ -9,7 +9,8 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import asynccontextmanager
 from functools import partial
 from pathlib import Path
 
@@ -18,16 +19,17 @@ import psutil
 import pytest
 from fake_hub import Hub, serving_hub
 from interpose.errors import ConfigError, InvalidPayload
+from interpose.wire.status import JobStatus
 from interpose_server.broker import keys
 from interpose_server.broker.connect import Broker
 from interpose_server.broker.states import ModelState
-from interpose_server.embedded import tell_end, vouch
+from interpose_server.embedded import tell_end, tell_start, vouch
 from interpose_server.processes import Child
 from interpose_server.tasks import end
 from interpose_server.wanted import Served as ServedModel
 from interpose_server.wanted import with_adapters
 from models import tiny
-from rig import tiny_manifest
+from rig import new_job, tiny_manifest
 from serving import Served, serve
 
 INTERPOSE = Path(sys.executable).with_name("interpose")
@@ -250,3 +252,58 @@ async def test_who_started_a_worker_says_that_it_lives_and_when_it_died(broker: 
     finally:
         await end([vouching])
         await worker.stop(5)
+
+
+@asynccontextmanager
+async def watched(broker: Broker, program: str, **how: float) -> AsyncIterator[tuple[Child, list[str]]]:
+    """A worker's process, as `serve` starts and watches it; and what the operator is told."""
+    told: list[str] = []
+    worker = Child(
+        "a worker", [sys.executable, "-c", program], told.append,
+        ended=partial(tell_end, broker, "tiny", "w1"), again=partial(tell_start, broker, "tiny", "w1"),
+    )  # fmt: skip
+    await broker.models.announce("tiny", "w1", ModelState.LOADING)
+    await worker.start()
+    vouching = asyncio.create_task(vouch(broker, "tiny", "w1", worker, **how))
+    try:
+        yield worker, told
+    finally:
+        await end([vouching])
+        await worker.stop(5)
+
+
+async def test_a_worker_that_hangs_before_it_speaks_is_ended_told_of_and_started_again(broker: Broker) -> None:
+    """As in an import that never ends. After the third time in a row those who wait are told."""
+    job = new_job()
+    await broker.queue.submit(job)
+    async with watched(broker, "import time; time.sleep(60)", load_s=0.5) as (worker, told):
+        first = worker.pid
+        async with asyncio.timeout(30):
+            while (await broker.queue.info(job.user, job.id)).status is JobStatus.QUEUED:  # noqa: ASYNC110
+                await asyncio.sleep(0.02)
+        hosted = await broker.models.get("tiny")
+        assert hosted.failure is not None and (hosted.failure.reason, hosted.failure.tries) == ("timeout", 3)
+        assert "its process said nothing for 0.5 s" in hosted.failure.detail
+        assert len(told) >= 2 and all("ended with status -9; starting it again" in line for line in told)
+        async with asyncio.timeout(10):
+            while (await broker.models.get("tiny")).state is not ModelState.LOADING:  # noqa: ASYNC110
+                await asyncio.sleep(0.02)
+        assert worker.pid != first
+
+
+async def test_one_that_speaks_may_load_for_longer_until_it_hangs(broker: Broker) -> None:
+    """Stopped by a signal, it neither loads nor runs jobs any more."""
+    async with watched(broker, "import time; time.sleep(60)", load_s=0.5) as (worker, told):
+        for _ in range(5):
+            await broker.models.beat("tiny", "w1")
+            await asyncio.sleep(0.5)
+        assert not told and (await broker.models.get("tiny")).failure is None
+        await broker.models.publish("tiny", "w1", tiny_manifest(), "")
+        first = worker.pid
+        assert first is not None
+        os.kill(first, signal.SIGSTOP)
+        async with asyncio.timeout(10):
+            while worker.pid == first:  # noqa: ASYNC110
+                await asyncio.sleep(0.02)
+        hosted = await broker.models.get("tiny")
+        assert (hosted.state, hosted.failure) == (ModelState.LOADING, None)

@@ -22,6 +22,11 @@ def died(reason: str) -> dict[str, Any]:
     return {"State": "DEAD", "DeathCause": messages.ActorDeathCause(actor_died_error_context=context)}
 
 
+SERVES_OWN = pytest.mark.filterwarnings("ignore::DeprecationWarning")
+"""Warnings of Serve, as it is imported."""
+
+
+@SERVES_OWN
 def test_this_ray_has_all_of_it() -> None:
     RAY.check()
 
@@ -52,3 +57,39 @@ def test_another_form_of_answer_costs_the_haste_alone(
     assert orphans._death(f"node#{ACTOR}") is None
     assert [record.levelname for record in caplog.records] == ["ERROR"]
     assert "until their leases end" in caplog.text
+
+
+def serve_tells(monkeypatch: pytest.MonkeyPatch, *replicas: Mapping[str, Any]) -> None:
+    from ray.serve.schema import ApplicationStatus
+
+    tiny = {"status": ApplicationStatus.RUNNING, "deployments": {"model": {"replicas": replicas}}}
+    told = {"applications": {"tiny": tiny, "gone": {"status": ApplicationStatus.DELETING, "deployments": {}}}}
+    client = SimpleNamespace(get_serve_details=lambda: told)
+    monkeypatch.setattr("ray.serve.context._get_global_client", lambda: client)
+
+
+@SERVES_OWN
+def test_replicas_that_serve_waits_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In Serve's own words, as its controller makes them."""
+    from ray.serve._private.common import ReplicaState
+    from ray.serve.schema import ReplicaDetails
+
+    def told(actor: str, state: ReplicaState) -> Mapping[str, Any]:
+        details = ReplicaDetails(actor_id=actor, replica_id="r", state=state, start_time_s=0)
+        return details.model_dump(exclude_unset=True)
+
+    every = {f"{number:032x}": state for number, state in enumerate(ReplicaState)}
+    serve_tells(monkeypatch, *(told(actor, state) for actor, state in every.items()))
+    stopping = frozenset(actor for actor, state in every.items() if state is ReplicaState.STOPPING)
+    assert ray_internals.stopping() == ({"gone"}, stopping) and len(stopping) == 1
+
+
+@SERVES_OWN
+def test_where_serve_does_not_tell_none_is_ended_early(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    serve_tells(monkeypatch, {"actor": ACTOR})
+    orphans._untold.cache_clear()
+    assert orphans._stopping() == orphans._stopping() == ray_internals.Stopping()
+    assert [record.levelname for record in caplog.records] == ["ERROR"]
+    assert "ended after 600 s" in caplog.text

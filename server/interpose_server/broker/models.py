@@ -215,10 +215,39 @@ class Models:
         """A worker is alive, and has run so many more batches and jobs, for so long, since it last said so."""
         await self._run("beat", name, worker, batches, jobs, busy_s, "")
 
-    async def vouch(self, name: str, worker: str) -> None:
+    async def vouch(self, name: str, worker: str) -> tuple[int, int]:
         """Whoever started a worker sees that its process lives. Says nothing of one that should speak for itself by
-        now, as it doesn't load any more."""
-        await self._run("beat", name, worker, 0, 0, 0, str(ModelState.LOADING))
+        now, as it doesn't load any more.
+
+        Returns:
+            When something was heard of it before this, and after it, in ms by the broker's clock; 0 never. It has
+            spoken itself if the first isn't what the second was the last time.
+        """
+        before_ms, after_ms = await self._run("beat", name, worker, 0, 0, 0, str(ModelState.LOADING))
+        return int(before_ms), int(after_ms)
+
+    async def rejoin(
+        self, name: str, worker: str, manifest: Manifest, tokenizer: str, budget: Mapping[str, Any] | None = None
+    ) -> bool:
+        """Tell of a copy that runs jobs, but was taken for gone: it was cut off for long, or the broker lost all it
+        knew. Arguments as of `publish`.
+
+        Returns:
+            Whether it had to be told of. Of a model that was taken out of the catalogue for good it isn't.
+        """
+        async with self._redis.pipeline(transaction=True) as pipe:
+            pipe.hexists(keys.STATES.format(model=name), worker)
+            pipe.sismember(keys.RETIRED, name)
+            pipe.hexists(_key(name), "served")
+            known, retired, described = await pipe.execute()
+        if known or retired:
+            return False
+        if described:
+            # Others may have come that serve something else: then that is what new jobs are recorded against.
+            await self._redis.hset(keys.SERVED.format(model=name), worker, revision_of_all(manifest))
+        else:
+            await self.describe(name, worker, manifest, tokenizer, budget)
+        return await self.announce(name, worker, ModelState.READY)
 
     async def get(self, name: str) -> Hosted:
         """Raises UnknownModel."""

@@ -38,6 +38,9 @@ class Plain(BaseModel):
 
 P = TypeVar("P", bound=Plain)
 
+LOAD_S = 1800.0
+"""Loading a model may take so long where nobody says."""
+
 MOST = 10_000
 """Copies of a model, and processes of a copy."""
 
@@ -93,7 +96,7 @@ class ModelSpec(Plain):
     pinned: bool = False
     idle_s: float = Field(default=900.0, gt=0)
     schedule: tuple[str, ...] = Field(default=(), max_length=100)
-    load_s: float = Field(default=1800.0, gt=0)
+    load_s: float = Field(default=LOAD_S, gt=0)
     adapters: Mapping[str, str] = Field(default_factory=dict)
     settings: Mapping[str, Any] = Field(default_factory=dict)
 

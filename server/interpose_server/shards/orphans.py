@@ -14,16 +14,22 @@ from interpose.errors import ConfigError, InternalError
 from ..broker.connect import Broker
 from ..broker.states import ModelState
 from . import ray_internals
-from .naming import actor_of
-from .ray_internals import Death
+from .naming import actor_of, app_name
+from .ray_internals import Death, Living, Stopping
 
 log = logging.getLogger(__name__)
 
 SERVE = "serve"
 """Ray's namespace of replicas."""
 
+SPEAKING = frozenset({ModelState.READY, ModelState.DRAINING})
+"""States in which a copy says every second that it lives."""
+
 NOTICED_S = 10.0
-"""A copy is ended if its silence has lasted so long under the eyes of who ends it."""
+"""A copy that Serve waits for is ended if its silence has lasted so long under the eyes of who ends it."""
+
+CUT_OFF_S = 600.0
+"""The same of one that Serve finds well: it may be cut off from the broker alone, and takes long to load."""
 
 
 async def reap_orphans(broker: Broker) -> None:
@@ -44,8 +50,9 @@ async def reap_orphans(broker: Broker) -> None:
 class Hanging:
     """Ends replicas that say nothing for long, though they should.
 
-    Serve waits for one that it stops as long as jobs may take, whether or not it does anything. One that loads, or
-    stands by, isn't meant.
+    Serve waits for one that it stops, as its health check failed or it is wanted no longer, as long as jobs may
+    take, whether or not it does anything. One that loads, or stands by, isn't meant. Nothing is lost by waiting:
+    the leases of one that is silent end, and others run its jobs.
     """
 
     def __init__(self) -> None:
@@ -54,25 +61,40 @@ class Hanging:
 
     async def end(self, broker: Broker) -> None:
         now = time.monotonic()
-        lost = [one for one in await broker.models.lost() if one.state in (ModelState.READY, ModelState.DRAINING)]
-        self._since = {one.worker: self._since.get(one.worker, now) for one in lost}
-        for one in lost:
-            if now - self._since[one.worker] < NOTICED_S:
-                continue
-            if await asyncio.to_thread(_kill, one.worker):
+        before, self._since = self._since, {}  # it begins anew if the broker doesn't answer
+        lost = [one for one in await broker.models.lost() if one.state in SPEAKING and actor_of(one.worker)]
+        self._since = {one.worker: before.get(one.worker, now) for one in lost}
+        noticed = [one for one in lost if now - self._since[one.worker] >= NOTICED_S]
+        stopping = await asyncio.to_thread(_stopping) if noticed else Stopping()
+        for one in noticed:
+            found = await asyncio.to_thread(_living, one.worker)
+            if found is not None:
+                told_to = app_name(one.model) in stopping.apps or actor_of(one.worker) in stopping.actors
+                going = told_to or one.state is ModelState.DRAINING
+                if not going and now - self._since[one.worker] < CUT_OFF_S:
+                    continue
+                await asyncio.to_thread(_kill, found)
                 log.warning("%s, a copy of %s, hung for %.0f s; it is ended", one.worker, one.model, one.silent_s)
             await broker.models.announce(one.model, one.worker, ModelState.STOPPED)
 
 
-def _kill(worker: str) -> bool:
-    """Whether a replica lived until now."""
+def _living(worker: str) -> Living | None:
     actor = actor_of(worker)
-    found = ray_internals.living(actor) if actor else None
-    if found is None:
-        return False
+    return ray_internals.living(actor) if actor else None
+
+
+def _kill(found: Living) -> None:
     with suppress(ValueError):  # it has just gone
         ray.kill(ray.get_actor(found.name, namespace=SERVE))
-    return True
+
+
+def _stopping() -> Stopping:
+    """What Serve waits for; nothing where this Ray doesn't tell."""
+    try:
+        return ray_internals.stopping()
+    except ConfigError as error:
+        _untold(f"copies that hang are ended after {CUT_OFF_S:g} s", str(error))
+        return Stopping()
 
 
 def _death(worker: str) -> Death | None:
@@ -81,11 +103,11 @@ def _death(worker: str) -> Death | None:
     try:
         return ray_internals.death(actor) if actor else None
     except ConfigError as error:
-        _untold(str(error))
+        _untold("jobs of replicas that die wait until their leases end", str(error))
         return None
 
 
 @cache
-def _untold(why: str) -> None:
+def _untold(what: str, why: str) -> None:
     """Said once."""
-    log.error("jobs of replicas that die wait until their leases end: %s", why)
+    log.error("%s: %s", what, why)

@@ -13,6 +13,7 @@ from typing import NamedTuple
 from interpose.runtime.internals import Internals
 
 _STATE, _VALUES = "ray._private.state", "ray.experimental.internal_kv"
+_SERVE = "ray.serve.context"
 _MESSAGES, _CARDS = "ray.core.generated.common_pb2", "ray._private.thirdparty.pynvml"
 
 RAY = Internals(
@@ -21,6 +22,7 @@ RAY = Internals(
     {
         _STATE: ("available_resources_per_node", "actors"),
         _VALUES: ("_internal_kv_get", "_internal_kv_put"),
+        _SERVE: ("_get_global_client",),
         _MESSAGES: ("ActorDiedErrorContext",),
         _CARDS: ("nvmlInit", "nvmlDeviceGetCount", "nvmlDeviceGetHandleByIndex", "nvmlDeviceGetMemoryInfo"),
     },
@@ -42,6 +44,13 @@ class Living(NamedTuple):
 
     name: str
     node: str
+
+
+class Stopping(NamedTuple):
+    """Applications of Serve all of whose replicas stop, and the actors of others' replicas that do."""
+
+    apps: frozenset[str] = frozenset()
+    actors: frozenset[str] = frozenset()
 
 
 def free_resources() -> Mapping[str, Mapping[str, float]]:
@@ -71,6 +80,25 @@ def living(actor: str) -> Living | None:
         if not found or found["State"] == "DEAD":
             return None
         return Living(found["Name"], found["Address"]["NodeID"])
+
+
+def stopping() -> Stopping:
+    """What Serve has told to stop, also as a health check failed, and that isn't gone.
+
+    Raises ConfigError if this Ray doesn't tell.
+    """
+    with RAY.shaped("the states of replicas", *_OTHER_FORM):
+        apps = RAY.part(_SERVE, "_get_global_client")().get_serve_details()["applications"]
+        replicas = [
+            replica
+            for app in apps.values()
+            for deployment in app["deployments"].values()
+            for replica in deployment["replicas"]
+        ]
+        # Of an application that is deleted it tells no replicas.
+        deleted = frozenset(name for name, app in apps.items() if app["status"] == "DELETING")
+        actors = frozenset(str(replica["actor_id"]) for replica in replicas if replica["state"] == "STOPPING")
+    return Stopping(deleted, actors)
 
 
 def waiting() -> set[str]:

@@ -20,7 +20,9 @@ import torch
 import transformers
 from interpose.errors import ConfigError, InterposeError, ModelUnavailable
 from interpose.graph.manifest import Manifest
+from redis.exceptions import ConnectionError as RedisConnectionError
 from redis.exceptions import RedisError
+from redis.exceptions import TimeoutError as RedisTimeoutError
 
 from .. import blob_keys
 from ..blobs import open_blobs
@@ -44,7 +46,7 @@ OWED_S = 0.2
 """How often a copy that is replaced looks whether it is still needed."""
 
 STAND_IN_S = 5.0
-"""How often a copy looks whether its model counts as serving what only others did, that are gone."""
+"""How often a copy looks whether it counts as gone, or its model as serving what only others did, that are gone."""
 
 FOREVER_S = 10 * 365 * 86_400.0
 
@@ -87,6 +89,8 @@ class Host:
         self._check: Callable[[], None] = lambda: None
         self._describe: Callable[[], Awaitable[None]] | None = None
         """Has the model serve what this copy does."""
+        self._rejoin: Callable[[], Awaitable[bool]] | None = None
+        """Tells of this copy again, if the broker knows nothing of it."""
 
     async def load(self) -> None:
         """Return once gateways know that it runs jobs.
@@ -154,10 +158,13 @@ class Host:
             await asyncio.to_thread(self._check)
 
     async def _stand_in(self, stop: asyncio.Event) -> None:
-        """Where copies of another revision came and went, have jobs be recorded against this one's again."""
+        """Where copies of another revision came and went, have jobs be recorded against this one's again; where
+        this one was taken for gone, as it was cut off, tell of it again."""
         while not stop.is_set():
             await asyncio.sleep(STAND_IN_S)
             with suppress(RedisError, OSError):
+                if self._rejoin and await self._rejoin():
+                    log.warning("%s: this copy counted as gone; it is told of again", self.spec.name)
                 if self._describe and await self.broker.models.outlived(self.spec.name, self.name):
                     log.warning("%s: the copies of another revision are gone", self.spec.name)
                     await self._describe()
@@ -230,7 +237,7 @@ class Host:
             key = blob_keys.tokenizer(tokenizer)
             await self._blobs.run(lambda: self._blobs.put(key, [data], FOREVER_S))
         # One that died under this name holds leases on jobs nobody runs.
-        await self.broker.queue.reap(self.name)
+        await self._told(lambda: self.broker.queue.reap(self.name))
         self._check = ready.check
         # The workers come first: one that can't be made is never told of.
         self._workers = [
@@ -245,7 +252,18 @@ class Host:
         budget = told(ready.allowed, ready.measured)
         known = self.spec.name, self.name, manifest, tokenizer, budget
         self._describe = partial(self.broker.models.describe, *known)
-        await self.broker.models.publish(*known)
+        self._rejoin = partial(self.broker.models.rejoin, *known)
+        await self._told(lambda: self.broker.models.publish(*known))
+
+    async def _told(self, tell: Callable[[], Awaitable[object]]) -> None:
+        """Have the broker told something, however long it is away: loading has taken long, and would again."""
+        while True:
+            try:
+                await tell()
+                return
+            except (RedisConnectionError, RedisTimeoutError) as error:
+                log.warning("%s is loaded; the broker can't be told (%s)", self.spec.name, type(error).__name__)
+                await asyncio.sleep(1)
 
     async def _beat(self) -> None:
         while True:
