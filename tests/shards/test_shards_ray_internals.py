@@ -12,6 +12,7 @@ from interpose_server.shards import orphans, ray_internals
 from interpose_server.shards.ray_internals import RAY, Death
 from ray._private import state
 from ray.core.generated import common_pb2
+from ray.exceptions import RayActorError
 
 ACTOR = "ab" * 16
 
@@ -93,3 +94,12 @@ def test_where_serve_does_not_tell_none_is_ended_early(
     assert orphans._stopping() == orphans._stopping() == ray_internals.Stopping()
     assert [record.levelname for record in caplog.records] == ["ERROR"]
     assert "ended after 600 s" in caplog.text
+
+
+@SERVES_OWN
+def test_while_serves_controller_is_away_none_is_ended_early(monkeypatch: pytest.MonkeyPatch) -> None:
+    def away() -> None:
+        raise RayActorError
+
+    monkeypatch.setattr("ray.serve.context._get_global_client", lambda: SimpleNamespace(get_serve_details=away))
+    assert orphans._stopping() == ray_internals.Stopping()

@@ -10,6 +10,7 @@ from functools import cache
 
 import ray
 from interpose.errors import ConfigError, InternalError
+from ray.exceptions import RayError
 
 from ..broker.connect import Broker
 from ..broker.states import ModelState
@@ -92,7 +93,7 @@ def _stopping() -> Stopping:
     """What Serve waits for; nothing where this Ray doesn't tell."""
     try:
         return ray_internals.stopping()
-    except ConfigError as error:
+    except (ConfigError, RayError) as error:  # its controller may just be away, and the rest has to go on
         _untold(f"copies that hang are ended after {CUT_OFF_S:g} s", str(error))
         return Stopping()
 
