@@ -200,7 +200,7 @@ def test_without_its_broker_no_gateway_is_ready_and_no_job_is_lost(cluster_lab: 
     cluster_lab.valkey.kill()
     for host in (one, other):
         until(lambda host=host: cluster_lab.get(host, "/readyz").status_code == 503, 5)  # it is asked once a second
-        assert cluster_lab.get(host, "/readyz").json() == {"status": "no broker"}
+        assert cluster_lab.get(host, "/readyz").json()["status"] == "no broker"
         assert cluster_lab.get(host, "/healthz").status_code == 200
     cluster_lab.valkey.start()
     assert len(tracer.job.result(timeout=60)) >= 1
