@@ -65,6 +65,7 @@ def test_a_name_alone_is_a_model(tmp_path: Path) -> None:
         ("models: [{name: a, settings: {worker_threads: -5}}]", "worker_threads: has to be at least 1, not -5"),
         ('models: [{name: a, "\\e[2J\\n": 1}]', r"models.0.'\x1b[2J\n': there is no such key here"),
         (f"models: [{{name: a, shards: 0x{'f' * 5000}}}]", "at most 10000, not a number of thousands of digits"),
+        ("models: [{name: a, shards: 3, devices: 2}]", "takes one device at most; shards says how many parts"),
         ("models: [", "no YAML"),
         ("[" * 5000, "no YAML"),
         ("models: [!!python/object/apply:os.getcwd []]", "no YAML"),

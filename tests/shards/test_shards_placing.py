@@ -73,6 +73,16 @@ def test_size_decides_where_nothing_else_is_said(
     assert 0 < part <= most
 
 
+@pytest.mark.parametrize(
+    ("said", "shards"),
+    [({"shards": 3}, 3), ({"devices": 4}, 4), ({"devices": 0.5}, 2), ({"shards": 3, "devices": 3}, 3)],
+)
+def test_a_copy_has_as_many_parts_as_is_said(said: dict[str, Any], shards: int) -> None:
+    placement = {} if "shards" in said else {"placement": "blocks"}
+    found = chosen(ModelSpec(name="tiny", **said, **placement), lambda _: None).spec
+    assert (found.placement, found.shards) == (Placement.BLOCKS, shards)
+
+
 def test_what_is_said_is_not_planned() -> None:
     def never(_: ModelSpec) -> Devices:
         raise AssertionError

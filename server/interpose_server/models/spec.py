@@ -100,6 +100,12 @@ class ModelSpec(Plain):
     adapters: Mapping[str, str] = Field(default_factory=dict)
     settings: Mapping[str, Any] = Field(default_factory=dict)
 
+    @property
+    def in_blocks(self) -> bool:
+        """Whether it is said that a copy lies in ranges of blocks: several shards say so, too."""
+        several = self.placement is Placement.AUTO and (self.shards or 1) > 1
+        return several or self.placement is Placement.BLOCKS
+
     @field_validator("name")
     @classmethod
     def _name(cls, value: str) -> str:
@@ -131,6 +137,8 @@ class ModelSpec(Plain):
             raise ValueError("beyond one, devices come whole")
         if self.placement is Placement.DEVICE and (self.devices or 0) > 1:
             raise ValueError("placement: device is one device; for several, leave it out, or say devices or blocks")
+        if self.in_blocks and self.shards and (self.devices or 0) > 1 and self.devices != self.shards:
+            raise ValueError("a part of a model in blocks takes one device at most; shards says how many parts")
         try:
             json.dumps(self.model_dump(), ensure_ascii=False, allow_nan=False).encode()
         except (ValueError, TypeError, RecursionError) as error:

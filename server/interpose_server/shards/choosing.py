@@ -44,15 +44,14 @@ def chosen(spec: ModelSpec, cards: Callable[[ModelSpec], Devices | None]) -> Cho
 
 def _said(spec: ModelSpec) -> bool:
     """Whether it leaves nothing to choose."""
-    if spec.placement is Placement.BLOCKS:
-        return spec.shards is not None
-    return spec.devices is not None
+    return spec.shards is not None if spec.in_blocks else spec.devices is not None
 
 
 def _defaults(spec: ModelSpec) -> ModelSpec:
     said = {"devices": 1.0 if spec.devices is None else spec.devices}
-    if spec.placement is Placement.BLOCKS:
-        return spec.model_copy(update=said | {"shards": spec.shards or 2})
+    if spec.in_blocks:
+        parts = spec.shards or max(int(said["devices"]), 2)
+        return spec.model_copy(update=said | {"placement": Placement.BLOCKS, "shards": parts})
     kind = Placement.DEVICES if said["devices"] > 1 else Placement.DEVICE
     return spec.model_copy(
         update=said | {"placement": kind if spec.placement is Placement.AUTO else spec.placement}
