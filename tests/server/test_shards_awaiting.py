@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import asyncio
+from dataclasses import dataclass
 
 import pytest
+from interpose.errors import ConfigError
 from interpose_server.broker.connect import Broker
+from interpose_server.broker.states import ModelState
 from interpose_server.models.spec import ModelSpec, Replicas
 from interpose_server.shards import awaiting
 from interpose_server.shards.awaiting import Loading
+from rig import tiny_manifest
 
 SPEC = ModelSpec(name="big", replicas=Replicas(min=1))
 
@@ -27,3 +31,61 @@ async def test_a_model_without_room_is_told_of_and_not_waited_for_for_ever(
     await asyncio.sleep(0.01)
     assert await loading.over(broker)
     assert loading.failed == ["big"]
+
+
+@dataclass
+class Serve:
+    """What Serve says of the one application."""
+
+    status: str
+    message: str = ""
+
+    def states(self) -> dict[str, Serve]:
+        return {"big": self}
+
+
+async def test_it_is_ready_once_the_version_that_is_wanted_is(broker: Broker) -> None:
+    """A copy of the version before runs jobs all the while."""
+    told: list[str] = []
+    serve = Serve("DEPLOYING")
+    loading = Loading([SPEC], told.append, serve.states)
+    await broker.specs.put(SPEC)
+    await broker.models.publish("big", "old", tiny_manifest(), "")
+    assert not await loading.over(broker) and not told
+    serve.status = "RUNNING"
+    assert await loading.over(broker)
+    assert told == ["big: ready"] and not loading.failed
+
+
+async def test_a_version_that_fails_beside_the_one_before_is_told_with_the_reason(broker: Broker) -> None:
+    told: list[str] = []
+    serve = Serve("DEPLOYING")
+    loading = Loading([SPEC], told.append, serve.states)
+    await broker.specs.put(SPEC)
+    await broker.models.publish("big", "old", tiny_manifest(), "")
+    assert not await loading.over(broker)
+    await broker.models.announce("big", "new", ModelState.FAILED, ConfigError("there is no folder /nowhere"))
+    serve.status = "DEPLOY_FAILED"
+    assert await loading.over(broker)
+    assert loading.failed == ["big"]
+    (line,) = told
+    assert (
+        line.startswith("big: failed: ")
+        and "there is no folder /nowhere" in line
+        and "of before, still runs" in line
+    )
+
+
+async def test_what_is_waited_for_is_said_and_not_for_ever(broker: Broker, monkeypatch: pytest.MonkeyPatch) -> None:
+    told: list[str] = []
+    loading = Loading([SPEC], told.append, Serve("DEPLOYING").states)
+    await broker.specs.put(SPEC)
+    await broker.models.publish("big", "old", tiny_manifest(), "")
+    monkeypatch.setattr(awaiting, "SLOW_S", 0.0)
+    assert not await loading.over(broker)
+    await asyncio.sleep(0.01)
+    assert not await loading.over(broker) and not await loading.over(broker)
+    assert told == ["big: a copy runs; waiting until others of it are replaced, or have stopped"]
+    monkeypatch.setattr(awaiting, "NO_NEWS_S", 0.0)
+    assert await loading.over(broker)
+    assert loading.failed == ["big"] and "no news for 0 s; a copy runs; waiting" in told[1]

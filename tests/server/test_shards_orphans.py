@@ -31,7 +31,7 @@ def killed(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     )
     living = {worker: Living(name, "node") for name, worker in WORKERS.items()}
     monkeypatch.setattr(orphans, "_living", living.get)
-    monkeypatch.setattr(orphans, "_kill", lambda found: killed.append(found.name))
+    monkeypatch.setattr(orphans, "_kill", killed.append)
     return killed
 
 

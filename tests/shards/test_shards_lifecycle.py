@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import json
+import subprocess
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 import torch
-from cluster_lab import ClusterLab, Load, cluster_lab
+from cluster_lab import INTERPOSE, ClusterLab, Load, cluster_lab
 from interpose import LanguageModel
 from interpose.config import CONFIG
 from interpose.errors import ModelFailed, ModelLoading, ModelUpdated
@@ -20,6 +21,9 @@ pytestmark = [pytest.mark.slow, pytest.mark.timeout(280)]
 
 PROMPT = [1, 2, 3, 4]
 PATIENCE_S = 5
+
+SMALL = {"name": "a", "source": str(tiny("gpt2")), "devices": 0.25, "replicas": {"min": 1}}
+"""There is room for two versions of it at a time."""
 
 
 @pytest.fixture(scope="module")
@@ -53,6 +57,18 @@ def right(arch: str) -> torch.Tensor:
 def states(lab: ClusterLab) -> dict[str, str]:
     found = json.loads(lab.interpose("models", "list", "--json"))["models"]
     return {model["id"]: model["state"] for model in found}
+
+
+def pending(lab: ClusterLab) -> int:
+    """Copies that have no place yet, of all models."""
+    return sum(model.get("pending", 0) for model in json.loads(lab.interpose("models", "list", "--json"))["models"])
+
+
+def until(holds: Callable[[], bool], timeout_s: float = 30) -> None:
+    ends = time.monotonic() + timeout_s
+    while not holds():
+        assert time.monotonic() < ends
+        time.sleep(0.2)
 
 
 def test_models_take_turns_on_one_device(lab: ClusterLab, client: None) -> None:
@@ -153,3 +169,19 @@ def test_jobs_recorded_before_an_update_are_run_before_it(lab: ClusterLab, clien
         except (ModelLoading, ModelUpdated):
             continue  # It was recorded just before the old one was told to stop, and refused just after.
     assert found.dtype is torch.bfloat16
+
+
+def test_versions_that_cannot_be_are_told_and_leave_nothing(lab: ClusterLab, client: None) -> None:
+    lab.deploy(SMALL)
+    config = lab.config(SMALL | {"source": str(lab.folder / "nowhere")})
+    command = [INTERPOSE, "deploy", "up", config]
+    done = subprocess.run(command, env=lab.env, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 1 and "a: failed: " in done.stderr and "nowhere" in done.stderr
+    assert "ready" not in done.stderr and states(lab) == {"a": "ready"}, "the copy of before goes on"
+
+    # Serve waits for a copy that it stops as long as jobs may take, and one without a process can't answer it.
+    lab.deploy(SMALL | {"placement": "blocks", "shards": 9, "replicas": {"min": 0}})
+    time.sleep(3)  # It is told meanwhile that this one isn't wanted, as nobody asks for it.
+    lab.deploy(SMALL)
+    until(lambda: pending(lab) == 0)
+    torch.testing.assert_close(last_block("a"), right("gpt2"))

@@ -64,7 +64,9 @@ def serve_tells(monkeypatch: pytest.MonkeyPatch, *replicas: Mapping[str, Any]) -
     from ray.serve.schema import ApplicationStatus
 
     tiny = {"status": ApplicationStatus.RUNNING, "deployments": {"model": {"replicas": replicas}}}
-    told = {"applications": {"tiny": tiny, "gone": {"status": ApplicationStatus.DELETING, "deployments": {}}}}
+    told = {
+        "applications": {"tiny": tiny, "interpose-gone": {"status": ApplicationStatus.DELETING, "deployments": {}}}
+    }
     client = SimpleNamespace(get_serve_details=lambda: told)
     monkeypatch.setattr("ray.serve.context._get_global_client", lambda: client)
 
@@ -76,13 +78,32 @@ def test_replicas_that_serve_waits_for(monkeypatch: pytest.MonkeyPatch) -> None:
     from ray.serve.schema import ReplicaDetails
 
     def told(actor: str, state: ReplicaState) -> Mapping[str, Any]:
-        details = ReplicaDetails(actor_id=actor, replica_id="r", state=state, start_time_s=0)
+        details = ReplicaDetails(
+            actor_id=actor, actor_name=f"r{actor}", replica_id="r", state=state, start_time_s=0
+        )
         return details.model_dump(exclude_unset=True)
 
     every = {f"{number:032x}": state for number, state in enumerate(ReplicaState)}
     serve_tells(monkeypatch, *(told(actor, state) for actor, state in every.items()))
     stopping = frozenset(actor for actor, state in every.items() if state is ReplicaState.STOPPING)
-    assert ray_internals.stopping() == ({"gone"}, stopping) and len(stopping) == 1
+    assert ray_internals.stopping() == ({"interpose-gone"}, stopping, {f"r{actor}" for actor in stopping})
+    assert len(stopping) == 1
+
+
+@SERVES_OWN
+def test_replicas_that_wait_for_a_place_and_are_wanted_no_longer(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of one that has no process yet Serve tells no actor, and of an application that is deleted no replicas."""
+    from ray.serve._private.common import ReplicaState
+    from ray.serve.schema import ReplicaDetails
+
+    names = {state: f"SERVE_REPLICA::interpose-a#model#{state.name.lower()}" for state in ReplicaState}
+    ours, others = names[ReplicaState.STOPPING], "SERVE_REPLICA::shop#model#a"
+    told = [(name, state) for state, name in names.items()] + [(others, ReplicaState.STOPPING)]
+    details = [ReplicaDetails(actor_name=name, replica_id="r", state=state, start_time_s=0) for name, state in told]
+    serve_tells(monkeypatch, *(one.model_dump(exclude_unset=True) for one in details))
+    gone, stays = "SERVE_REPLICA::interpose-gone#model#a", "SERVE_REPLICA::interpose-gone-too#model#a"
+    waiting = [*names.values(), others, gone, stays, "SERVE_REPLICA::gone#model#a", ""]
+    assert orphans.unplaced(orphans._stopping(), waiting) == [ours, gone]
 
 
 @SERVES_OWN

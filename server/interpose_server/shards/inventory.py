@@ -12,7 +12,7 @@ from ray.util import placement_group_table
 from ..models.inventory import Inventory, Node
 from . import ray_internals
 from .cluster import MODELS_NOTE, Notes, has_gpus, total
-from .naming import actor_of, app_name
+from .naming import actor_of, app_name, is_replica
 
 
 def inventory(workers: Iterable[str]) -> Inventory:
@@ -60,7 +60,7 @@ def _held(
             (names.get(node, node[:8]), float(group["bundles"][index].get(kind, 0)))
             for index, node in sorted(group["bundles_to_node_id"].items())
         ]
-    model = next((model for model in takes if _is_of(found.name, model)), None)
+    model = next((model for model in takes if is_replica(found.name, app_name(model))), None)
     return [(names.get(found.node, found.node[:8]), sum(takes[model]))] if model is not None else []
 
 
@@ -68,9 +68,6 @@ def _pending(takes: Mapping[str, Sequence[float]], groups: Mapping[str, Mapping[
     """Model -> copies that have been asked for and have no place yet."""
     names = {group["name"] for group in groups.values() if group["state"] == "PENDING"}
     names |= ray_internals.waiting()
-    return {model: number for model in takes if (number := sum(_is_of(name, model) for name in names))}
-
-
-def _is_of(actor: str, model: str) -> bool:
-    """Whether Serve's name for an actor is that of a replica of a model."""
-    return actor.startswith(f"SERVE_REPLICA::{app_name(model)}#")
+    return {
+        model: number for model in takes if (number := sum(is_replica(name, app_name(model)) for name in names))
+    }

@@ -8,8 +8,10 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
+from interpose.errors import ConfigError
 from ray import serve
 from ray.serve import RunTarget
 from redis.exceptions import RedisError
@@ -21,7 +23,7 @@ from ..tasks import end
 from . import apps
 from .cluster import APPLIED_NOTE, Notes, shared
 from .inventory import inventory
-from .orphans import Hanging, reap_orphans
+from .orphans import Hanging, end_unplaced, reap_orphans
 
 log = logging.getLogger(__name__)
 
@@ -29,6 +31,10 @@ APP = "interpose"
 """Serve's name for its application."""
 
 EVERY_S = 1.0
+SLOW_S = 5.0
+"""After so long, what is waited for is said."""
+CATCH_UP_S = 300.0
+"""So long it may take until what has changed is deployed: the keeper may just be started anew on another node."""
 SHOWN_S = 2.0
 """Devices, and what holds them, are shown anew so often."""
 AGAIN_S = 60.0
@@ -65,10 +71,23 @@ def running() -> bool:
     return APP in serve.status().applications
 
 
-async def caught_up(broker: Broker, settings: Settings) -> None:
-    """Return once one has applied the catalogue and the settings as they are now."""
+async def caught_up(broker: Broker, settings: Settings, tell: Callable[[str], None]) -> None:
+    """Return once one has applied the catalogue and the settings as they are now.
+
+    Raises ConfigError if it doesn't for long.
+    """
+    began, told = time.monotonic(), False
     wanted = [await broker.specs.revision(), apps.settings_mark(settings)]
-    while await asyncio.to_thread(Notes().read, APPLIED_NOTE) != wanted:  # noqa: ASYNC110 - nobody tells
+    while await asyncio.to_thread(Notes().read, APPLIED_NOTE) != wanted:
+        waited_s = time.monotonic() - began
+        if waited_s > SLOW_S and not told:
+            told = True
+            tell("waiting for the keeper, which deploys what has changed")
+        if waited_s > CATCH_UP_S:
+            raise ConfigError(
+                f"the keeper, Serve's application {APP!r}, hasn't deployed what has changed for {waited_s:.0f} s; "
+                "the log of its replica may say why. It does so once it can"
+            )
         await asyncio.sleep(0.2)
 
 
@@ -117,6 +136,7 @@ class Rounds:
         # First what jobs wait for: what Serve refuses of the catalogue it may refuse in every round.
         await reap_orphans(self.broker)
         await self.hanging.end(self.broker)
+        await end_unplaced()
         revision = await self.broker.specs.revision()
         if revision != self._seen or time.monotonic() - self._applied_at > AGAIN_S:
             await self._apply(revision)

@@ -7,6 +7,7 @@ import os
 import re
 
 PREFIX = "interpose-"
+_REPLICA = "SERVE_REPLICA::"
 
 _NAME = re.compile(r".*#([0-9a-f]{32})")
 
@@ -17,6 +18,16 @@ def app_name(model: str) -> str:
     if safe == model:
         return PREFIX + model
     return f"{PREFIX}{safe}-{hashlib.sha256(model.encode()).hexdigest()[:8]}"
+
+
+def is_replica(actor: str, app: str) -> bool:
+    """Whether Serve's name for an actor is that of a replica of an application."""
+    return actor.startswith(f"{_REPLICA}{app}#")
+
+
+def is_copy(actor: str) -> bool:
+    """Whether it is that of a replica of any of our models. Others may use the same Serve."""
+    return actor.startswith(_REPLICA + PREFIX)
 
 
 def worker_name(actor: str) -> str:

@@ -1,10 +1,12 @@
-"""Replicas that Ray knows are dead, whose jobs are queued again before their leases end; and those that hang."""
+"""Replicas that Ray knows are dead, whose jobs are queued again before their leases end; those that hang; and those
+that wait for a place that nobody wants for them any more."""
 
 from __future__ import annotations
 
 import asyncio
 import logging
 import time
+from collections.abc import Iterable
 from contextlib import suppress
 from functools import cache
 
@@ -15,7 +17,7 @@ from ray.exceptions import RayError
 from ..broker.connect import Broker
 from ..broker.states import ModelState
 from . import ray_internals
-from .naming import actor_of, app_name
+from .naming import actor_of, app_name, is_copy, is_replica
 from .ray_internals import Death, Living, Stopping
 
 log = logging.getLogger(__name__)
@@ -74,9 +76,37 @@ class Hanging:
                 going = told_to or one.state is ModelState.DRAINING
                 if not going and now - self._since[one.worker] < CUT_OFF_S:
                     continue
-                await asyncio.to_thread(_kill, found)
+                await asyncio.to_thread(_kill, found.name)
                 log.warning("%s, a copy of %s, hung for %.0f s; it is ended", one.worker, one.model, one.silent_s)
             await broker.models.announce(one.model, one.worker, ModelState.STOPPED)
+
+
+async def end_unplaced() -> None:
+    """End replicas that Serve has told to stop, and that have no process yet.
+
+    Serve waits for their answer as for that of one that has jobs, and it can't come while there is no room. The
+    replica would count as pending, and take the devices of a node that is added. Serve then gives up its place.
+    """
+    if waiting := await asyncio.to_thread(_waiting):
+        for name in unplaced(await asyncio.to_thread(_stopping), waiting):
+            await asyncio.to_thread(_kill, name)
+            log.warning("%s, which is wanted no longer, had no place yet; it is ended", name)
+
+
+def unplaced(stopping: Stopping, waiting: Iterable[str]) -> list[str]:
+    """Those of the actors that wait for a place that are copies of a model and are to stop, by name."""
+    copies = filter(is_copy, waiting)
+    return [
+        name for name in copies if name in stopping.names or any(is_replica(name, app) for app in stopping.apps)
+    ]
+
+
+def _waiting() -> set[str]:
+    try:
+        return ray_internals.waiting()
+    except (ConfigError, RayError) as error:
+        _untold("copies that find no place, and are wanted no longer, wait on", str(error))
+        return set()
 
 
 def _living(worker: str) -> Living | None:
@@ -84,9 +114,9 @@ def _living(worker: str) -> Living | None:
     return ray_internals.living(actor) if actor else None
 
 
-def _kill(found: Living) -> None:
+def _kill(name: str) -> None:
     with suppress(ValueError):  # it has just gone
-        ray.kill(ray.get_actor(found.name, namespace=SERVE))
+        ray.kill(ray.get_actor(name, namespace=SERVE))
 
 
 def _stopping() -> Stopping:

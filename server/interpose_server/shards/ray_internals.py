@@ -47,10 +47,11 @@ class Living(NamedTuple):
 
 
 class Stopping(NamedTuple):
-    """Applications of Serve all of whose replicas stop, and the actors of others' replicas that do."""
+    """Applications of Serve all of whose replicas stop; of others' replicas that do, the actors and their names."""
 
     apps: frozenset[str] = frozenset()
     actors: frozenset[str] = frozenset()
+    names: frozenset[str] = frozenset()
 
 
 def free_resources() -> Mapping[str, Mapping[str, float]]:
@@ -94,11 +95,14 @@ def stopping() -> Stopping:
             for app in apps.values()
             for deployment in app["deployments"].values()
             for replica in deployment["replicas"]
+            if replica["state"] == "STOPPING"
         ]
         # Of an application that is deleted it tells no replicas.
         deleted = frozenset(name for name, app in apps.items() if app["status"] == "DELETING")
-        actors = frozenset(str(replica["actor_id"]) for replica in replicas if replica["state"] == "STOPPING")
-    return Stopping(deleted, actors)
+        # One that never had a place has a name alone.
+        actors = frozenset(str(replica["actor_id"]) for replica in replicas if replica.get("actor_id"))
+        names = frozenset(str(replica["actor_name"]) for replica in replicas)
+    return Stopping(deleted, actors, names)
 
 
 def waiting() -> set[str]:

@@ -136,7 +136,7 @@ async def deploy(specs: Sequence[ModelSpec], settings: Settings, broker: Broker)
         )
     await asyncio.to_thread(cluster.share, settings)
     if await asyncio.to_thread(keeper.running):
-        await keeper.caught_up(broker, settings)
+        await keeper.caught_up(broker, settings, say)
         return
     applied = await asyncio.to_thread(apps.apply, specs, settings)
     for name, error in applied.refused.items():
