@@ -166,7 +166,9 @@ def _build(arch: str, dtype: str, overrides: dict[str, Any], folder: Path) -> No
     cls = getattr(transformers, cls_name)
     ids = {name: getattr(tokenizer, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
     config = cls.config_class(**_sized({**sizes, **overrides}, {"vocab_size": len(tokenizer), **ids}, tokenizer))
-    model = cls(config)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)  # Mamba's time steps stay as they begin
+        model = cls(config)
     liven(model)
     model.to(getattr(torch, dtype)).save_pretrained(folder)
     tokenizer.save_pretrained(folder)

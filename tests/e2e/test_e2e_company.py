@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import httpx
+import numpy as np
 import psutil
 import pytest
 import torch
@@ -196,14 +197,21 @@ def chained(model: Any, runs: int) -> Any:
 
 LARGE: dict[str, Callable[[Any], Any]] = {
     "session": lambda model: chained(model, 900),
-    "generation": lambda model: generated(model, 100, 100),
+    "generation": lambda model: generated(model, 100, 100, busy=12),
 }
 
 
-def generated(model: Any, new: int, rows: int) -> Any:
+def generated(model: Any, new: int, rows: int, busy: int = 0) -> Any:
+    """`busy`: products of large matrices at each step, so that it takes its time."""
     with model.generate(
         [[7] * 20] * rows, max_new_tokens=new, eos_token_id=-1, remote=True, blocking=False, batching="exclusive"
     ) as tracer:
+        if busy:
+            with tracer.all():
+                value = model.model.layers[0].output[0].mean() + np.eye(600, dtype=np.float32)
+                for _ in range(busy):
+                    value = (value @ value).clamp(-1, 1)
+                model.model.layers[1].output[0][:] += value.mean() * 0
         tokens = tracer.result.save()
     return tracer.job, tokens
 

@@ -281,7 +281,7 @@ def _same(found: Any, expected: Any, what: str) -> None:
         for one, other in zip(found, expected, strict=True):
             _same(one, other, what)
     else:
-        assert torch.equal(found.detach(), expected.detach()), what
+        torch.testing.assert_close(found.detach(), expected.detach(), rtol=0, atol=0, equal_nan=True, msg=what)
 
 
 @pytest.mark.parametrize("kind", ["gpt2", "llama", "dora"])
