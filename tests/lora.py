@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import shutil
 import tempfile
 import warnings
 from collections.abc import Sequence
@@ -13,6 +14,7 @@ from typing import Any
 
 import peft
 import torch
+from interpose.runtime.lora import CONFIG
 from models import CACHE, tiny
 from transformers import AutoModelForCausalLM
 
@@ -49,6 +51,14 @@ def lora(arch: str, seed: int = 0, *, targets: Sequence[str] = (), dtype: str = 
             with suppress(OSError):
                 part.rename(folder)
     return folder
+
+
+def reconfigured(arch: str, into: Path, **settings: Any) -> Path:
+    """A copy of an adapter with other settings."""
+    shutil.copytree(lora(arch), into)
+    config = into / CONFIG
+    config.write_text(json.dumps(json.loads(config.read_text()) | settings))
+    return into
 
 
 def stock(arch: str, folder: Path | None = None, *, dtype: str = "float32") -> Any:

@@ -11,7 +11,7 @@ import time
 from contextlib import suppress
 from functools import partial
 
-from interpose.errors import ConfigError, InternalError, ModelUnavailable
+from interpose.errors import ConfigError, InternalError, InterposeError, ModelUnavailable
 from redis.exceptions import RedisError
 
 from .broker.accounts import Accounts
@@ -251,7 +251,8 @@ async def vouch(broker: Broker, model: str, name: str, worker: Child, load_s: fl
             pid, since = worker.pid, time.monotonic()
         elif time.monotonic() - since > load_s:
             say(f"nothing was heard of {worker.label} for {load_s:g} s; ending it")
-            await _tell_hung(broker, model, name, load_s)
+            hung = ModelUnavailable(f"its process said nothing for {load_s:g} s", details={"reason": "timeout"})
+            await _tell_failed(broker, model, name, hung)
             worker.kill()
             since = time.monotonic()
         await asyncio.sleep(1)
@@ -266,12 +267,10 @@ async def tell_start(broker: Broker, model: str, name: str) -> None:
 async def tell_end(broker: Broker, model: str, name: str, status: int) -> None:
     """Of a worker that died while it loaded."""
     why = InternalError(f"its process ended with status {status} while it loaded {model}")
-    with suppress(RedisError, OSError):
-        await broker.models.announce(model, name, ModelState.FAILED, why, since=ModelState.LOADING)
+    await _tell_failed(broker, model, name, why)
 
 
-async def _tell_hung(broker: Broker, model: str, name: str, load_s: float) -> None:
-    why = ModelUnavailable(f"its process said nothing for {load_s:g} s", details={"reason": "timeout"})
+async def _tell_failed(broker: Broker, model: str, name: str, why: InterposeError) -> None:
     with suppress(RedisError, OSError):
         await broker.models.announce(model, name, ModelState.FAILED, why, since=ModelState.LOADING)
 

@@ -26,7 +26,7 @@ from interpose.runtime.lora import CONFIG, WEIGHTS
 from interpose.runtime.lora import load as load_lora
 from interpose.runtime.prepared import Preparation
 from interpose.runtime.split.split import Split
-from lora import lora, stock
+from lora import lora, reconfigured, stock
 from models import tiny
 from recording import Kept
 from transformers import ViTConfig, ViTForImageClassification
@@ -247,14 +247,6 @@ def test_a_failure_inside_leaves_nothing_switched(raised: Exception, monkeypatch
 # -- loading ----------------------------------------------------------------------------------------------------
 
 
-def changed(tmp_path: Path, **settings: Any) -> Path:
-    folder = tmp_path / "changed"
-    shutil.copytree(lora("llama"), folder)
-    config = json.loads((folder / CONFIG).read_text())
-    (folder / CONFIG).write_text(json.dumps(config | settings))
-    return folder
-
-
 @pytest.mark.parametrize(
     ("settings", "said"),
     [
@@ -277,7 +269,7 @@ def test_what_more_than_single_layers_is_refused(tmp_path: Path, settings: dict[
     before = {name: value.clone() for name, value in loaded.model.state_dict().items()}
     tree = [name for name, _ in loaded.model.named_modules()]
     with pytest.raises(ConfigError, match=said):
-        with_adapters(loaded, {"c": changed(tmp_path, **settings)})
+        with_adapters(loaded, {"c": reconfigured("llama", tmp_path / "changed", **settings)})
     assert [name for name, _ in loaded.model.named_modules()] == tree
     assert not any(value.requires_grad for value in loaded.model.parameters())
     assert all(torch.equal(value, before[name]) for name, value in loaded.model.state_dict().items())

@@ -200,6 +200,16 @@ async def serving(settings: Settings, name: str, dtype: str = "float32") -> Asyn
         await host.close()
 
 
+@asynccontextmanager
+async def at_work(host: Host) -> AsyncIterator[None]:
+    """A copy that runs jobs until the block is left, and stops in order."""
+    stop = asyncio.Event()
+    running = asyncio.create_task(host.run(stop))
+    yield
+    stop.set()
+    await asyncio.wait_for(running, 10)
+
+
 async def told_to_go(*hosts: Host) -> None:
     """Run copies that are told to stop at once, to their end."""
     stop = asyncio.Event()
@@ -238,14 +248,11 @@ async def test_a_copy_runs_what_its_successor_cannot_before_it_goes(settings: Se
         async with serving(settings, "w2", "bfloat16") as new:
             refused = await gateway.post(again)
             assert (refused.status_code, refused.json()["code"]) == (409, "model_updated")
-            stop = asyncio.Event()
-            running = asyncio.create_task(new.run(stop))
-            await told_to_go(old)
-            assert await statuses(gateway, jobs) == {"completed"}
-            (late,) = await handed_in(gateway, 1)
-            assert (await ended(gateway, late))[-1].body["status"] == "completed"
-            stop.set()
-            await asyncio.wait_for(running, 10)
+            async with at_work(new):
+                await told_to_go(old)
+                assert await statuses(gateway, jobs) == {"completed"}
+                (late,) = await handed_in(gateway, 1)
+                assert (await ended(gateway, late))[-1].body["status"] == "completed"
 
 
 async def test_where_the_copies_of_another_revision_are_gone_one_that_is_left_is_what_is_served(
@@ -254,21 +261,19 @@ async def test_where_the_copies_of_another_revision_are_gone_one_that_is_left_is
     """Else the model would be ready, and its jobs wait for copies that are gone."""
     monkeypatch.setattr(hosting, "STAND_IN_S", 0.1)
     async with labs(settings) as gateway, serving(settings, "w1") as old, serving(settings, "w2", "bfloat16"):
-        models, stop = gateway.broker.models, asyncio.Event()
+        models = gateway.broker.models
         (job,) = await handed_in(gateway, 1)
-        running = asyncio.create_task(old.run(stop))
-        await asyncio.sleep(0.3)
-        assert not await models.outlived("tiny", "w1") and await statuses(gateway, [job]) == {"queued"}
-        await models.announce("tiny", "w2", ModelState.STOPPED)
-        await models.announce("tiny", "w3", ModelState.LOADING)
-        assert not await models.outlived("tiny", "w1"), "that may be its like"
-        await models.announce("tiny", "w3", ModelState.STOPPED)
-        assert (await ended(gateway, job))[-1].body["error"]["code"] == "model_updated"
-        gateway.app.state.parts.catalogue.forget("tiny")
-        (late,) = await handed_in(gateway, 1)
-        assert (await ended(gateway, late))[-1].body["status"] == "completed"
-        stop.set()
-        await asyncio.wait_for(running, 10)
+        async with at_work(old):
+            await asyncio.sleep(0.3)
+            assert not await models.outlived("tiny", "w1") and await statuses(gateway, [job]) == {"queued"}
+            await models.announce("tiny", "w2", ModelState.STOPPED)
+            await models.announce("tiny", "w3", ModelState.LOADING)
+            assert not await models.outlived("tiny", "w1"), "that may be its like"
+            await models.announce("tiny", "w3", ModelState.STOPPED)
+            assert (await ended(gateway, job))[-1].body["error"]["code"] == "model_updated"
+            gateway.app.state.parts.catalogue.forget("tiny")
+            (late,) = await handed_in(gateway, 1)
+            assert (await ended(gateway, late))[-1].body["status"] == "completed"
 
 
 async def test_who_sends_a_job_again_has_a_cold_model_that_was_changed_loaded(settings: Settings) -> None:
@@ -311,12 +316,9 @@ async def test_what_waited_without_a_copy_while_the_model_changed_ends_with_the_
         jobs = await handed_in(gateway, 1)
         await gateway.broker.specs.put(spec(dtype="bfloat16"))
         async with serving(settings, "w2", "bfloat16") as new:
-            stop = asyncio.Event()
-            running = asyncio.create_task(new.run(stop))
-            error = (await ended(gateway, jobs[0]))[-1].body["error"]
+            async with at_work(new):
+                error = (await ended(gateway, jobs[0]))[-1].body["error"]
             assert error["code"] == "model_updated" and "while your job waited" in error["message"]
-            stop.set()
-            await asyncio.wait_for(running, 10)
 
 
 async def test_one_that_only_makes_way_leaves_jobs_to_the_next(settings: Settings) -> None:
@@ -325,13 +327,9 @@ async def test_one_that_only_makes_way_leaves_jobs_to_the_next(settings: Setting
         await told_to_go(old)
         assert "queued" in await statuses(gateway, jobs)
         again = await handed_in(gateway, 1)
-        async with serving(settings, "w2") as new:
-            stop = asyncio.Event()
-            running = asyncio.create_task(new.run(stop))
+        async with serving(settings, "w2") as new, at_work(new):
             for job in jobs + again:
                 assert (await ended(gateway, job))[-1].body["status"] == "completed"
-            stop.set()
-            await asyncio.wait_for(running, 10)
 
 
 async def test_a_cold_model_takes_nothing_that_was_recorded_against_what_it_was(settings: Settings) -> None:

@@ -44,13 +44,17 @@ class Serve:
         return {"big": self}
 
 
-async def test_it_is_ready_once_the_version_that_is_wanted_is(broker: Broker) -> None:
-    """A copy of the version before runs jobs all the while."""
+async def updating(broker: Broker) -> tuple[Loading, Serve, list[str]]:
+    """A new version on its way, while a copy of the one before runs jobs; and what is told of it."""
     told: list[str] = []
     serve = Serve("DEPLOYING")
-    loading = Loading([SPEC], told.append, serve.states)
     await broker.specs.put(SPEC)
     await broker.models.publish("big", "old", tiny_manifest(), "")
+    return Loading([SPEC], told.append, serve.states), serve, told
+
+
+async def test_it_is_ready_once_the_version_that_is_wanted_is(broker: Broker) -> None:
+    loading, serve, told = await updating(broker)
     assert not await loading.over(broker) and not told
     serve.status = "RUNNING"
     assert await loading.over(broker)
@@ -58,11 +62,7 @@ async def test_it_is_ready_once_the_version_that_is_wanted_is(broker: Broker) ->
 
 
 async def test_a_version_that_fails_beside_the_one_before_is_told_with_the_reason(broker: Broker) -> None:
-    told: list[str] = []
-    serve = Serve("DEPLOYING")
-    loading = Loading([SPEC], told.append, serve.states)
-    await broker.specs.put(SPEC)
-    await broker.models.publish("big", "old", tiny_manifest(), "")
+    loading, serve, told = await updating(broker)
     assert not await loading.over(broker)
     await broker.models.announce("big", "new", ModelState.FAILED, ConfigError("there is no folder /nowhere"))
     serve.status = "DEPLOY_FAILED"
@@ -77,10 +77,7 @@ async def test_a_version_that_fails_beside_the_one_before_is_told_with_the_reaso
 
 
 async def test_what_is_waited_for_is_said_and_not_for_ever(broker: Broker, monkeypatch: pytest.MonkeyPatch) -> None:
-    told: list[str] = []
-    loading = Loading([SPEC], told.append, Serve("DEPLOYING").states)
-    await broker.specs.put(SPEC)
-    await broker.models.publish("big", "old", tiny_manifest(), "")
+    loading, _, told = await updating(broker)
     monkeypatch.setattr(awaiting, "SLOW_S", 0.0)
     assert not await loading.over(broker)
     await asyncio.sleep(0.01)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -20,12 +19,12 @@ from interpose.graph.manifest import fingerprint
 from interpose.runtime import adapters
 from interpose.runtime.engine import Engine, EngineJob
 from interpose.runtime.loading import load, with_adapters
-from interpose.runtime.lora import CONFIG, WEIGHTS
+from interpose.runtime.lora import WEIGHTS
 from interpose.runtime.lora import load as load_lora
 from interpose.runtime.partial_loading import outside
 from interpose.runtime.split.placeholders import settled
 from interpose.runtime.split.shard import Shard
-from lora import lora
+from lora import lora, reconfigured
 from models import tiny
 from safetensors.torch import load_file, save_file
 from sharding import assembled
@@ -412,14 +411,6 @@ def test_a_failure_on_a_shard_leaves_nothing_switched(raised: Exception, monkeyp
 # -- refusals ---------------------------------------------------------------------------------------------------
 
 
-def changed(tmp_path: Path, **settings: Any) -> Path:
-    made = tmp_path / "changed"
-    shutil.copytree(lora("llama"), made)
-    config = json.loads((made / CONFIG).read_text())
-    (made / CONFIG).write_text(json.dumps(config | settings))
-    return made
-
-
 @pytest.mark.parametrize(
     "settings",
     [
@@ -431,7 +422,7 @@ def changed(tmp_path: Path, **settings: Any) -> Path:
     ],
 )
 def test_what_does_not_fit_is_refused_with_the_same_reason(tmp_path: Path, settings: dict[str, Any]) -> None:
-    source = {"c": changed(tmp_path, **settings)}
+    source = {"c": reconfigured("llama", tmp_path / "changed", **settings)}
     reasons = []
     for loading in (lambda: load(tiny("llama"), adapters=source), lambda: assembled(tiny("llama"), 2, source)):
         with pytest.raises(ConfigError) as refused:
