@@ -8,14 +8,16 @@ import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
 from interpose import LanguageModel
-from interpose.errors import ReplicaLost
+from interpose.errors import LimitExceeded, ReplicaLost
+from interpose.graph.limits import UNLIMITED
 from interpose.graph.manifest import fingerprint
-from interpose.runtime.engine import Engine
+from interpose.runtime.engine import Engine, EngineJob
 from interpose.runtime.loading import load
 from interpose_server.shards.process import stand
 from lora import lora
@@ -23,6 +25,8 @@ from models import tiny
 from processes import Running, spread
 
 PROMPTS = ["The capital of France is", "When Mary and John went to the store, John gave a drink to"]
+
+LIMITS = replace(UNLIMITED, flops=5_000_000)
 
 ADAPTERS = {"a": lora("gpt2", targets=["wte", "c_attn", "c_proj", "c_fc"])}
 
@@ -104,6 +108,26 @@ def test_lanes_share_one_engine_and_keep_apart(running: Running) -> None:
         for found in pool.map(lambda lane: [read(lane) for _ in range(3)][-1], lanes):
             for name, value in alone.items():
                 assert torch.equal(found[name].detach(), value.detach()), name
+
+
+@pytest.mark.slow
+def test_what_a_job_may_do_is_counted_over_all_processes(running: Running, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = Engine.run
+
+    def limited(self: Engine, jobs: list[EngineJob], *args: Any, **kwargs: Any) -> Any:
+        return run(self, [replace(job, limits=LIMITS) for job in jobs], *args, **kwargs)
+
+    monkeypatch.setattr(Engine, "run", limited)
+    ends = []
+    for loaded in (running.home.loaded, load(tiny("gpt2"), name="tiny", device="cpu", adapters=ADAPTERS)):
+        model = language(Engine(loaded))
+        with pytest.raises(LimitExceeded) as info, model.trace([7, 21, 90, 33, 150, 61]):
+            for block in model.transformer.h:
+                chosen = block.output.masked_select(block.output > 0)
+                (chosen[:, None] @ chosen[None]).sum().save()
+        ends.append((info.value.node, info.value.details, info.value.source))
+    assert ends[0] == ends[1]
+    assert ends[0][0] > 14, "in the last of three blocks, the second of that process"
 
 
 def test_a_shard_without_a_secret_or_of_no_blocks_is_none() -> None:

@@ -18,8 +18,8 @@ class Limits:
     payload_bytes: of the submission, inline attachments included.
     attachments, attachment_bytes: number; size of each.
     result_bytes: all saves of the job together.
-    memory_bytes: what its values may take while it runs, beyond the model's own.
-    flops: floating-point operations of its own nodes, beyond the model's.
+    memory_bytes: what its values may take while it runs, beyond the model's own; on a split model, in each process.
+    flops: floating-point operations of its own nodes, beyond the model's; on a split model, of all processes.
     wall_s: seconds from its start on a worker.
     """
 

@@ -33,6 +33,7 @@ from .saving import Saves
 from .sink import Sink
 from .skipped import ABSENT, LATER, SKIPPED, NoValue
 from .slots import RunValues, Touched
+from .spent import Spent
 from .world import World
 
 if TYPE_CHECKING:
@@ -63,6 +64,7 @@ class Interpreter:
         *,
         exclusive: bool = False,
         own: Plan | None = None,
+        site: int = 0,
     ) -> None:
         self.plan = plan
         self.own = own or plan
@@ -82,7 +84,7 @@ class Interpreter:
         self.doubtful = False
         self.narrowed: frozenset[int] = frozenset()
         """Reads that are given the last position alone."""
-        self.flops = 0
+        self.spent = Spent(limits, site)
         self.held = Held(limits)
         self.gradients = Gradients(self)
         self.away: Away | None = None
@@ -394,6 +396,5 @@ class Interpreter:
 
     def afford(self, peak_bytes: int, flops: int) -> None:
         """Raises LimitExceeded if there is no room for so much more beside what is held."""
-        self.flops += flops
         self.limits.check("memory_bytes", self.held.bytes + peak_bytes)
-        self.limits.check("flops", self.flops)
+        self.spent.add(flops)

@@ -10,13 +10,14 @@ from typing import TYPE_CHECKING, Any
 
 from ...errors import InternalError
 from ...graph.codec import encode_graph
-from .letters import deliver, error_from_nest, letters
+from ..failures import located
+from .letters import deliver, error_from_nest, letters, of_spent, spent_letters
 from .route import HOME, Mail, Nest, Route
 from .sites import EVERY, Division
 from .split import Split
 
 if TYPE_CHECKING:
-    from ...graph.model import Graph
+    from ...graph.model import Graph, Node
     from ..interpreter import Interpreter
 
 _NUMBERS = itertools.count(1)
@@ -62,6 +63,7 @@ class Away:
             "owner": self._owner,
             "exclusive": job.exclusive,
             "gone": sorted(job.saves.gone),
+            "spent": job.spent.told,
             "address": getattr(job.sink, "address", None),
         }
 
@@ -73,7 +75,7 @@ class Away:
     def mail(self, site: int) -> list[Mail]:
         """What waits to be sent to a shard."""
         self._collect()
-        return self._outbox.pop(site, [])
+        return [*self._outbox.pop(site, ()), *spent_letters(self._job, self.number, [site])]
 
     def _collect(self) -> None:
         for one in letters(self._job, self.number, self.division.sent.get(HOME, {})):
@@ -84,23 +86,30 @@ class Away:
         for one in mail:
             if one.to == HOME:
                 deliver(self._job, one, only)
-            else:
+            elif not of_spent(one):  # of that home hears by reports
                 self._outbox.setdefault(one.to, []).append(one)
 
     def hear(self, told: Nest) -> None:
         """What a shard reports: saves, lines of the log, how it failed."""
         job, nodes = self._job, self._job.nodes
+        job.spent.learn(told["spent"])
         job.gradients.reached(told["reached"])
         with job.guard():
             for node, text in told["logs"]:
                 job.saves.tell(nodes[node], text)
             for node, saved in told["saves"]:
-                job.saves.adopt(nodes[node], saved, partial(self._stored, told["site"]))
+                self._adopt(nodes[node], saved, told["site"])
         error = error_from_nest(told["error"], nodes)
         if told["doubtful"]:
             job.doubt()
         elif error is not None:
             job.fail(error)
+
+    def _adopt(self, node: Node, saved: Nest, site: int) -> None:
+        try:
+            self._job.saves.adopt(node, saved, partial(self._stored, site))
+        except Exception as error:
+            raise located(error, node) from error
 
     def _stored(self, site: int, token: int) -> Any:
         return self._route.errand(site, "stored", {"token": token})

@@ -19,9 +19,9 @@ from ..prepared import Preparation
 from ..rows import Span
 from ..world import World
 from .calling import CALL, PARAMETER, Elsewhere, Owned
-from .letters import by_job, deliver, error_to_nest, letters
+from .letters import by_job, deliver, error_to_nest, letters, of_spent, spent_letters
 from .route import Mail, Nest
-from .sites import Sites, divide
+from .sites import Division, Sites, divide
 from .station import way
 
 
@@ -80,14 +80,13 @@ class _Outlet:
 class Part:
     """One job's part on this shard."""
 
-    def __init__(
-        self, site: int, number: int, job: Interpreter, outlet: _Outlet, sent: Mapping[int, Sequence[int]]
-    ) -> None:
+    def __init__(self, site: int, number: int, job: Interpreter, outlet: _Outlet, division: Division) -> None:
         self.site = site
         self.number = number
         self.job = job
         self._outlet = outlet
-        self._sent = sent
+        self._sent = division.sent.get(site, {})
+        self._others = division.used - {site}
         self._told: set[int] = set()
 
     def start(self) -> None:
@@ -95,6 +94,11 @@ class Part:
 
     def mail(self) -> list[Mail]:
         return letters(self.job, self.number, self._sent)
+
+    def onward(self, *, back: bool) -> list[Mail]:
+        """What the job has used by now, for the shards to which a forward, or a backward, may come from here."""
+        sites = (site for site in self._others if (site < self.site) is back)
+        return spent_letters(self.job, self.number, sites)
 
     def report(self) -> Nest:
         """What home hasn't heard yet."""
@@ -109,6 +113,7 @@ class Part:
             "saves": saves,
             "logs": logs,
             "reached": sorted(reached),
+            "spent": self.job.spent.told,
             "error": error_to_nest(job.error),
             "doubtful": job.doubtful,
         }
@@ -145,7 +150,7 @@ class Graphs:
     ) -> tuple[Tensor | None, Nest, Sequence[Mail]]:
         if work is None:
             hidden: Tensor | None = run()
-            return hidden, *self._answers(self._deliver(mail))
+            return hidden, *self._answers(self._deliver(self._heard(mail)))
         try:
             return self._serve(work, mail, run)
         except BaseException:
@@ -157,8 +162,7 @@ class Graphs:
         self, work: Nest, mail: Sequence[Mail], run: Callable[[], Tensor]
     ) -> tuple[Tensor | None, Nest, Sequence[Mail]]:
         """Run the blocks with the jobs' graphs around them."""
-        for told in work["jobs"]:
-            self._begin(told)
+        mail = self._begin_all(work["jobs"], mail)
         placed = [self._placed(part) for part in work["parts"]]
         parts = [self._parts[part["number"]] for part in work["parts"]]
         for own, part in zip(placed, work["parts"], strict=True):
@@ -191,14 +195,23 @@ class Graphs:
                 deliver(part.job, one, part.job.plan.upstream if backward else None)
         return found
 
-    def _answers(self, parts: Sequence[Part]) -> tuple[Nest, Sequence[Mail]]:
+    def _heard(self, mail: Sequence[Mail]) -> list[Mail]:
+        """Note what jobs have used elsewhere. Returns the other mail."""
+        for one in filter(of_spent, mail):
+            # A job that begins here only later is told of it then.
+            if (part := self._parts.get(one.address[0])) is not None:
+                part.job.spent.learn(one.value)
+        return [one for one in mail if not of_spent(one)]
+
+    def _answers(self, parts: Sequence[Part], *, back: bool = False) -> tuple[Nest, Sequence[Mail]]:
         own = list(dict.fromkeys(parts))
-        mail = [one for part in own for one in part.mail()]
+        mail = [one for part in own for one in (*part.mail(), *part.onward(back=back))]
         return [part.report() for part in own], mail
 
     # -- backwards ---------------------------------------------------------------------------------------------
 
     def wave(self, work: Nest, mail: Sequence[Mail], run: Callable[[], None]) -> tuple[Nest, Sequence[Mail]]:
+        mail = self._heard(mail)
         asked = [(self._parts[told["number"]], told["asked"]) for told in work or ()]
         for part, pairs in asked:
             part.start()
@@ -215,7 +228,7 @@ class Graphs:
             with part.job.guard():
                 if part.job.error is None:
                     part.job.go_on()
-        return self._answers(parts)
+        return self._answers(parts, back=True)
 
     # -- beside forwards ---------------------------------------------------------------------------------------
 
@@ -234,7 +247,15 @@ class Graphs:
         with torch.no_grad():
             return work[name](request)
 
-    def _begin(self, told: Nest) -> Part:
+    def _begin_all(self, jobs: Sequence[Nest], mail: Sequence[Mail]) -> list[Mail]:
+        """Begin jobs that are new here, with what the mail says they have used. Returns the other mail."""
+        new = [self._known(told) for told in jobs]
+        mail = self._heard(mail)
+        for part in new:
+            self._begin(part)
+        return mail
+
+    def _known(self, told: Nest) -> Part:
         graph = decode_graph(told["graph"])
         limits = Limits(**told["limits"])
         # Its parameters are this shard's own business, its attachments come by mail.
@@ -243,17 +264,21 @@ class Graphs:
         outlet = _Outlet(told["address"], limits, self._exit)
         job = Interpreter(
             plan, report.known, {}, outlet, limits, self._world, set(told["gone"]), {},
-            exclusive=told["exclusive"], own=division.part(self._site),
+            exclusive=told["exclusive"], own=division.part(self._site), site=self._site,
         )  # fmt: skip
-        part = Part(self._site, told["number"], job, outlet, division.sent.get(self._site, {}))
-        self._parts[part.number] = part
-        part.start()
-        job.begin()
-        self._deliver(self._early.pop(part.number, ()))
+        job.spent.learn(told["spent"])
+        part = self._parts[told["number"]] = Part(self._site, told["number"], job, outlet, division)
         return part
 
+    def _begin(self, part: Part) -> None:
+        part.start()
+        part.job.begin()
+        self._deliver(self._early.pop(part.number, ()))
+
     def _begun(self, told: Nest) -> Nest:
-        return self._answer(self._begin(told))
+        part = self._known(told)
+        self._begin(part)
+        return self._answer(part)
 
     def _end_run(self, request: Nest) -> Nest:
         part = self._parts[request["number"]]
@@ -261,9 +286,8 @@ class Graphs:
         return self._answer(part)
 
     def _settle(self, request: Nest) -> Nest:
-        for told in request["jobs"]:
-            self._begin(told)
-        self._deliver([Mail(self._site, (number, node), value) for number, node, value in request["mail"]])
+        mail = [Mail(self._site, (number, node), value) for number, node, value in request["mail"]]
+        self._deliver(self._begin_all(request["jobs"], mail))
         return [self._answer(self._parts[number]) for number in request["numbers"]]
 
     def _answer(self, part: Part) -> Nest:

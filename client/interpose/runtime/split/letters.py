@@ -11,6 +11,9 @@ from ..interpreter import Interpreter
 from ..skipped import ABSENT, SKIPPED, NoValue
 from .route import Mail, Nest
 
+SPENT = "spent"
+"""In the place of a node in the address of mail: what the job has used by now, for whoever works for it next."""
+
 _NO_VALUE: Mapping[str, NoValue] = {"skipped": SKIPPED, "absent": ABSENT}
 
 
@@ -34,6 +37,16 @@ def _packed(value: Any, marks: tuple[bool, Any]) -> Nest:
     if isinstance(value, NoValue):
         return {"none": next(name for name, no in _NO_VALUE.items() if no is value), **noted}
     return {"value": value, **noted}
+
+
+def spent_letters(job: Interpreter, number: int, sites: Iterable[int]) -> list[Mail]:
+    """What a job has used, for those it may come to next; none while it has used nothing that is counted so."""
+    told = job.spent.told
+    return [Mail(site, (number, SPENT), told) for site in sites] if told else []
+
+
+def of_spent(mail: Mail) -> bool:
+    return bool(mail.address[1] == SPENT)
 
 
 def error_to_nest(error: InterposeError | None) -> Nest:
