@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from interpose.errors import BadArgument, InternalError
+from interpose.errors import BadArgument, InternalError, JobTimeout
 from interpose.graph.limits import Limits
 from interpose.graph.model import Graph, Node, Point
 from interpose.graph.values import Ref
@@ -110,6 +110,23 @@ async def test_no_memory_for_a_copy_fails_the_job_and_the_next_runs(
         monkeypatch.delitem(leaving.STARTS, "cpu")
         await gateway.post(second)
         assert (await ended(gateway, second))[-1].body["status"] == "completed"
+
+
+def test_who_waits_for_room_waits_no_longer_than_the_job_may_take() -> None:
+    published: list[Any] = []
+    backlog = Backlog(1000)
+    assert backlog.fits(1000), "what a broker that is away hasn't taken yet"
+    job = new_job()
+    claim = Claim("ada/x", "ada", job.id, 1, b"", "", job.footprint, 60.0, False, "")
+    sink = JobSink(claim, Limits(wall_s=0.1), backlog, lambda sink, item: published.append(item))
+    sink.start()
+    began = time.monotonic()
+    with pytest.raises(JobTimeout):
+        sink.save(1, torch.ones(100))
+    assert time.monotonic() - began < 5
+    assert backlog.waited_s == 0
+    backlog.remove(1000)
+    assert backlog.fits(1000) and not published
 
 
 def test_what_cannot_be_sent_is_told_on_the_engines_thread_and_holds_no_room(monkeypatch: Any) -> None:

@@ -102,13 +102,18 @@ class Backlog:
         self._since: float | None = None
         """When somebody began to wait."""
 
-    def add(self, size: int, give_up: Callable[[], bool]) -> None:
+    def add(self, size: int, give_up: Callable[[], bool]) -> bool:
+        """Add bytes once there is room for them, or never if whoever waits gives up. Returns which."""
         with self._changed:
-            while self._bytes and self._bytes + size > self._most and not give_up():
+            while self._bytes and self._bytes + size > self._most:
+                if give_up():
+                    self._since = None
+                    return False
                 self._since = self._since or time.monotonic()
                 self._changed.wait(0.5)
             self._since = None
             self._bytes += size
+            return True
 
     @property
     def waited_s(self) -> float:
@@ -188,7 +193,9 @@ class JobSink:
         self._bytes += size
         self.limits.check("result_bytes", self._bytes)
         # Before it begins to leave: on its way it takes memory of this machine's.
-        self._backlog.add(size, lambda: self.stopped is not None)
+        if not self._backlog.add(size, self._over):
+            assert self.stopped is not None
+            raise self.stopped
         try:
             saved = Saved(node, tree, tuple(map(leave, tensors)))
         except BaseException:
@@ -220,12 +227,17 @@ class JobSink:
             self._publish(self, Grown(run, step, tuple(ids)))
 
     def cancelled(self) -> bool:
+        if self._over():
+            assert self.stopped is not None
+            raise self.stopped
+        return False
+
+    def _over(self) -> bool:
+        """Whether the job is to end here."""
         if self.stopped is None and time.monotonic() > self._deadline:
             self.stop(
                 JobTimeout(
                     f"the job ran for more than {self.limits.wall_s:g} s", details={"allowed_s": self.limits.wall_s}
                 )
             )
-        if self.stopped is not None:
-            raise self.stopped
-        return False
+        return self.stopped is not None
