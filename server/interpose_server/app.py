@@ -20,7 +20,7 @@ from .metrics import Metrics, count
 from .notifier import Notifier
 from .parts import Parts
 from .positions import Positions
-from .reaching import FRESH_S, STORED_FRESH_S, look, reaches
+from .reaching import ANSWERS_S, FRESH_S, STORED_FRESH_S, look, reaches
 from .recent import Recent
 from .routes import admin, admin_models, health, jobs, me, models, pages, stream, tensors
 from .settings import Settings
@@ -34,6 +34,8 @@ ROUTERS = (jobs, models, tensors, me, admin, admin_models, stream, health, pages
 def create_app(settings: Settings, broker: Broker, blobs: Blobs) -> FastAPI:
     """The app over a broker and a blob store, both of which stay the caller's to close."""
     metrics = Metrics()
+    stored = Recent(partial(reaches, blobs), STORED_FRESH_S, ANSWERS_S)
+    used = Recent(partial(blobs.ask, blobs.used), 0.0, ANSWERS_S)
     parts = Parts(
         settings=settings,
         broker=broker,
@@ -41,8 +43,8 @@ def create_app(settings: Settings, broker: Broker, blobs: Blobs) -> FastAPI:
         catalogue=Catalogue(broker.models, broker.specs),
         notifier=Notifier(broker),
         positions=Positions(broker.queue, settings.position_s),
-        reached=Recent(partial(look, broker, Recent(partial(reaches, blobs), STORED_FRESH_S)), FRESH_S),
-        figures=Recent(partial(count, broker, blobs), FRESH_S),
+        reached=Recent(partial(look, broker, stored), FRESH_S),
+        figures=Recent(partial(count, broker, used), FRESH_S),
         stopping=asyncio.Event(),
         rate=RateLimit(settings.rate_per_s, settings.rate_burst),
         metrics=metrics,

@@ -2,38 +2,64 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import asyncio
+import math
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import TypeAlias, TypeVar
 
+from interpose.errors import StorageUnavailable
 from interpose.wire.status import JobStatus
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+from redis.exceptions import RedisError
 
-from .blobs import Blobs
 from .broker.connect import Broker
 from .broker.models import Hosted
 from .broker.queue import Demand
 from .broker.states import ModelState
+from .reaching import ANSWERS_S
+from .tasks import within
+
+T = TypeVar("T")
 
 _BUCKETS = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.25, 1.0, 5.0, 30.0)
 
 
+_Model: TypeAlias = tuple[Hosted, Demand, Mapping[str, int]]
+
+
 @dataclass(frozen=True, slots=True)
 class Figures:
-    """What broker and blob store know.
+    """What broker and blob store know; None of one that didn't answer.
 
     Attributes:
         models: how each is, what is asked of it, its tally.
     """
 
-    models: Sequence[tuple[Hosted, Demand, Mapping[str, int]]]
-    blob_bytes: int
+    models: Sequence[_Model] | None
+    blob_bytes: int | None
 
 
-async def count(broker: Broker, blobs: Blobs) -> Figures:
-    models = await broker.models.list()
-    queue = broker.queue
-    known = [(model, await queue.demand(model.name), await queue.tally(model.name)) for model in models]
-    return Figures(known, await blobs.ask(blobs.used))
+async def count(broker: Broker, used: Callable[[], Awaitable[int]]) -> Figures:
+    """Within a few seconds, whatever has become of broker and store.
+
+    Args:
+        used: bytes in the blob store; raises TimeoutError before long, or what the store does.
+    """
+    asked = _answer(within(ANSWERS_S, _models(broker))), _answer(used())
+    return Figures(*await asyncio.gather(*asked))
+
+
+async def _models(broker: Broker) -> list[_Model]:
+    models, queue = await broker.models.list(), broker.queue
+    return [(model, await queue.demand(model.name), await queue.tally(model.name)) for model in models]
+
+
+async def _answer(asked: Awaitable[T]) -> T | None:
+    try:
+        return await asked
+    except (RedisError, StorageUnavailable, OSError):
+        return None
 
 
 class Metrics:
@@ -54,6 +80,8 @@ class Metrics:
         self.tokens = Counter(
             "interpose_tokens", "Tokens of the jobs accepted, padding included", ["model"], registry=self.registry
         )
+        self.broker = Gauge("interpose_broker_up", "1 if the broker answers", registry=self.registry)
+        self.storage = Gauge("interpose_storage_up", "1 if the blob store answers", registry=self.registry)
         self.waiting = self._gauge("interpose_waiting", "Jobs waiting")
         self.running = self._gauge("interpose_running", "Jobs on a worker")
         self.oldest = self._gauge("interpose_oldest_wait_seconds", "How long the job has waited that waits longest")
@@ -76,8 +104,10 @@ class Metrics:
         told = (self.waiting, self.running, self.oldest, self.ready, self.copies, self.batches, self.ran, self.busy)
         for gauge in (*told, self.ended, self.started, self.requeued, self.waited):
             gauge.clear()  # Models come and go.
-        self.blob_bytes.set(figures.blob_bytes)
-        for hosted, demand, tally in figures.models:
+        self.broker.set(figures.models is not None)
+        self.storage.set(figures.blob_bytes is not None)
+        self.blob_bytes.set(math.nan if figures.blob_bytes is None else figures.blob_bytes)
+        for hosted, demand, tally in figures.models or ():
             name = hosted.name
             self.waiting.labels(name).set(demand.waiting)
             self.running.labels(name).set(demand.running)

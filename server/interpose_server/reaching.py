@@ -12,6 +12,10 @@ from .blobs import Blobs
 from .broker.connect import Broker
 from .broker.models import Hosted
 from .broker.states import ModelState
+from .tasks import within
+
+ANSWERS_S = 3.0
+"""Broker and blob store are given so long. Who asks for figures waits ten seconds as a rule, then asks again."""
 
 FRESH_S = 1.0
 STORED_FRESH_S = 2.0
@@ -37,17 +41,31 @@ class Reached:
 
 
 async def look(broker: Broker, stored: Callable[[], Awaitable[bool]]) -> Reached:
-    """Args: stored: whether the blob store answers."""
+    """Args: stored: whether the blob store answers; TimeoutError says that it hangs."""
     try:
-        models = await broker.models.list()
-        on_demand = bool(await broker.specs.list())
-        named = not any(key.models for key in await broker.accounts.list())
+        models, on_demand, named = await within(ANSWERS_S, _known(broker))
     except (RedisError, OSError):
         return Reached("no broker")
-    if not await stored():
+    if not await _in_time(stored):
         return Reached("no blob store", models, named)
     found = Reached("ok", models, named)
     return found if found.ready or on_demand else Reached("no model ready", models, named)
+
+
+async def _known(broker: Broker) -> tuple[Sequence[Hosted], bool, bool]:
+    """The models, whether any are loaded on demand, and whether whoever has no key may see their names."""
+    return (
+        await broker.models.list(),
+        bool(await broker.specs.list()),
+        not any(key.models for key in await broker.accounts.list()),
+    )
+
+
+async def _in_time(stored: Callable[[], Awaitable[bool]]) -> bool:
+    try:
+        return await stored()
+    except TimeoutError:
+        return False
 
 
 async def reaches(blobs: Blobs) -> bool:

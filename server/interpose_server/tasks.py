@@ -1,10 +1,12 @@
-"""Background tasks: waiting beside them, ending them."""
+"""Background tasks: waiting for them within a time, beside them, ending them."""
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Iterable
-from typing import Any
+from collections.abc import Awaitable, Iterable
+from typing import Any, TypeVar
+
+T = TypeVar("T")
 
 
 async def end(tasks: Iterable[asyncio.Task[Any]]) -> None:
@@ -34,3 +36,21 @@ async def either(bell: asyncio.Task[None], event: asyncio.Event, timeout_s: floa
         return bell.done()
     finally:
         await end([waiting])
+
+
+async def within(seconds: float, work: Awaitable[T]) -> T:
+    """What some work gives, if it does so in time. Raises TimeoutError.
+
+    What is late is cancelled, and not waited for: the Redis client may lose a cancellation, see `end`.
+    """
+    task = asyncio.ensure_future(work)
+    try:
+        done, _ = await asyncio.wait([task], timeout=seconds)
+        if not done:
+            raise TimeoutError
+        return task.result()
+    finally:
+        if not task.done():
+            task.cancel()
+            # Asked for, or the loop complains that nobody did.
+            task.add_done_callback(lambda late: late.cancelled() or late.exception())

@@ -6,6 +6,7 @@ import asyncio
 import hashlib
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import msgpack
@@ -17,10 +18,11 @@ from interpose.graph.model import Graph, Node
 from interpose.graph.values import TensorSpec
 from interpose.wire.submission import encode_submission_json
 from interpose.wire.tensors import digest
-from interpose_server import blob_keys
+from interpose_server import blob_keys, metrics, reaching
 from interpose_server.broker import keys
 from interpose_server.broker.queue import Outcome, Record, Report
 from interpose_server.reaching import FRESH_S
+from interpose_server.routes import health
 from interpose_server.settings import Settings
 from rig import Gateway, Valkey, make_settings, run_gateway, submission, tiny_graph, tiny_manifest
 from safetensors.numpy import load as load_safetensors
@@ -275,6 +277,43 @@ async def test_figures_need_an_admin(settings: Settings) -> None:
         await gateway.broker.models.forget("tiny")
         text = (await gateway.client.get("/metrics", headers=gateway.auth(admin))).text
         assert "interpose_waiting{" not in text, "of a model that is gone"
+
+
+async def test_what_a_gateway_says_of_itself_behind_a_broker_that_hangs(
+    valkey: Valkey, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for module in (health, metrics, reaching):
+        monkeypatch.setattr(module, "ANSWERS_S", 0.2)
+    async with run_gateway(make_settings(valkey, tmp_path, metrics_open=True)) as gateway:
+        await gateway.post(submission())
+        figures = (await gateway.client.get("/metrics")).text
+        assert "interpose_broker_up 1.0" in figures and "interpose_waiting{" in figures
+        await gateway.broker.redis.client_pause(2500)
+        await asyncio.sleep(FRESH_S)
+        began = time.monotonic()
+        # What is asked once is answered for all, however many they are.
+        found = await asyncio.gather(*(gateway.client.get("/metrics") for _ in range(40)))
+        ready = await gateway.client.get("/readyz")
+        assert time.monotonic() - began < 1.2
+        for answer in found:
+            assert answer.status_code == 200
+            assert "interpose_broker_up 0.0" in answer.text and "interpose_waiting{" not in answer.text
+            assert "interpose_storage_up 1.0" in answer.text and "interpose_requests_total{" in answer.text
+        assert (ready.status_code, ready.json()["status"]) == (503, "no broker")
+        await asyncio.sleep(2.5)
+        assert 'interpose_waiting{model="tiny"} 1.0' in (await gateway.client.get("/metrics")).text
+
+
+async def test_figures_for_keys_that_a_broker_which_hangs_holds(
+    settings: Settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(health, "ANSWERS_S", 0.2)
+    async with run_gateway(settings) as gateway:
+        await gateway.broker.redis.client_pause(1000)
+        began = time.monotonic()
+        answer = await gateway.client.get("/metrics")
+        assert (answer.status_code, answer.headers["retry-after"]) == (503, "1")
+        assert time.monotonic() - began < 0.9
 
 
 def test_the_process_asks_for_all_the_files_it_may_have() -> None:
