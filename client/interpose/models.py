@@ -97,7 +97,7 @@ class LanguageModel(Familiar, Traced):
             inputs: tensors that the model takes beside token ids, or in their place: `pixel_values=...`.
             remote: run on the server.
             blocking: False to go on while it runs; the tracer's `job` then has `status`, `result()`, `cancel()`.
-            timeout: seconds it may take.
+            timeout: seconds it may run on the server, from when a worker begins with it.
             batching: "exclusive" to share the forward with nobody, for results bitwise those of a plain forward.
             adapter: LoRA weights to run with beside the model's own, one of `model.adapters`.
             trace: False for the model's output right away, without a block.
@@ -125,7 +125,7 @@ class LanguageModel(Familiar, Traced):
         Inside an open block it makes that block's run a generation instead, and returns the saved token ids.
 
         Args:
-            adapter: as of a trace.
+            remote, blocking, timeout, batching, adapter: as of a trace.
             stream: a function that is given each new token as it comes, a `NewText`; or True, to find them among
                 the events of the job of a block with `blocking=False`.
             trace: False for all token ids right away, without a block.

@@ -6,15 +6,15 @@ import re
 import shlex
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
-import click
 import pytest
 import typer
 from interpose.cli.main import app
 from interpose_server.models.devices import Devices
 from interpose_server.models.packing import packs
 from interpose_server.models.planning import plan_for
-from interpose_server.models.spec import ClusterConfig, ModelSpec
+from interpose_server.models.spec import ClusterConfig
 from interpose_server.settings import PREFIX, Settings
 from published import written
 
@@ -42,9 +42,9 @@ def test_commands_are_understood(document: Path, tmp_path: Path, monkeypatch: py
         for word in words:
             if word.endswith(".pem"):
                 (tmp_path / word).touch()
-        group: click.Command = typer.main.get_command(app)
+        group: Any = typer.main.get_command(app)
         rest = list(words)
-        while isinstance(group, click.Group):
+        while hasattr(group, "commands"):
             name = rest.pop(0)
             assert name in group.commands, words
             group = group.commands[name]
@@ -68,15 +68,6 @@ def test_files_and_settings_hold(document: Path, tmp_path: Path, monkeypatch: py
         for name, value in re.findall(rf"^(?:export )?({PREFIX}\w+)=(.*)$", text, re.M):
             monkeypatch.setenv(name, value.strip("'"))
     Settings.read()
-
-
-def test_the_table_of_the_file_has_every_key() -> None:
-    text = (ROOT / "docs" / "cluster.md").read_text("utf-8").partition("## The file")[2].partition("\n## ")[0]
-    file, model = text.split("| of a model |")
-    for table, kind in ((file, ClusterConfig), (model, ModelSpec)):
-        told = [name for cell in re.findall(r"^\| (`.*?) \|", table, re.M) for name in re.findall(r"`(\w+)`", cell)]
-        assert set(told) == set(kind.model_fields), kind
-        assert len(told) == len(set(told))
 
 
 def test_the_guides_models_fit_on_the_machine_it_names(tmp_path: Path) -> None:

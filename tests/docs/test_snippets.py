@@ -17,7 +17,6 @@ from serving import INTERPOSE, Served, serve
 
 ROOT = Path(__file__).parents[2]
 DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("**/*.md"))]
-CODE_ROOTS = (ROOT / "client/interpose", ROOT / "server/interpose_server", ROOT)
 MODEL = "SmolLM2-135M-Instruct"
 END = "\x1e"
 
@@ -100,13 +99,3 @@ def serves(arguments: list[str], env: dict[str, str]) -> None:
                 process.send_signal(signal.SIGTERM)
     assert process.returncode == 0, "".join(told)
     assert any(line.startswith("ready at") for line in told), "".join(told)
-
-
-@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
-def test_files_that_are_named_exist(document: Path) -> None:
-    text = document.read_text()
-    for name in re.findall(r"`([a-z_]+(?:/[a-z_]+)*(?:\.py|/))`", text):
-        assert any((root / name).exists() for root in CODE_ROOTS), name
-    prose = re.sub(r"^```.*?^```$", "", text, flags=re.M | re.S)
-    for link in re.findall(r"\]\(([^)#:]+)\)", re.sub("`[^`]*`", "", prose)):
-        assert (document.parent / link).exists(), link

@@ -65,6 +65,9 @@ def test_an_operators_word_counts_more_than_a_measurement(tmp_path: Path) -> Non
     assert (own.tokens, own.memory_bytes, own.seconds, own.jobs) == (99, 5 << 20, 0.5, 1)
     assert told(own, found)["forward_tokens"] == 99 and told(own, found)["measured"]["tokens"] == 640
     assert "99 tokens a forward" in describe(own, found) and "measured in 1.0 s" in describe(own, found)
+    assert "(20 ms; one row of 16 12 ms" in describe(own, found)
+    slow = budget(Measured(640, 10 << 30, Cost(0.18, 0.0001)), Settings(data_dir=tmp_path), shared=True)
+    assert "one row of 16 0.18 s" in describe(slow, found)
 
 
 def test_a_containers_limit_counts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

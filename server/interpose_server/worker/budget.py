@@ -55,7 +55,12 @@ def describe(allowed: Budget, measured: Measured) -> str:
     cost = allowed.cost
     took = f"; measured in {measured.took_s:.1f} s" if measured.took_s else "; not measured"
     return (
-        f"up to {allowed.most:,} tokens a forward ({cost.forward(allowed.most):.2g} s; one row of 16 "
-        f"{cost.forward(16) * 1e3:.2g} ms, a step of a generation {cost.step(1) * 1e3:.2g} ms), "
+        f"up to {allowed.most:,} tokens a forward ({_time(cost.forward(allowed.most))}; one row of 16 "
+        f"{_time(cost.forward(16))}, a step of a generation {_time(cost.step(1))}), "
         f"{allowed.memory_bytes / 2**30:.1f} GB a batch{took}"
     )
+
+
+def _time(seconds: float) -> str:
+    """As "57 ms", "0.18 s"."""
+    return f"{seconds * 1e3:.2g} ms" if seconds < 0.0995 else f"{seconds:.2g} s"
