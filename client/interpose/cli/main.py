@@ -133,7 +133,7 @@ def status(data_dir: DataDir = None) -> None:
 @plainly
 def create_key(
     user: Annotated[str, typer.Option(help="Who will use it.")],
-    admin: Annotated[bool, typer.Option("--admin", help="May make keys, manage models and read /metrics, over HTTP.")] = False,
+    admin: Annotated[bool, typer.Option("--admin", help="May make keys, manage models, read figures.")] = False,
     models: Annotated[list[str] | None, typer.Option(help="Only these models; may be repeated.")] = None,
     data_dir: DataDir = None,
     redis_url: RedisUrl = None,
