@@ -85,6 +85,7 @@ class Familiar:
     to = cuda = half = float = bfloat16 = _moved
 
     def cpu(self) -> Any:
+        """The model itself: values arrive in this process's memory wherever it runs."""
         return self
 
     def requires_grad_(self, wanted: bool = True) -> Any:
@@ -120,7 +121,7 @@ class Familiar:
         """The model's output with hooks `fn(value, hook)` at TransformerLens's names.
 
         A hook is called once, while recording: it may change `value` in place or return another one. In it `if`
-        and `.item()` on what it was given can't be had, as in a block.
+        and `float()` on what it was given can't be had, as in a block.
 
         Args:
             fwd_hooks: pairs of a name, or a function that picks names, and the hook.
