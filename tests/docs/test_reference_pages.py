@@ -13,6 +13,7 @@ import typer
 from interpose.cli.main import app
 from interpose.config import CONFIG, Config
 from interpose.graph.limits import Limits
+from interpose_server.metrics import Metrics
 from interpose_server.models.spec import ClusterConfig, ModelSpec, Replicas
 from interpose_server.settings import OF_WORKERS, PREFIX, Settings
 
@@ -199,3 +200,21 @@ def test_every_command_and_option_is_told_once() -> None:
         for option, default in options(command).items():
             if default not in (None, False, "", "auto") and not callable(default):
                 assert value(dict(named)[option]) == default, (name, option)
+
+
+def test_every_figure_is_told_once() -> None:
+    own, seen = (DOCS / "figures.md").read_text("utf-8").split("What each gateway sees")
+    metrics = {id(metric): metric for metric in vars(Metrics()).values() if hasattr(metric, "_labelnames")}
+    known = {f"{one._name}{'_total' * (one._type == 'counter')}": one for one in metrics.values()}
+    found = [(name.strip("`"), labels, part is own) for part in (own, seen) for name, labels, _ in rows(part)]
+    assert sorted(name for name, *_ in found) == sorted(known)
+    for name, labels, alone in found:
+        assert tuple(filter(None, labels.split(", "))) == known[name]._labelnames, name
+        assert alone or known[name]._type == "gauge", name
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda path: path.name)
+def test_no_page_names_a_figure_there_isnt(page: Path) -> None:
+    known = {name for name, *_ in rows((DOCS / "figures.md").read_text("utf-8"))}
+    named = {f"`{name}`" for name in re.findall(r"`(interpose_[a-z_]+)`", page.read_text("utf-8"))}
+    assert named - {"`interpose_server`"} <= known

@@ -9,7 +9,6 @@ from interpose.errors import BY_CODE, InterposeError
 from interpose.graph.named import BLOCK, MODEL
 from interpose_server.broker.failures import SENTENCES
 from interpose_server.broker.states import ModelState
-from interpose_server.metrics import Metrics
 from interpose_server.settings import Settings
 
 DOCS = Path(__file__).parents[2] / "docs"
@@ -55,20 +54,3 @@ def test_states_and_reasons_are_all_told() -> None:
     text = (DOCS / "models-lifecycle.md").read_text()
     for name in ("hold_s", "patience_s", "scale_jobs", "scale_wait_s", "load_retry_s"):
         assert f"`INTERPOSE_SERVER_{name.upper()}` ({Settings.model_fields[name].default:g})" in text
-
-
-def test_figures_that_are_named_are_there() -> None:
-    """Those of each gateway alone are all told, beside those of broker and store."""
-    own, all_of_them = set(), set()
-    for family in Metrics().registry.collect():
-        name = f"{family.name}_total" if family.type == "counter" else family.name
-        all_of_them.add(name)
-        # What broker and store know is set anew each time: gauges, as these of the gateway alone.
-        if family.type != "gauge" or name.endswith(("_streams", "_downloads", "_up")):
-            own.add(name)
-    for page in DOCS.glob("*.md"):
-        assert set(re.findall(r"`(interpose_[a-z_]+)`", page.read_text("utf-8"))) <= {
-            *all_of_them,
-            "interpose_server",
-        }
-    assert set(re.findall(r"`(interpose_[a-z_]+)`", (DOCS / "storage.md").read_text("utf-8"))) == own
