@@ -41,8 +41,8 @@ _ADVICE = {
     ),
     "trace": "write with model.trace(...), or a plain function called in a block: it is recorded there",
     "register": "functions called in a block are recorded, not sent: leave it out",
-    "ndif_status": "interpose status lists a server's models",
-    "is_model_running": "interpose status lists a server's models",
+    "ndif_status": "interpose.client.fetch_models() lists the server's models, and how each is",
+    "is_model_running": "interpose.client.fetch_models() lists the server's models, and how each is",
     "session": "a session belongs to its model: with model.session():",
 }
 

@@ -60,7 +60,7 @@ def test_the_namespace_of_nnsight() -> None:
     assert nnsight.NNsight is interpose.Model and nnsight.CONFIG is CONFIG and nnsight.save is interpose.save
     with pytest.raises(UnknownOp, match="without a save"):
         nnsight.int(3)
-    with pytest.raises(UnknownOp, match="interpose status"):
+    with pytest.raises(UnknownOp, match="fetch_models"):
         nnsight.ndif_status()
 
 
