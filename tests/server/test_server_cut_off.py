@@ -156,7 +156,7 @@ async def test_one_of_a_model_that_was_taken_out_stays_unknown(settings: Setting
         await silent_for_long(gateway.broker)
         await gateway.broker.specs.remove("tiny")
         assert await models.retire("tiny")
-        assert host._rejoin is not None and not await host._rejoin()
+        assert host._known and not await host.broker.models.rejoin(*host._known)
         assert "tiny" not in await models.names()
 
 
@@ -168,7 +168,8 @@ async def test_where_others_came_meanwhile_they_are_what_is_served(settings: Set
         await models.announce("tiny", "w1", ModelState.STOPPED)
         served = keys.MODEL.format(model="tiny")
         await gateway.broker.redis.hset(served, "served", "another")
-        assert host._rejoin is not None and await host._rejoin() and not await host._rejoin()
+        assert host._known and await host.broker.models.rejoin(*host._known)
+        assert not await host.broker.models.rejoin(*host._known)
         assert (await models.get("tiny")).copies == READY
         assert await gateway.broker.redis.hget(served, "served") == b"another"
         own = await gateway.broker.redis.hget(keys.SERVED.format(model="tiny"), "w1")

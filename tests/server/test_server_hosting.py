@@ -16,6 +16,7 @@ from interpose.errors import ConfigError, ModelUnavailable, ReplicaLost, Storage
 from interpose.graph.manifest import decode_manifest
 from interpose.runtime.loading import load
 from interpose.wire.submission import Submission
+from interpose_server.broker import keys
 from interpose_server.broker.connect import Broker
 from interpose_server.broker.states import ModelState
 from interpose_server.models.spec import ModelSpec
@@ -253,6 +254,14 @@ async def test_a_copy_runs_what_its_successor_cannot_before_it_goes(settings: Se
                 assert await statuses(gateway, jobs) == {"completed"}
                 (late,) = await handed_in(gateway, 1)
                 assert (await ended(gateway, late))[-1].body["status"] == "completed"
+
+
+async def test_a_copy_whose_entry_is_another_versions_runs_what_it_owes_before_it_goes(settings: Settings) -> None:
+    async with labs(settings) as gateway, serving(settings, "w1") as host:
+        jobs = await handed_in(gateway)
+        await gateway.broker.redis.hset(keys.SPECS, "tiny", '{"spec": {"later": 1}, "removed": false}')
+        await told_to_go(host)
+        assert await statuses(gateway, jobs) == {"completed"}
 
 
 async def test_where_the_copies_of_another_revision_are_gone_one_that_is_left_is_what_is_served(

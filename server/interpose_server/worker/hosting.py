@@ -11,10 +11,10 @@ import logging
 import os
 import sys
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Mapping
 from contextlib import suppress
 from functools import partial
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import torch
 import transformers
@@ -38,6 +38,9 @@ from .loop import Worker
 log = logging.getLogger(__name__)
 
 Make: TypeAlias = Callable[[ModelSpec, Settings, str | None], Ready]
+
+_Known: TypeAlias = tuple[str, str, Manifest, str, Mapping[str, Any]]
+"""What the broker is told of a copy that is loaded: model, worker, manifest, tokenizer, budget."""
 
 WATCH_S = 0.5
 """How often a copy at rest is asked whether it can go on."""
@@ -87,10 +90,7 @@ class Host:
         self._workers: list[Worker] = []
         """One for each batch that is under way at once."""
         self._check: Callable[[], None] = lambda: None
-        self._describe: Callable[[], Awaitable[None]] | None = None
-        """Has the model serve what this copy does."""
-        self._rejoin: Callable[[], Awaitable[bool]] | None = None
-        """Tells of this copy again, if the broker knows nothing of it."""
+        self._known: _Known | None = None
 
     async def load(self) -> None:
         """Return once gateways know that it runs jobs.
@@ -160,14 +160,16 @@ class Host:
     async def _stand_in(self, stop: asyncio.Event) -> None:
         """Where copies of another revision came and went, have jobs be recorded against this one's again; where
         this one was taken for gone, as it was cut off, tell of it again."""
+        assert self._known is not None
+        models, name = self.broker.models, self.spec.name
         while not stop.is_set():
             await asyncio.sleep(STAND_IN_S)
             with suppress(RedisError, OSError):
-                if self._rejoin and await self._rejoin():
-                    log.warning("%s: this copy counted as gone; it is told of again", self.spec.name)
-                if self._describe and await self.broker.models.outlived(self.spec.name, self.name):
-                    log.warning("%s: the copies of another revision are gone", self.spec.name)
-                    await self._describe()
+                if await models.rejoin(*self._known):
+                    log.warning("%s: this copy counted as gone; it is told of again", name)
+                if await models.outlived(name, self.name):
+                    log.warning("%s: the copies of another revision are gone", name)
+                    await models.describe(*self._known)
 
     def _lane(self, number: int) -> str:
         """The name under which one of its workers has its leases."""
@@ -190,12 +192,19 @@ class Host:
         """Whether jobs are left that were recorded against what only this copy serves; no more are accepted."""
         models, name = self.broker.models, self.spec.name
         try:
-            entry = await self.broker.specs.find(name)
-            replaced = entry is not None and not entry.removed and entry.spec.weights != self.spec.weights
+            replaced = await self._replaced()
             return await models.close(name, self.name, replaced=replaced) and await models.owed(name, self.name)
         except (RedisError, OSError) as error:
             log.warning("what is left to do isn't known (%s); trying again", type(error).__name__)
             return True
+
+    async def _replaced(self) -> bool:
+        """Whether the model's next copy will serve something else. It may, where the entry can't be read."""
+        try:
+            entry = await self.broker.specs.find(self.spec.name)
+        except ConfigError:
+            return True
+        return entry is not None and not entry.removed and entry.spec.weights != self.spec.weights
 
     async def announce(self, state: ModelState, why: BaseException | None = None) -> None:
         await self.broker.models.announce(self.spec.name, self.name, state, why)
@@ -248,11 +257,8 @@ class Host:
             )
             for lane in range(ready.lanes)
         ]  # fmt: skip
-        manifest: Manifest = ready.manifest
         budget = told(ready.allowed, ready.measured)
-        known = self.spec.name, self.name, manifest, tokenizer, budget
-        self._describe = partial(self.broker.models.describe, *known)
-        self._rejoin = partial(self.broker.models.rejoin, *known)
+        known = self._known = (self.spec.name, self.name, ready.manifest, tokenizer, budget)
         await self._told(lambda: self.broker.models.publish(*known))
 
     async def _told(self, tell: Callable[[], Awaitable[object]]) -> None:
