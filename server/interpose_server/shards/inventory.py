@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence, Set
 from typing import Any
 
 import ray
@@ -15,8 +15,11 @@ from .cluster import MODELS_NOTE, Notes, has_gpus, total
 from .naming import actor_of, app_name, is_replica
 
 
-def inventory(workers: Iterable[str]) -> Inventory:
-    """Args: workers: those that are heard of, as the broker names them."""
+def inventory(workers: Iterable[str], waiting: Set[str]) -> Inventory:
+    """Args:
+    workers: those that are heard of, as the broker names them.
+    waiting: names of actors that have no place yet.
+    """
     kind = "GPU" if has_gpus() else "CPU"
     names, left = _names(), ray_internals.free_resources()
     nodes = {node: has[kind] for node, has in total().items() if has.get(kind)}
@@ -32,7 +35,7 @@ def inventory(workers: Iterable[str]) -> Inventory:
         ],
         takes=takes,
         holds={worker: parts for worker, parts in held if parts},
-        pending=_pending(takes, groups),
+        pending=_pending(takes, groups, waiting),
     )
 
 
@@ -64,10 +67,11 @@ def _held(
     return [(names.get(found.node, found.node[:8]), sum(takes[model]))] if model is not None else []
 
 
-def _pending(takes: Mapping[str, Sequence[float]], groups: Mapping[str, Mapping[str, Any]]) -> dict[str, int]:
+def _pending(
+    takes: Mapping[str, Sequence[float]], groups: Mapping[str, Mapping[str, Any]], waiting: Set[str]
+) -> dict[str, int]:
     """Model -> copies that have been asked for and have no place yet."""
-    names = {group["name"] for group in groups.values() if group["state"] == "PENDING"}
-    names |= ray_internals.waiting()
+    names = {group["name"] for group in groups.values() if group["state"] == "PENDING"} | waiting
     return {
         model: number for model in takes if (number := sum(is_replica(name, app_name(model)) for name in names))
     }

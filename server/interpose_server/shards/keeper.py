@@ -136,7 +136,7 @@ class Rounds:
         # First what jobs wait for: what Serve refuses of the catalogue it may refuse in every round.
         await reap_orphans(self.broker)
         await self.hanging.end(self.broker)
-        await end_unplaced()
+        waiting = await end_unplaced()
         revision = await self.broker.specs.revision()
         if revision != self._seen or time.monotonic() - self._applied_at > AGAIN_S:
             await self._apply(revision)
@@ -144,7 +144,7 @@ class Rounds:
         if time.monotonic() - self._shown_at > SHOWN_S:
             self._shown_at = time.monotonic()
             workers = [worker for hosted in await self.broker.models.list() for worker in hosted.copies]
-            await self.broker.specs.show(await asyncio.to_thread(inventory, workers))
+            await self.broker.specs.show(await asyncio.to_thread(inventory, workers, waiting))
 
     async def _apply(self, revision: int) -> None:
         entries = await self.broker.specs.entries()

@@ -81,16 +81,18 @@ class Hanging:
             await broker.models.announce(one.model, one.worker, ModelState.STOPPED)
 
 
-async def end_unplaced() -> None:
-    """End replicas that Serve has told to stop, and that have no process yet.
+async def end_unplaced() -> frozenset[str]:
+    """End replicas that Serve has told to stop, and that have no process yet. Returns the actors that still wait.
 
     Serve waits for their answer as for that of one that has jobs, and it can't come while there is no room. The
     replica would count as pending, and take the devices of a node that is added. Serve then gives up its place.
     """
-    if waiting := await asyncio.to_thread(_waiting):
-        for name in unplaced(await asyncio.to_thread(_stopping), waiting):
-            await asyncio.to_thread(_kill, name)
-            log.warning("%s, which is wanted no longer, had no place yet; it is ended", name)
+    waiting = await asyncio.to_thread(_waiting)
+    ended = unplaced(await asyncio.to_thread(_stopping), waiting) if waiting else []
+    for name in ended:
+        await asyncio.to_thread(_kill, name)
+        log.warning("%s, which is wanted no longer, had no place yet; it is ended", name)
+    return frozenset(waiting.difference(ended))
 
 
 def unplaced(stopping: Stopping, waiting: Iterable[str]) -> list[str]:
