@@ -31,6 +31,7 @@ async def test_a_model_without_room_is_told_of_and_not_waited_for_for_ever(
     await asyncio.sleep(0.01)
     assert await loading.over(broker)
     assert loading.failed == ["big"]
+    assert "loads it as soon as there is; interpose deploy status shows" in told[1]
 
 
 @dataclass

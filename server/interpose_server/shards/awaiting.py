@@ -138,7 +138,10 @@ class Loading:
         elif model.crowded_at is None:
             model.crowded_at = now
         if model.crowded_at is not None and now - model.crowded_at > NO_ROOM_S:
-            self._tell(f"{hosted.name}: there is still no room for it; it is loaded as soon as there is")
+            self._tell(
+                f"{hosted.name}: there has been no room for it for {NO_ROOM_S:.0f} s, so it isn't waited for any longer. "
+                "The cluster loads it as soon as there is; interpose deploy status shows why it waits, and when it runs"
+            )
             return Verdict.FAILED
         patience_s = NO_NEWS_S + (model.spec.load_s if hosted.state is ModelState.LOADING else 0)
         if now - model.news_at > patience_s:
