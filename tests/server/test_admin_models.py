@@ -6,6 +6,7 @@ import asyncio
 import json
 import math
 from collections.abc import Coroutine
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -14,7 +15,7 @@ from interpose.cli.main import app
 from interpose.errors import ModelUnavailable
 from interpose_server.broker.connect import Broker, connect
 from interpose_server.broker.states import ModelState
-from interpose_server.models.inventory import Inventory, Node
+from interpose_server.models.inventory import HeldBack, Inventory, Node
 from interpose_server.models.spec import ModelSpec
 from interpose_server.settings import Settings
 from rig import Gateway, Valkey, make_settings, new_job, run_gateway, submission, tiny_manifest
@@ -157,6 +158,7 @@ def test_devices_and_who_holds_them_are_shown(lab: Lab) -> None:
         takes={"tiny": [0.25], "org/big": [1.0, 1.0, 1.0]},
         holds={names[0]: [("gpu-a", 0.25)], names[1]: [("gpu-a", 1.0), ("gpu-a", 1.0), ("gpu-b", 1.0)]},
         pending={"tiny": 1},
+        held_back={"org/big": HeldBack("too_large", "a copy takes 8 GPUs; the cluster has 6 GPUs")},
     )
 
     async def run(broker: Broker) -> None:
@@ -166,13 +168,15 @@ def test_devices_and_who_holds_them_are_shown(lab: Lab) -> None:
         await broker.specs.show(shown)
 
     lab.do(run)
-    assert lab.models("list").splitlines()[:10] == [
+    assert lab.models("list").splitlines()[:12] == [
         "2.75 of 6 GPUs free, 2 nodes",
         "    gpu-a: 1.75 of 4 free",
         "    gpu-b: 1 of 2 free",
         "org/big  loading  0 copies  0 waiting  0 running",
         "    a copy takes 3 parts of 1 GPU",
         "    copy 11111111: 2 GPUs of gpu-a, 1 GPU of gpu-b",
+        "    its entry can't be (too_large): a copy takes 8 GPUs; the cluster has 6 GPUs",
+        "    the version before is served until it can, or until the entry is another",
         "tiny  loading  0 copies  0 waiting  0 running",
         "    a copy takes 0.25 of a GPU",
         "    copy 00000000: 0.25 of a GPU of gpu-a",
@@ -180,6 +184,7 @@ def test_devices_and_who_holds_them_are_shown(lab: Lab) -> None:
     ]
     told = json.loads(lab.run("models", "list", "--json").stdout)
     assert (told["devices"]["total"], told["devices"]["free"], len(told["devices"]["nodes"])) == (6, 2.75, 2)
+    assert [model["held_back"] for model in told["models"]] == [asdict(shown.held_back["org/big"]), None]
     assert told["models"][1]["holds"] == [{"worker": names[0], "node": "gpu-a", "devices": 0.25}]
 
 

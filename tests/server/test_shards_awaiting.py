@@ -9,6 +9,7 @@ import pytest
 from interpose.errors import ConfigError
 from interpose_server.broker.connect import Broker
 from interpose_server.broker.states import ModelState
+from interpose_server.models.inventory import HeldBack
 from interpose_server.models.spec import ModelSpec, Replicas
 from interpose_server.shards import awaiting
 from interpose_server.shards.awaiting import Loading
@@ -40,6 +41,7 @@ class Serve:
 
     status: str
     message: str = ""
+    held_back: HeldBack | None = None
 
     def states(self) -> dict[str, Serve]:
         return {"big": self}
@@ -74,6 +76,21 @@ async def test_a_version_that_fails_beside_the_one_before_is_told_with_the_reaso
         line.startswith("big: failed: ")
         and "there is no folder /nowhere" in line
         and "of before, still runs" in line
+    )
+
+
+async def test_an_entry_that_cannot_be_is_told_at_once_and_what_was_before_is_not_taken_for_it(
+    broker: Broker,
+) -> None:
+    loading, serve, told = await updating(broker)
+    serve.status, serve.held_back = (
+        "RUNNING",
+        HeldBack("too_large", "a copy takes 9 cores; the cluster has 4 cores"),
+    )
+    assert await loading.over(broker) and loading.failed == ["big"]
+    (line,) = told
+    assert line.startswith(
+        "big: failed (too_large): a copy takes 9 cores; the cluster has 4 cores. The version before"
     )
 
 

@@ -6,12 +6,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from interpose.errors import ConfigError
 from interpose_server.models.devices import Devices
 from interpose_server.models.spec import ModelSpec, Placement
 from interpose_server.settings import Settings
 from interpose_server.shards.choosing import chosen
 from interpose_server.shards.naming import actor_of, app_name, worker_name
-from interpose_server.shards.placing import Needs, needs
+from interpose_server.shards.placing import Needs, check_possible, needs
 
 PLAIN = Settings()
 
@@ -128,3 +129,46 @@ def test_the_brokers_password_is_not_among_what_serve_is_given(monkeypatch: pyte
     (given,) = deployment.init_args
     assert given["name"] == "tiny"
     assert "sesame" not in f"{given} {deployment.init_kwargs} {deployment.ray_actor_options}"
+
+
+GPUS = [{"CPU": 8.0, "GPU": 4.0}, {"CPU": 8.0, "GPU": 1.0, "fast": 1.0}, {"CPU": 64.0}]
+
+
+@pytest.mark.parametrize(
+    "asked, stays, why",
+    [
+        ({"devices": 4}, [], ""),
+        ({"devices": 4}, [(1.0,)], ""),
+        (
+            {"devices": 4},
+            [(1.0,)] * 2,
+            "4 GPUs; the cluster has 5 GPUs, its largest node 4, and other .* keep 2 GPUs",
+        ),
+        ({"devices": 5}, [], "a copy takes 5 GPUs; the cluster has 5 GPUs, its largest node 4$"),
+        ({"placement": "blocks", "shards": 5}, [], ""),
+        ({"placement": "blocks", "shards": 6}, [], "6 parts of 1 GPU, 6 in all; the cluster has 5 GPUs"),
+        ({"devices": 0}, [(1.0,)] * 5, ""),
+        ({"devices": 1, "resources": {"fast": 1}}, [], ""),
+        ({"devices": 2, "resources": {"fast": 1}}, [], "no node has what a copy takes: 1 CPU, 2 GPU, 1 fast"),
+        (
+            {"devices": 1, "settings": PLAIN.changed({"worker_threads": 9})},
+            [],
+            "no node has what a copy takes: 9 CPU, 1 GPU",
+        ),
+    ],
+)
+def test_what_could_never_lie_on_a_cluster_is_told(
+    asked: dict[str, Any], stays: list[tuple[float, ...]], why: str
+) -> None:
+    wanted = of(gpus=True, **asked)
+    if not why:
+        check_possible(wanted, GPUS, stays, gpus=True)
+        return
+    with pytest.raises(ConfigError, match=why) as caught:
+        check_possible(wanted, GPUS, stays, gpus=True)
+    assert caught.value.details["reason"] == ("too_large" if "cluster" in why else "misconfigured")
+
+
+def test_a_cluster_without_devices_has_none() -> None:
+    with pytest.raises(ConfigError, match="a copy takes 1 GPU; the cluster has no GPU"):
+        check_possible(of(gpus=True, devices=1), [{"CPU": 4.0}], gpus=True)

@@ -9,10 +9,12 @@ from typing import Any
 import msgpack
 from interpose.errors import ConfigError, InterposeError, ModelFailed, OutOfMemory
 
+TOO_LARGE = "too_large"
+
 SENTENCES: Mapping[str, str] = {
     "gated": "the hub gives it only to those it has let in, and this server isn't among them; ask the lab",
     "missing": "its files, or this revision of them, aren't where the lab's catalogue says; ask the lab",
-    "too_large": "it is too large for the lab's devices",
+    TOO_LARGE: "it is too large for the lab's devices",
     "unsupported": "its files can't be used by this server: they may need another version, or code of their own",
     "misconfigured": "what the lab's catalogue asks for it can't be; ask the lab",
     "network": "the place its files come from doesn't answer",

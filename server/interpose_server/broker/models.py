@@ -87,6 +87,10 @@ class Hosted:
         """Whether loading it failed, and it isn't time to try again."""
         return self.failure is not None and self.failure.retry_ms > self.now_ms
 
+    def barred_for(self, reason: str) -> bool:
+        """Whether it is barred, and that is why."""
+        return self.barred and self.failure is not None and self.failure.reason == reason
+
     def to_plain(self) -> dict[str, Any]:
         plain: dict[str, Any] = {
             "id": self.name,
@@ -348,6 +352,12 @@ class Models:
         """Note that a model can't be loaded, before any worker tried."""
         await self.announce(name, PLANNED, ModelState.FAILED, why)
         await self.announce(name, PLANNED, ModelState.STOPPED)
+
+    async def forgive(self, name: str, reason: str) -> None:
+        """That a model couldn't be loaded is over, if this was why."""
+        failure = Failure.unpack(await self._redis.hget(_key(name), "failure"))
+        if failure is not None and failure.reason == reason:
+            await self._redis.hdel(_key(name), "failure")
 
     async def lost(self) -> list[Lost]:
         """Copies that were silent for so long that, whatever keeps them, nobody waits for them any more."""

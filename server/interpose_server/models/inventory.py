@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 
@@ -17,12 +17,26 @@ class Node:
 
 
 @dataclass(frozen=True, slots=True)
+class HeldBack:
+    """Why a model's entry, as it is now, can't be deployed, while the one before is served on.
+
+    Attributes:
+        reason: as of a failure to load.
+        detail: for operators.
+    """
+
+    reason: str
+    detail: str
+
+
+@dataclass(frozen=True, slots=True)
 class Inventory:
     """Attributes:
     kind: "GPU", or "core" where no node has a GPU.
     takes: model -> devices of each part of one copy.
     holds: worker -> for each part of its copy, the node and how many devices of that.
     pending: model -> copies that wait for room, or for their processes to start.
+    held_back: model -> why its entry isn't what is deployed.
     """
 
     kind: str
@@ -30,13 +44,16 @@ class Inventory:
     takes: Mapping[str, Sequence[float]]
     holds: Mapping[str, Sequence[tuple[str, float]]]
     pending: Mapping[str, int]
+    held_back: Mapping[str, HeldBack] = field(default_factory=dict)
 
     def to_plain(self) -> dict[str, Any]:
         return asdict(self)
 
     @classmethod
     def from_plain(cls, plain: Mapping[str, Any]) -> Inventory:
-        return cls(**{**plain, "nodes": [Node(**node) for node in plain["nodes"]]})
+        nodes = [Node(**node) for node in plain["nodes"]]
+        held_back = {model: HeldBack(**why) for model, why in plain.get("held_back", {}).items()}
+        return cls(**{**plain, "nodes": nodes, "held_back": held_back})
 
     @property
     def total(self) -> float:
@@ -70,3 +87,10 @@ def copies(parts: Sequence[float], kind: str) -> str:
     if len(set(parts)) == 1:
         return f"{len(parts)} parts of {count(parts[0], kind)}"
     return f"{len(parts)} parts, of {', '.join(f'{part:g}' for part in parts)} {kind}s"
+
+
+def outgrown(parts: Sequence[float], nodes: Sequence[float], kind: str) -> str:
+    """What is said of a copy for which a cluster is too small, however empty. `nodes`: the devices of each."""
+    asked = f"a copy takes {copies(parts, kind)}" + (f", {sum(parts):g} in all" if len(parts) > 1 else "")
+    there = f"{count(sum(nodes), kind)}, its largest node {max(nodes):g}" if nodes else f"no {kind}"
+    return f"{asked}; the cluster has {there}"

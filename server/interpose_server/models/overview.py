@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from dataclasses import asdict
 from typing import Any
 
 from ..broker.connect import Broker
@@ -11,7 +12,8 @@ from .inventory import Inventory
 
 
 async def overview(broker: Broker) -> list[dict[str, Any]]:
-    """All models, by name: their entry in the catalogue, state, copies, queue, devices, and why loading failed."""
+    """All models, by name: their entry in the catalogue, state, copies, queue, devices, why loading failed, and why
+    the entry isn't what is served."""
     devices = await broker.specs.shown()
     entries = {entry.spec.name: entry.spec for entry in await broker.specs.entries()}
     found = []
@@ -30,6 +32,7 @@ async def overview(broker: Broker) -> list[dict[str, Any]]:
                 "takes": list(devices.takes.get(hosted.name, ())) if devices else [],
                 "holds": _holds(hosted.copies, devices),
                 "pending": devices.pending.get(hosted.name, 0) if devices else 0,
+                "held_back": asdict(why) if devices and (why := devices.held_back.get(hosted.name)) else None,
                 "waiting": demand.waiting,
                 "running": demand.running,
                 "oldest_wait_s": max(waited_ms, 0) / 1000,

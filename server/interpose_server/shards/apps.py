@@ -5,8 +5,8 @@ from __future__ import annotations
 import hashlib
 import json
 import time
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from typing import Any
 
@@ -15,12 +15,15 @@ from ray import serve
 from ray.serve import RunTarget
 from ray.serve.config import AutoscalingConfig, AutoscalingPolicy
 
+from ..broker.failures import reason_of
+from ..models.inventory import HeldBack
+from ..models.packing import Parts
 from ..models.spec import ModelSpec
 from ..settings import GATEWAYS, LIFECYCLE, Settings
 from .choosing import chosen
-from .cluster import MODELS_NOTE, Cards, Notes, has_gpus, has_room
+from .cluster import MODELS_NOTE, Cards, Notes, has_gpus, has_room, total
 from .naming import app_name
-from .placing import Needs, needs
+from .placing import Needs, check_possible, needs
 from .replica import Replica
 
 DEPLOYMENT = "model"
@@ -40,53 +43,74 @@ SCHEDULING = {"replicas", "pinned", "idle_s", "schedule", "load_s"}
 
 @dataclass(frozen=True, slots=True)
 class State:
-    """Of an application: Serve's word for it, and what it says beyond that."""
+    """Of an application: Serve's word for it, and what it says beyond that.
+
+    Attributes:
+        running: copies that are loaded.
+        begun: those on their way, too.
+        held_back: why the model's entry isn't what is deployed.
+    """
 
     status: str
     message: str
     running: int
+    begun: int
+    held_back: HeldBack | None
 
 
 @dataclass(frozen=True, slots=True)
 class Applied:
-    """`changed`: models that were deployed; `refused`: those that can't be, and why."""
+    """Attributes:
+    changed: models that were deployed.
+    refused: those that can't be, and of which there was nothing before.
+    held_back: those that can't be, while what was deployed of them before is served on; as far as that is new.
+    """
 
     changed: Sequence[str]
     refused: Mapping[str, InterposeError]
+    held_back: Mapping[str, InterposeError]
 
 
 def apply(specs: Sequence[ModelSpec], settings: Settings) -> Applied:
     """Deploy models that are new or are to be hosted in another way, with settings that were shared before.
 
     A copy that runs is replaced once its successor is ready, where the cluster has room for both. Else it stops
-    first, and jobs wait meanwhile.
+    first, and jobs wait meanwhile. For what can't be, whatever stops, none does.
     """
-    notes, gpus = Notes(), has_gpus()
+    notes, cards, deployed = Notes(), Cards(), states()
+    nodes, gpus = [*total().values()], has_gpus()
     known: dict[str, dict[str, Any]] = notes.read(MODELS_NOTE) or {}
-    cards = Cards()
-    deployed = states()
-    targets, changed, refused = [], {}, {}
+    noted = {name: note | {"held_back": None} for name, note in known.items()}
+    targets: dict[str, RunTarget] = {}
+    refused: dict[str, InterposeError] = {}
     for spec in specs:
+        state = deployed.get(spec.name)
         try:
             where = chosen(spec, cards)
             wanted = needs(where, settings, gpus=gpus)
-            note = {"mark": _mark(where.spec, settings, wanted), "parts": wanted.devices(gpus=gpus)}
-            state = deployed.get(spec.name)
-            if known.get(spec.name, {}).get("mark") == note["mark"] and _sound(state):
-                continue
-            copies = min(max(spec.replicas.min, state.running if state else 0), spec.replicas.max)
-            targets.append(_target(where.spec, settings, wanted, copies))
+            mark, parts = _mark(where.spec, settings, wanted), [*wanted.devices(gpus=gpus)]
+            if known.get(spec.name, {}).get("mark") != mark or not _sound(state):
+                if _serves(state):
+                    others = _staying((other for other in specs if other is not spec), noted, deployed)
+                    check_possible(wanted, nodes, others, gpus=gpus)
+                copies = min(max(spec.replicas.min, state.running if state else 0), spec.replicas.max)
+                targets[spec.name] = _target(where.spec, settings, wanted, copies)
+            noted[spec.name] = {"mark": mark, "parts": parts, "held_back": None}
         except InterposeError as error:
             refused[spec.name] = error
         except (ValueError, TypeError, ArithmeticError) as error:
             # What Ray doesn't take of one model is no reason to hold up the others.
             refused[spec.name] = ConfigError(f"Ray doesn't take what a copy of {spec.name} asks for: {error}")
-        else:
-            changed[spec.name] = note
+    held = {name: refused.pop(name) for name in [*refused] if _serves(deployed.get(name))}
+    for name, why in held.items():
+        noted[name]["held_back"] = asdict(HeldBack(reason_of(why), why.message))
     if targets:
-        notes.write(MODELS_NOTE, known | changed)
-        serve.run_many(targets, wait_for_applications_running=False)
-    return Applied(list(changed), refused)
+        # Of what Serve hasn't taken the old marks would say that it has.
+        notes.write(MODELS_NOTE, noted | {name: noted[name] | {"mark": ""} for name in targets})
+        serve.run_many([*targets.values()], wait_for_applications_running=False)
+    if targets or noted != known:
+        notes.write(MODELS_NOTE, noted)
+    return Applied([*targets], refused, {name: why for name, why in held.items() if noted[name] != known[name]})
 
 
 def settings_mark(settings: Settings) -> str:
@@ -114,22 +138,50 @@ def remove(models: Sequence[str], wait_s: float = 0.0) -> None:
 def states() -> dict[str, State]:
     """Of the models deployed here, by name."""
     apps, found = serve.status().applications, {}
-    for model in Notes().read(MODELS_NOTE) or {}:
+    for model, note in (Notes().read(MODELS_NOTE) or {}).items():
         if (app := apps.get(app_name(model))) is None:
             continue
         deployment = app.deployments.get(DEPLOYMENT)
-        running = _running(deployment.replica_states) if deployment else 0
+        copies = deployment.replica_states if deployment else {}
         message = app.message or (deployment.message if deployment else "")
-        found[model] = State(str(app.status.value), message, running)
+        found[model] = State(
+            str(app.status.value),
+            message,
+            running=_count(copies, lambda state: state == "RUNNING"),
+            begun=_count(copies, lambda state: state != "STOPPING"),
+            held_back=held_back(note),
+        )
     return found
 
 
-def _running(copies: Mapping[Any, int]) -> int:
-    return sum(number for state, number in copies.items() if state == "RUNNING")
+def held_back(note: Mapping[str, Any]) -> HeldBack | None:
+    """Of a model's note."""
+    return HeldBack(**why) if (why := note.get("held_back")) else None
+
+
+def _count(copies: Mapping[Any, int], counts: Callable[[Any], bool]) -> int:
+    return sum(number for state, number in copies.items() if counts(state))
 
 
 def _sound(state: State | None) -> bool:
     return state is not None and state.status not in ("DEPLOY_FAILED", "DELETING", "NOT_STARTED")
+
+
+def _serves(state: State | None) -> bool:
+    """Whether jobs are run by what is deployed, or would be. The new version may have failed beside it."""
+    return _sound(state) or (state is not None and state.status == "DEPLOY_FAILED" and state.running > 0)
+
+
+def _staying(
+    specs: Iterable[ModelSpec], noted: Mapping[str, Mapping[str, Any]], deployed: Mapping[str, State]
+) -> list[Parts]:
+    """What copies of models take that are there, or are being started, and that never make way."""
+    found: list[Parts] = []
+    for spec in specs:
+        if (state := deployed.get(spec.name)) is not None:
+            always = max(spec.replicas.min, int(spec.pinned))
+            found += [tuple(noted[spec.name]["parts"])] * min(always, state.begun)
+    return found
 
 
 def _target(spec: ModelSpec, settings: Settings, wanted: Needs, copies: int) -> RunTarget:

@@ -12,6 +12,7 @@ from typing import Protocol
 from ..broker.connect import Broker
 from ..broker.models import Hosted
 from ..broker.states import ModelState
+from ..models.inventory import HeldBack
 from ..models.spec import ModelSpec
 
 POLL_S = 0.1
@@ -37,6 +38,9 @@ class State(Protocol):
 
     @property
     def message(self) -> str: ...
+
+    @property
+    def held_back(self) -> HeldBack | None: ...
 
 
 class Verdict(Enum):
@@ -76,6 +80,7 @@ class Loading:
         self._tell = tell
         self._states = states
         self._models = [_Model(spec) for spec in specs]
+        self._looked = False
         self._waiting = {spec.name for spec in specs if spec.replicas.min or spec.pinned}
 
     async def watch(self, broker: Broker) -> None:
@@ -85,6 +90,9 @@ class Loading:
 
     async def over(self, broker: Broker) -> bool:
         """Whether each runs jobs, or can't, or isn't waited for any more. Takes a second at most."""
+        if not self._looked:
+            self._looked = True
+            self._leave_out(await asyncio.to_thread(self._states))
         for model in self._models:
             hosted = await broker.models.get(model.spec.name)
             verdict, text = await self._seen(model, hosted)
@@ -94,6 +102,18 @@ class Loading:
                     verdict = self._borne(model, hosted)
                 self._settle(model.spec.name, verdict)
         return not self._waiting
+
+    def _leave_out(self, states: Mapping[str, State]) -> None:
+        """Tell of models whose entry can't be, though what was before is served on; nothing comes of those."""
+        held = {name: why for name, state in states.items() if (why := state.held_back)}
+        for name in [model.spec.name for model in self._models if model.spec.name in held]:
+            why = held[name]
+            self._tell(
+                f"{name}: failed ({why.reason}): {why.detail}. The version before is served on; this one takes its "
+                "place as soon as it can"
+            )
+            self._settle(name, Verdict.FAILED)
+        self._models = [model for model in self._models if model.spec.name not in held]
 
     async def _seen(self, model: _Model, hosted: Hosted) -> tuple[Verdict | None, str]:
         """What has become of it, and what there is to say of it; "" says nothing yet."""
@@ -139,8 +159,9 @@ class Loading:
             model.crowded_at = now
         if model.crowded_at is not None and now - model.crowded_at > NO_ROOM_S:
             self._tell(
-                f"{hosted.name}: there has been no room for it for {NO_ROOM_S:.0f} s, so it isn't waited for any longer. "
-                "The cluster loads it as soon as there is; interpose deploy status shows why it waits, and when it runs"
+                f"{hosted.name}: there has been no room for it for {NO_ROOM_S:.0f} s, so it isn't waited for any "
+                "longer. The cluster loads it as soon as there is; interpose deploy status shows why it waits, and "
+                "when it runs"
             )
             return Verdict.FAILED
         patience_s = NO_NEWS_S + (model.spec.load_s if hosted.state is ModelState.LOADING else 0)

@@ -11,6 +11,7 @@ from ray.util import placement_group_table
 
 from ..models.inventory import Inventory, Node
 from . import ray_internals
+from .apps import held_back
 from .cluster import MODELS_NOTE, Notes, has_gpus, total
 from .naming import actor_of, app_name, is_replica
 
@@ -36,6 +37,7 @@ def inventory(workers: Iterable[str], waiting: Set[str]) -> Inventory:
         takes=takes,
         holds={worker: parts for worker, parts in held if parts},
         pending=_pending(takes, groups, waiting),
+        held_back={model: why for model, note in noted.items() if (why := held_back(note))},
     )
 
 

@@ -18,10 +18,11 @@ from redis.exceptions import RedisError
 
 from .. import logs
 from ..broker.connect import Broker, connect
+from ..broker.failures import TOO_LARGE
 from ..settings import Settings
 from ..tasks import end
 from . import apps
-from .cluster import APPLIED_NOTE, Notes, shared
+from .cluster import APPLIED_NOTE, Notes, shared, total
 from .inventory import inventory
 from .orphans import Hanging, end_unplaced, reap_orphans
 
@@ -128,6 +129,7 @@ class Rounds:
     settings: Settings
     hanging: Hanging
     _seen: int | None = field(default=None, init=False)
+    _nodes: frozenset[str] = field(default=frozenset(), init=False)
     _applied_at: float = field(default=float("-inf"), init=False)
     _shown_at: float = field(default=float("-inf"), init=False)
 
@@ -137,8 +139,8 @@ class Rounds:
         await reap_orphans(self.broker)
         await self.hanging.end(self.broker)
         waiting = await end_unplaced()
-        revision = await self.broker.specs.revision()
-        if revision != self._seen or time.monotonic() - self._applied_at > AGAIN_S:
+        revision, grown = await self.broker.specs.revision(), await self._grown()
+        if revision != self._seen or grown or time.monotonic() - self._applied_at > AGAIN_S:
             await self._apply(revision)
             self._seen, self._applied_at = revision, time.monotonic()
         if time.monotonic() - self._shown_at > SHOWN_S:
@@ -146,12 +148,21 @@ class Rounds:
             workers = [worker for hosted in await self.broker.models.list() for worker in hosted.copies]
             await self.broker.specs.show(await asyncio.to_thread(inventory, workers, waiting))
 
+    async def _grown(self) -> bool:
+        """Whether nodes have come, on which what was refused may fit."""
+        before, self._nodes = self._nodes, frozenset(await asyncio.to_thread(total))
+        return not self._nodes <= before
+
     async def _apply(self, revision: int) -> None:
         entries = await self.broker.specs.entries()
         specs = [entry.spec for entry in entries if not entry.removed]
         applied = await asyncio.to_thread(apps.apply, specs, self.settings)
         if applied.changed:
             log.warning("deployed anew: %s", ", ".join(applied.changed))
+        for name, why in applied.held_back.items():
+            log.warning("%s can't be as its entry says, what was before is served on: %s", name, why.message)
+        for name in applied.changed:
+            await self.broker.models.forgive(name, TOO_LARGE)
         for name, error in applied.refused.items():
             await self.broker.models.refuse(name, error)
         Notes().write(APPLIED_NOTE, [revision, apps.settings_mark(self.settings)])

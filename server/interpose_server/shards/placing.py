@@ -6,6 +6,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from interpose.errors import ConfigError
+
+from ..broker.failures import TOO_LARGE
+from ..models.inventory import count, outgrown
+from ..models.packing import Parts, packs
 from ..models.spec import Placement
 from ..settings import Settings
 from .choosing import Chosen
@@ -65,6 +70,30 @@ def needs(chosen: Chosen, settings: Settings, *, gpus: bool) -> Needs:
     home = {"CPU": 1.0, "GPU": chosen.home_share * shard["GPU"]} if "GPU" in shard else {"CPU": 0.0}
     first = {**shard, "CPU": shard["CPU"] + home["CPU"], **spec.resources}
     return Needs(_options(home, spec.resources), (first, *([shard] * (spec.shards - 1))))
+
+
+def check_possible(
+    wanted: Needs, nodes: Sequence[Mapping[str, float]], stays: Sequence[Parts] = (), *, gpus: bool
+) -> None:
+    """See that a copy could lie on a cluster, were all gone that ever may go.
+
+    Args:
+        nodes: what each has of each resource, in use or not.
+        stays: what copies take that are there, and never go.
+
+    Raises:
+        ConfigError: it couldn't, with the numbers.
+    """
+    kind, name = ("GPU", "GPU") if gpus else ("CPU", "core")
+    parts, devices = wanted.devices(gpus=gpus), [node[kind] for node in nodes if node.get(kind)]
+    if not packs([parts, *stays], devices):
+        others = sum(map(sum, stays)) if packs([parts], devices) else 0
+        beside = f", and other models always keep {count(others, name)} of that" if others else ""
+        raise ConfigError(outgrown(parts, devices, name) + beside, details={"reason": TOO_LARGE})
+    for part in wanted.all:
+        if not any(all(node.get(its, 0) >= amount for its, amount in part.items()) for node in nodes):
+            asked = ", ".join(f"{amount:g} {its}" for its, amount in part.items() if amount)
+            raise ConfigError(f"no node has what a copy takes: {asked}", details={"reason": "misconfigured"})
 
 
 def _devices(devices: float, gpus: bool, threads: int | None) -> dict[str, float]:
