@@ -11,7 +11,7 @@ from interpose_server.broker import keys
 from interpose_server.broker.connect import Broker
 from interpose_server.broker.states import ModelState
 from interpose_server.models.figures import Watch, rules
-from interpose_server.models.lifecycle import OUTGROWN_S, decide
+from interpose_server.models.lifecycle import decide
 from interpose_server.models.rules import Figures, Memory, Room
 from interpose_server.models.spec import ModelSpec
 from interpose_server.settings import Settings
@@ -87,20 +87,25 @@ async def test_decisions_are_told(broker: Broker, settings: Settings) -> None:
     await broker.specs.put(NEW)
     job = new_job()
     await broker.queue.submit(job)
-    watch, memory = Watch(broker), Memory()
-    for now in (0.0, OUTGROWN_S):
-        wanted = decide(await watch.look(lambda spec: (4.0,)), Room((2,)), now, memory)
-        await watch.tell(wanted)
-        memory = wanted.memory
+    watch = Watch(broker)
+    assert await watch.look(lambda spec: None) == [], "nothing is deployed of it yet"
+    await watch.tell(decide(await watch.look(lambda spec: (4.0,)), Room((2,)), 0.0))
     assert await broker.specs.kept()
     hosted = await broker.models.get("tiny")
     assert "0 wanted: a copy takes 4 devices" in hosted.note
     assert hosted.failure is not None and hosted.failure.reason == "too_large" and not hosted.copies
     assert (await broker.queue.info(job.user, job.id)).status is JobStatus.FAILED
+    assert hosted.state is ModelState.FAILED
+    await watch.tell(decide(await watch.look(lambda spec: (4.0,)), Room((2, 4)), 0.0))
+    assert (await broker.models.get("tiny")).state is ModelState.COLD, "there is room now"
+    await broker.models.refuse("tiny", ModelUnavailable("", details={"reason": "gated"}))
+    await watch.tell(decide(await watch.look(lambda spec: (4.0,)), Room((2, 4)), 0.0))
+    assert (await broker.models.get("tiny")).state is ModelState.FAILED, "that isn't over"
 
 
 async def test_what_is_told_is_what_was_decided_last(broker: Broker) -> None:
     await broker.specs.put(NEW)
+    await broker.redis.hset(keys.MODEL.format(model="tiny"), "ready_ms", 1)  # else it would fail without room
     watch, memory, told = Watch(broker), Memory(), []
 
     async def go(room: float) -> None:

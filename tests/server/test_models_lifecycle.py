@@ -10,7 +10,7 @@ from itertools import pairwise
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from interpose_server.models.lifecycle import OUTGROWN_S, decide
+from interpose_server.models.lifecycle import decide
 from interpose_server.models.packing import packs
 from interpose_server.models.rules import Figures, Memory, Room, Rules, Wanted
 from interpose_server.models.spec import ModelSpec, Replicas
@@ -139,6 +139,26 @@ def test_room_is_kept_for_one_who_has_waited_very_long() -> None:
     assert copies(replace(large, oldest_wait_s=1), *rest, room=Room((2,))) == {"a": 0, "b": 1, "c": 1}
 
 
+def test_room_that_is_of_no_use_to_one_who_has_waited_very_long_is_given_to_others() -> None:
+    waited = {"waiting": 1, "oldest_wait_s": RULES.patience_s}
+    fast, slow = {"resources": {"fast": 1.0}}, {"resources": {"slow": 1.0}}
+    large = model("a", parts=(2,), **waited)
+    busy = Figures(spec("b", **fast), ready=1, working=1, parts=(2,))
+    asks = Figures(spec("c", **slow), waiting=1, oldest_wait_s=1)
+    room = Room((2, 1), resources=({"fast": 9}, {"slow": 9}))
+    assert copies(large, busy, asks, room=room) == {"a": 0, "b": 1, "c": 1}, "the other node is too small for a"
+    alike = Figures(spec("a", **fast), parts=(2,), **waited)
+    wide = replace(room, nodes=(2, 2))
+    held = [busy, Figures(spec("d", **slow), ready=1, working=1)]
+    assert copies(alike, *held, asks, room=wide) == {"a": 0, "b": 1, "c": 1, "d": 1}, "it hasn't what a takes"
+
+    assert copies(large, *held, asks, room=wide)["c"] == 0, "a could lie there"
+    assert copies(large, busy, asks, room=Room((2, 1)))["c"] == 0, "nobody knows what the nodes have"
+    assert copies(large, busy, replace(asks, spec=spec("c")), room=room)["c"] == 0, "c could lie on a's"
+    held[0] = replace(busy, parts=(1,))
+    assert copies(large, *held, asks, room=room)["c"] == 0, "what is free isn't there"
+
+
 def test_room_is_not_kept_for_one_that_will_never_have_it() -> None:
     large = model("a", waiting=1, oldest_wait_s=RULES.patience_s, parts=(2,))
     rest = [model("b", ready=1, pinned=True), model("c", waiting=1, oldest_wait_s=1)]
@@ -246,26 +266,32 @@ def test_a_failed_model_is_left_alone_and_a_removed_one_finishes() -> None:
     assert copies(model(waiting=1, draining=True)) == {"a": 1}
 
 
-def test_what_is_larger_than_all_devices_is_told_if_that_lasts() -> None:
-    big = model(waiting=1, parts=(2.0,) * 3)
-    first = decide([big], Room((4, 1)), NOW)
-    assert (
-        first.copies == {"a": 0}
-        and not first.impossible
-        and "3 parts, 3 of 2 devices: 6 devices in all; the nodes have 4, 1" in first.why["a"]
-    )
-    then = decide([big], Room((4, 1)), NOW + OUTGROWN_S, first.memory)
-    assert then.impossible.keys() == {"a"}
-    assert decide([big], Room((4, 2)), NOW + OUTGROWN_S, first.memory).copies == {"a": 1}
-    assert decide([big], Room((4, 1), grows=True), NOW).copies == {"a": 1}
-    assert decide([big], Room(None), NOW).copies == {"a": 1}
+def test_what_is_larger_than_all_devices_is_told_whether_or_not_anybody_asks() -> None:
+    for asks in ({"waiting": 1}, {}):
+        big = model(parts=(2.0,) * 3, **asks)
+        told = decide([big], Room((4, 1)), NOW)
+        assert told.copies == {"a": 0} and told.impossible.keys() == {"a"}
+        assert (
+            "3 parts of 2 devices, 6 in all; the cluster has 5 devices, its largest node 4" in told.impossible["a"]
+        )
+        assert not decide([replace(big, failed=True, too_large=True)], Room((4, 1)), NOW).impossible, "it is told"
+        for room in (Room((4, 2)), Room((4, 1), grows=True), Room(None)):
+            fits = decide([big], room, NOW)
+            assert fits.copies == {"a": len(asks)} and not fits.impossible
+
+
+@pytest.mark.parametrize(
+    "room, mended", [(Room((4, 1)), set()), (Room((4, 2)), {"a"}), (Room((4,), grows=True), {"a"})]
+)
+def test_that_is_over_once_there_is_room(room: Room, mended: set[str]) -> None:
+    big = model(waiting=1, parts=(2.0,) * 3, failed=True, too_large=True)
+    assert decide([big, model("b", failed=True)], room, NOW).mended == mended
 
 
 def test_jobs_of_a_model_that_was_loaded_before_wait_for_a_node_that_is_away() -> None:
     big = replace(model(waiting=1, parts=(2.0,) * 3), loaded=True)
-    memory = decide([big], Room((4, 1)), NOW).memory
-    then = decide([big], Room((4, 1)), NOW + 100 * OUTGROWN_S, memory)
-    assert not then.impossible and then.crowded == {"a"}
+    told = decide([big], Room((4, 1)), NOW)
+    assert not told.impossible and told.crowded == {"a"} and "the cluster has 5 devices" in told.why["a"]
 
 
 def test_a_copy_that_finds_no_room_has_another_make_way() -> None:

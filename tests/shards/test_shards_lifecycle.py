@@ -8,6 +8,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -59,9 +60,15 @@ def states(lab: ClusterLab) -> dict[str, str]:
     return {model["id"]: model["state"] for model in found}
 
 
-def pending(lab: ClusterLab) -> int:
-    """Copies that have no place yet, of all models."""
-    return sum(model.get("pending", 0) for model in json.loads(lab.interpose("models", "list", "--json"))["models"])
+def listed(lab: ClusterLab) -> dict[str, dict[str, Any]]:
+    """All that operators are shown of each model."""
+    return {model["id"]: model for model in json.loads(lab.interpose("models", "list", "--json"))["models"]}
+
+
+def deployed(lab: ClusterLab, *models: dict[str, Any]) -> subprocess.CompletedProcess[str]:
+    """`deploy up`, whatever comes of it."""
+    command = [INTERPOSE, "deploy", "up", lab.config(*models)]
+    return subprocess.run(command, env=lab.env, capture_output=True, text=True, timeout=120)
 
 
 def until(holds: Callable[[], bool], timeout_s: float = 30) -> None:
@@ -171,17 +178,31 @@ def test_jobs_recorded_before_an_update_are_run_before_it(lab: ClusterLab, clien
     assert found.dtype is torch.bfloat16
 
 
-def test_versions_that_cannot_be_are_told_and_leave_nothing(lab: ClusterLab, client: None) -> None:
+def test_a_version_that_cannot_be_loaded_leaves_the_copy_of_before(lab: ClusterLab, client: None) -> None:
     lab.deploy(SMALL)
-    config = lab.config(SMALL | {"source": str(lab.folder / "nowhere")})
-    command = [INTERPOSE, "deploy", "up", config]
-    done = subprocess.run(command, env=lab.env, capture_output=True, text=True, timeout=120)
+    done = deployed(lab, SMALL | {"source": str(lab.folder / "nowhere")})
     assert done.returncode == 1 and "a: failed: " in done.stderr and "nowhere" in done.stderr
-    assert "ready" not in done.stderr and states(lab) == {"a": "ready"}, "the copy of before goes on"
+    assert "ready" not in done.stderr and states(lab) == {"a": "ready"}
 
-    # Serve waits for a copy that it stops as long as jobs may take, and one without a process can't answer it.
-    lab.deploy(SMALL | {"placement": "blocks", "shards": 9, "replicas": {"min": 0}})
-    time.sleep(3)  # It is told meanwhile that this one isn't wanted, as nobody asks for it.
+
+def test_what_is_larger_than_the_cluster_is_told_and_waits_for_a_node(lab: ClusterLab, client: None) -> None:
+    """It takes nothing from what runs; nor does its copy, which Serve asks for, wait for a place that may come."""
     lab.deploy(SMALL)
-    until(lambda: pending(lab) == 0)
+    large = {**SMALL, "devices": 2}
+    done = deployed(lab, large, {**large, "name": "b"})
+    size = "a copy takes 2 cores; the cluster has 1 core, its largest node 1"
+    assert done.returncode == 1 and f"a: failed (too_large): {size}. The version before is served on" in done.stderr
+    assert f"b: failed: {size.replace('core', 'device')}" in done.stderr and "ready" not in done.stderr
+    assert states(lab) == {"a": "ready", "b": "failed"}
     torch.testing.assert_close(last_block("a"), right("gpt2"))
+    until(lambda: not sum(model["pending"] for model in listed(lab).values()))
+    found = listed(lab)
+    assert found["a"]["held_back"] == {"reason": "too_large", "detail": size} and found["a"]["takes"] == [0.25]
+    assert found["b"]["failure"]["reason"] == "too_large"
+
+    deployed(lab, large)
+    until(lambda: listed(lab).keys() == {"a"})
+    lab.ray.add(2)
+    until(lambda: listed(lab)["a"]["takes"] == [2.0] and len(listed(lab)["a"]["holds"]) == 1, 90)
+    torch.testing.assert_close(last_block("a"), right("gpt2"))
+    assert listed(lab)["a"]["held_back"] is None

@@ -12,6 +12,7 @@ from datetime import UTC, datetime
 from interpose.errors import ModelUnavailable, UnknownModel
 
 from ..broker.connect import Broker
+from ..broker.failures import TOO_LARGE
 from ..broker.models import Hosted
 from ..broker.queue import Demand
 from ..broker.states import ModelState
@@ -48,15 +49,17 @@ class Watch:
         self._noted: dict[str, _Note] = {}
         self._crowded: dict[str, bool] = {}
 
-    async def look(self, parts: Callable[[ModelSpec], Parts] = lambda spec: (1.0,)) -> list[Figures]:
-        """The figures of all models of the catalogue.
+    async def look(self, parts: Callable[[ModelSpec], Parts | None] = lambda spec: (1.0,)) -> list[Figures]:
+        """The figures of all models of the catalogue of which something is deployed.
 
         Args:
-            parts: what one copy of a model takes.
+            parts: what one copy of a model takes; None where nothing is deployed of it.
         """
         found = []
         for entry in await self._broker.specs.entries():
-            name = entry.spec.name
+            name, takes = entry.spec.name, parts(entry.spec)
+            if takes is None:
+                continue
             try:
                 hosted, demand = await self._broker.models.get(name), await self._broker.queue.demand(name)
             except UnknownModel:
@@ -64,7 +67,7 @@ class Watch:
             if hosted.wished and hosted.count(ModelState.READY):
                 await self._broker.specs.fulfilled(name)
             busy = self._busy(hosted)
-            found.append(figures_of(entry.spec, entry.removed, hosted, demand, busy, parts(entry.spec)))
+            found.append(figures_of(entry.spec, entry.removed, hosted, demand, busy, takes))
         self._work = {model.name: self._work[model.name] for model in found}
         return found
 
@@ -82,8 +85,9 @@ class Watch:
         )
         self._crowded = crowded
         for name, why in wanted.impossible.items():
-            if not (await self._broker.models.get(name)).barred:
-                await self._broker.models.refuse(name, ModelUnavailable(why, details={"reason": "too_large"}))
+            await self._broker.models.refuse(name, ModelUnavailable(why, details={"reason": TOO_LARGE}))
+        for name in wanted.mended:
+            await self._broker.models.forgive(name, TOO_LARGE)
 
     def _busy(self, hosted: Hosted) -> float:
         """The share of a copy's time that went into work of late."""
@@ -139,6 +143,7 @@ def figures_of(
         wished=hosted.wished and not ready,
         evicted=hosted.evicted,
         failed=hosted.barred,
+        too_large=hosted.barred_for(TOO_LARGE),
         draining=removed,
         parts=parts,
     )

@@ -14,13 +14,11 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from .inventory import outgrown
 from .packing import Parts
 from .rules import Figures, GivenUp, Memory, Room, Rules, Wanted
 from .schedule import scheduled
 from .spec import ModelSpec
-
-OUTGROWN_S = 20.0
-"""So long a model must have been larger than all devices before its users are told."""
 
 NO_PLACE = (
     "Ray has found no place for it, though it has devices enough: see its `resources`, cores, and what else runs "
@@ -53,7 +51,6 @@ class _Decision:
         self._crowded: set[str] = set()
         self._why: dict[str, str] = {}
         self._lasting: set[str] = set()
-        self._impossible: dict[str, str] = {}
         self._least = {model.name: self._least_of(model) for model in models}
         self._pressed = self._since(memory.pressed_s, self._is_pressed)
         self._slack = self._since(memory.slack_s, self._is_slack)
@@ -61,11 +58,11 @@ class _Decision:
         leaving = any(model.leaving for model in models)
         self._pending = self._since(memory.pending_s, lambda model: self._asked(model) > model.held and not leaving)
         self._starved = self._since_when_starved(memory)
-        self._outgrown = self._since(memory.outgrown_s, self._is_outgrown)
+        self._outgrown = {name for name, model in self._models.items() if self._is_outgrown(model)}
         self._in_vain = Counter(memory.in_vain)
         self._given_up = {name: one for name, one in memory.given_up.items() if self._stays_given_up(name, one)}
-        self._reserved = False
-        """Whether somebody has waited so long that room is kept for them alone."""
+        self._reserved: list[Figures] = []
+        """Those who have waited so long that room is kept for them alone."""
 
     def made(self) -> Wanted:
         own = {name: self._own(model) for name, model in self._models.items()}
@@ -74,8 +71,17 @@ class _Decision:
         for model in sorted(self._models.values(), key=self._urgency):
             if model.name not in self._gone:
                 self._grow(model, own[model.name])
-        lasting, crowded = frozenset(self._lasting), frozenset(self._crowded)
-        return Wanted(self._copies, self._why, lasting, crowded, self._impossible, self._remember())
+        return Wanted(
+            self._copies,
+            self._why,
+            lasting=frozenset(self._lasting),
+            crowded=frozenset(self._crowded),
+            impossible={
+                model.name: self._size(model) for model in self._models.values() if self._is_impossible(model)
+            },
+            mended=frozenset(name for name, model in self._models.items() if self._is_mended(model)),
+            memory=self._remember(),
+        )
 
     # -- what a model wants for itself -------------------------------------------------------------------------
 
@@ -156,6 +162,18 @@ class _Decision:
     def _is_outgrown(self, model: Figures) -> bool:
         return not (model.held or self._room.grows or self._room.fits([model.parts]))
 
+    def _is_impossible(self, model: Figures) -> bool:
+        """Whether its users are told that it is too large. A node may be away: one that was loaded before waits."""
+        gone = model.draining and not model.work
+        return model.name in self._outgrown and not (model.loaded or model.failed or gone)
+
+    def _is_mended(self, model: Figures) -> bool:
+        return model.too_large and model.name not in self._outgrown
+
+    def _size(self, model: Figures) -> str:
+        told = outgrown(model.parts, self._room.nodes or (), "device")
+        return f"{told}. `devices` says how many each part takes"
+
     # -- who gets the room -------------------------------------------------------------------------------------
 
     def _urgency(self, model: Figures) -> tuple[int, float, str]:
@@ -170,17 +188,7 @@ class _Decision:
         name = model.name
         if wanted and name in self._outgrown:
             self._copies[name] = 0
-            there = ", ".join(f"{node:g}" for node in self._room.nodes or ())
-            self._why[name] = (
-                f"a copy takes {_shown(model.parts)}; the nodes have {there or 'none'}. "
-                "`devices` says how many each part takes"
-            )
-            self._lasting.add(name)
-            # A node may be away: for long, where the model has been loaded before.
-            if model.loaded:
-                self._crowded.add(name)
-            elif self._lasted(self._outgrown, model, OUTGROWN_S):
-                self._impossible[name] = self._why[name]
+            self._wait(name, self._size(model))
             return
         if name in self._given_up and self._now_s < self._given_up[name].until_s:
             if wanted:
@@ -191,14 +199,14 @@ class _Decision:
             return
         while self._copies[name] < wanted:
             first = self._copies[name] == 0
-            if self._reserved and any(model.parts):
+            if self._reserved and any(model.parts) and not self._apart(model):
                 if first:
                     self._wait(name, "another model has waited longer for the room")
                 return
             self._copies[name] += 1
-            if self._room.grows or self._fits() or (first and self._make_way(model)):
+            if self._room.grows or self._fits():
                 continue
-            if first and self._impatient(model) and self._make_way(model, busy=True):
+            if first and not self._reserved and self._others_go(model):
                 continue
             self._copies[name] -= 1
             if first:
@@ -242,8 +250,15 @@ class _Decision:
             return "there is no room for it, and nothing idle that could make way"
         if not self._possible(model):
             return "there is no room for it beside what is pinned or always kept"
-        self._reserved = True
+        self._reserved.append(model)
         return "there is no room for it until what has just been loaded has had its turn"
+
+    def _apart(self, model: Figures) -> bool:
+        """Whether a copy more finds a place on nodes that are of no use to those for whom room is kept."""
+        own = self._room.of_use(model)
+        others = [other for other in self._models.values() if own & self._room.of_use(other)]
+        there = [other.parts for other in others for _ in range(self._copies[other.name])]
+        return not any(other in self._reserved for other in others) and self._room.fits([*there, model.parts], own)
 
     def _possible(self, model: Figures) -> bool:
         """Whether it would fit if all others went that ever do."""
@@ -252,6 +267,9 @@ class _Decision:
             pinned = min(self._copies[other.name], 1) if other.spec.pinned else 0
             stay += [other.parts] * (max(self._least[other.name], pinned) if other.name != model.name else 0)
         return self._room.fits(stay)
+
+    def _others_go(self, model: Figures) -> bool:
+        return self._make_way(model) or (self._impatient(model) and self._make_way(model, busy=True))
 
     def _make_way(self, model: Figures, *, at_once: bool = False, busy: bool = False) -> bool:
         """Let others go until all fits, or with `at_once` one. Whether that was possible; else none goes.
@@ -357,7 +375,6 @@ class _Decision:
             pending_s=pending,
             in_vain={name: self._in_vain[name] for name in pending if not self._models[name].held},
             given_up=self._given_up,
-            outgrown_s=self._outgrown,
         )
 
 
@@ -368,16 +385,3 @@ def _asking(model: Figures) -> str:
             f"{model.waiting + model.working} jobs for it" if model.waiting + model.working > 1 else "a job for it"
         )
     return "somebody asked for it"
-
-
-def _shown(parts: Parts) -> str:
-    """As "1 device", or "2 parts of 1 device, one of 0.5: 2.5 devices in all"."""
-    if len(parts) == 1:
-        return _devices(parts[0])
-    counts = Counter(parts)
-    each = [f"{count if count > 1 else 'one'} of {_devices(part)}" for part, count in counts.most_common()]
-    return f"{len(parts)} parts, {', '.join(each)}: {_devices(sum(parts))} in all"
-
-
-def _devices(number: float) -> str:
-    return f"{number:g} device{'' if number == 1 else 's'}"

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Set
 from dataclasses import dataclass, field
+from itertools import zip_longest
 
 from .packing import Parts, packs
 from .spec import ModelSpec
@@ -30,6 +31,7 @@ class Figures:
         wished: somebody wants it loaded, by no job.
         evicted: an operator wants it to go as soon as it has no work.
         failed: loading it failed, and it isn't time to try again.
+    too_large: so it did since a copy was larger than all devices.
         draining: it is being taken out of the catalogue.
         parts: what one copy takes.
         loaded: it has been ready before.
@@ -47,6 +49,7 @@ class Figures:
     wished: bool = False
     evicted: bool = False
     failed: bool = False
+    too_large: bool = False
     draining: bool = False
     parts: Parts = (1.0,)
     loaded: bool = False
@@ -72,14 +75,30 @@ class Figures:
 class Room:
     """Attributes:
     nodes: how many devices each node has for models, those in use included; None where they don't count.
+    resources: what else each of them has, by its name; empty where that isn't known.
     grows: copies without room are asked for all the same, since that makes the cluster larger.
     """
 
     nodes: tuple[float, ...] | None = None
     grows: bool = False
+    resources: tuple[Mapping[str, float], ...] = ()
 
-    def fits(self, copies: Sequence[Parts]) -> bool:
-        return self.nodes is None or packs(copies, self.nodes)
+    def fits(self, copies: Sequence[Parts], on: Set[int] | None = None) -> bool:
+        """Whether all find a place. `on`: these nodes alone, by their index."""
+        if self.nodes is None:
+            return True
+        return packs(copies, self.nodes if on is None else [self.nodes[index] for index in on])
+
+    def of_use(self, model: Figures) -> frozenset[int]:
+        """The nodes, by index, that are large enough for a part of a copy, and have the resources it takes."""
+        # Of a copy in parts only one takes them.
+        asked = model.spec.resources.items() if len(model.parts) == 1 else ()
+        return frozenset(
+            index
+            for index, (devices, has) in enumerate(zip_longest(self.nodes or (), self.resources))
+            if devices >= min(model.parts, default=0)
+            and (has is None or all(has.get(name, 0) >= amount for name, amount in asked))
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -143,7 +162,6 @@ class Memory:
         pending_s: since when a copy that was asked for hasn't come.
         in_vain: how often others made way for a first copy since it was asked for, while it hasn't come.
         given_up: those whose first copy was asked for in vain.
-        outgrown_s: since when a copy has been larger than all devices.
     """
 
     asked: Mapping[str, int] = field(default_factory=dict)
@@ -156,7 +174,6 @@ class Memory:
     pending_s: Mapping[str, float] = field(default_factory=dict)
     in_vain: Mapping[str, int] = field(default_factory=dict)
     given_up: Mapping[str, GivenUp] = field(default_factory=dict)
-    outgrown_s: Mapping[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
@@ -167,6 +184,7 @@ class Wanted:
     lasting: those of whom the reason holds as long as it is said, and is over then.
     crowded: models that are waited for, and that there is no room for.
     impossible: models whose copy finds no place even on empty devices, and what it takes.
+    mended: models that failed for this reason, which is over.
     """
 
     copies: Mapping[str, int]
@@ -174,4 +192,5 @@ class Wanted:
     lasting: frozenset[str]
     crowded: frozenset[str]
     impossible: Mapping[str, str]
+    mended: frozenset[str]
     memory: Memory

@@ -15,6 +15,7 @@ from ray import serve
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from ..models.devices import Devices
+from ..models.rules import Room
 from ..models.spec import ModelSpec
 from ..settings import Settings
 from . import ray_internals
@@ -23,8 +24,8 @@ from .local import OBJECT_BYTES
 NAMESPACE = "interpose"
 
 MODELS_NOTE = "models"
-"""Model -> a digest of how it is hosted, as Serve takes whatever it is given for something new, and the devices of
-the parts of a copy."""
+"""Model -> of what is deployed, a digest of how it is hosted, as Serve takes whatever it is given for something
+new, and the devices of the parts of a copy; why its entry isn't that, if so."""
 
 APPLIED_NOTE = "applied"
 """The catalogue's revision, and a digest of the settings, that the keeper has seen to."""
@@ -111,10 +112,12 @@ def has_gpus() -> bool:
     return any(has.get("GPU") for has in total().values())
 
 
-def devices() -> tuple[float, ...]:
-    """How many GPUs each node that has one has; where none has any, the cores of each."""
-    kind = "GPU" if has_gpus() else "CPU"
-    return tuple(has[kind] for has in total().values() if has.get(kind))
+def room() -> Room:
+    """The GPUs of each node that has one; where none has any, the cores of each."""
+    nodes = [*total().values()]
+    kind = "GPU" if any(has.get("GPU") for has in nodes) else "CPU"
+    having = tuple(has for has in nodes if has.get(kind))
+    return Room(tuple(has[kind] for has in having), resources=having)
 
 
 class Cards:

@@ -17,10 +17,10 @@ from ..broker.connect import connect
 from ..models.figures import Watch as Figures
 from ..models.figures import rules
 from ..models.lifecycle import decide
-from ..models.rules import Memory, Room
+from ..models.rules import Memory
 from ..models.spec import ModelSpec
 from ..settings import Settings
-from .cluster import MODELS_NOTE, Notes, devices, shared
+from .cluster import MODELS_NOTE, Notes, room, shared
 
 log = logging.getLogger(__name__)
 
@@ -71,11 +71,11 @@ class Watch:
     async def _look(self, figures: Figures, settings: Settings) -> None:
         noted = Notes().read(MODELS_NOTE) or {}
 
-        def parts(spec: ModelSpec) -> tuple[float, ...]:
-            return tuple(noted[spec.name]["parts"]) if spec.name in noted else (1.0,)
+        def parts(spec: ModelSpec) -> tuple[float, ...] | None:
+            return tuple(noted[spec.name]["parts"]) if spec.name in noted else None
 
         models = await figures.look(parts)
-        decided = decide(models, Room(devices()), time.time(), self._memory, rules(settings))
+        decided = decide(models, room(), time.time(), self._memory, rules(settings))
         self._memory = decided.memory
         self._wanted, self._looked_at = decided.copies, time.monotonic()
         await figures.tell(decided)
