@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import threading
 from collections import Counter
 from collections.abc import Iterator
@@ -47,8 +48,14 @@ class _Answers(BaseHTTPRequestHandler):
             self._refuse(403, "GatedRepo")
         elif folder is None:
             self._refuse(404, "RepoNotFound")
-        elif verb == "resolve" and parts[3] not in ("main", COMMIT):
+        elif verb in ("resolve", "revision", "tree") and parts[3] not in ("main", COMMIT):
             self._refuse(404, "RevisionNotFound")
+        elif verb == "revision":
+            self._give(json.dumps({"id": repo, "sha": COMMIT, "siblings": []}).encode(), body)
+        elif verb == "tree":
+            files = [(file.name, file.stat().st_size) for file in folder.iterdir()]
+            tree = [{"type": "file", "path": name, "size": size, "oid": ""} for name, size in files]
+            self._give(json.dumps(tree).encode(), body)
         elif file is None or not file.is_file():
             self._refuse(404, "EntryNotFound")
         else:

@@ -14,7 +14,7 @@ from typing import Any
 
 import peft
 import torch
-from interpose.runtime.lora import CONFIG
+from interpose.runtime.adapter_files import CONFIG
 from models import CACHE, tiny
 from transformers import AutoModelForCausalLM
 

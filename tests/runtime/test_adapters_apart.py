@@ -20,9 +20,9 @@ from interpose.graph.adapters import check_revision, revision_of
 from interpose.graph.model import Graph, Invoke, Node, Point, Run
 from interpose.graph.values import Ref
 from interpose.runtime import adapters, products
+from interpose.runtime.adapter_files import CONFIG, WEIGHTS
 from interpose.runtime.engine import Engine, EngineJob
 from interpose.runtime.loading import load, with_adapters
-from interpose.runtime.lora import CONFIG, WEIGHTS
 from interpose.runtime.lora import load as load_lora
 from interpose.runtime.prepared import Preparation
 from interpose.runtime.split.split import Split

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from interpose.graph.manifest import encode_manifest
+from interpose.runtime.adapter_files import pinned
 from interpose.runtime.inputs import Feeding
 from interpose.runtime.loading import Loaded, tokenizer_of
 from interpose.runtime.sources import Source, torch_device
@@ -114,8 +115,10 @@ class _Asked:
 
     def adapted(self, loaded: Loaded, dispatcher: Dispatcher) -> Loaded:
         """The model with its adapters, which every site loads for itself."""
-        own = {name: at_home(loaded, dispatcher, name, source) for name, source in self._adapters.items()}
-        request = {"model": self._told(loaded), "outputs": dict(dispatcher.outputs), "adapters": self._adapters}
+        # One commit for all parts, whatever is pushed to the hub meanwhile.
+        sources = {name: pinned(name, source) for name, source in self._adapters.items()}
+        own = {name: at_home(loaded, dispatcher, name, source) for name, source in sources.items()}
+        request = {"model": self._told(loaded), "outputs": dict(dispatcher.outputs), "adapters": sources}
         told = self._all(ADAPT, request)
         for name, adapter in own.items():
             loaded = offering(loaded, name, adapter, [Fitted.of_nest(nest[name]) for nest in told])

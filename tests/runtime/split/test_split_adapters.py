@@ -17,9 +17,9 @@ from interpose import LanguageModel
 from interpose.errors import ConfigError, InterposeError, UnknownAdapter
 from interpose.graph.manifest import fingerprint
 from interpose.runtime import adapters
+from interpose.runtime.adapter_files import WEIGHTS
 from interpose.runtime.engine import Engine, EngineJob
 from interpose.runtime.loading import load, with_adapters
-from interpose.runtime.lora import WEIGHTS
 from interpose.runtime.lora import load as load_lora
 from interpose.runtime.partial_loading import outside
 from interpose.runtime.split.placeholders import settled
