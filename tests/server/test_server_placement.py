@@ -15,12 +15,13 @@ from interpose.errors import ConfigError
 from interpose.runtime.partial_loading import inside, load_part, outside
 from interpose_server.models.devices import GIB, Devices
 from interpose_server.models.placement import Load, Plan, plan
-from interpose_server.models.planning import figures, ranges
+from interpose_server.models.planning import figures, plan_for, ranges
 from interpose_server.models.ranges import divided
 from interpose_server.models.report import fewest, rows, show
 from interpose_server.models.sizes import Part, Sizes
 from interpose_server.models.spec import ModelSpec, Placement
 from models import tiny
+from peft import LoraConfig
 from published import written
 from rich.console import Console
 from torch import nn
@@ -376,6 +377,25 @@ def test_the_command_plans_and_refuses() -> None:
     ]:
         run = CliRunner().invoke(app, [*start, *arguments])
         assert run.exit_code == 1 and text in run.stderr
+
+
+def test_adapters_are_among_the_weights(tmp_path: Path) -> None:
+    """21.5 GB of them, rank 2048 on all linear layers, beside 16 GB."""
+    linear = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+    LoraConfig(r=2048, target_modules=linear).save_pretrained(str(tmp_path))
+    its = spec(source=str(written("Llama-3.1-8B")))
+    adapted = its.model_copy(update={"adapters": {"a": str(tmp_path)}})
+    devices = Devices.parse("8x24GB")
+    alone, together = plan_for(its, devices), plan_for(adapted, devices)
+    assert (len(alone.shards), len(together.shards)) == (1, 2)
+    assert sum(shard.weights for shard in together.shards) == together.sizes.weights
+    command = ["plan", its.source, "--adapter", f"a={tmp_path}"]
+    run = CliRunner().invoke(app, [*command, "--devices", "8x24GB"])
+    assert run.exit_code == 0, run.output
+    assert "Of the weights 20,480.0 MiB are those of adapters." in run.stdout
+    assert "20,480.0 MiB" in CliRunner().invoke(app, command).stdout
+    run = CliRunner().invoke(app, ["plan", its.source, "--adapter", "a"])
+    assert run.exit_code == 1 and "an adapter is NAME=SOURCE" in run.stderr
 
 
 def test_without_devices_the_command_names_the_fewest_of_each_kind() -> None:

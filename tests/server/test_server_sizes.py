@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from functools import cache
@@ -21,7 +22,9 @@ from interpose_server.models.planning import figures
 from interpose_server.models.sizes import Part, Sizes
 from interpose_server.models.sizing import estimated, of_config, sizes
 from interpose_server.models.spec import ModelSpec
+from lora import lora, stock
 from models import tiny
+from peft import LoraConfig
 from published import CONFIGS, PARAMETERS, written
 from transformers import AutoConfig, DeepseekV3Config, LlamaConfig, SwinConfig
 
@@ -50,6 +53,83 @@ def test_weights_are_those_of_the_loaded_model(arch: str) -> None:
     for part, path in zip(found.blocks, its.blocks, strict=True):
         block = model.get_submodule(path)
         assert part.weights == sum(tensor.nbytes for tensor in (*block.parameters(), *block.buffers()))
+
+
+KINDS: dict[str, tuple[str, dict[str, Any]]] = {
+    "gpt2": ("gpt2", {"targets": ["wte", "c_attn", "c_fc"]}),
+    "llama": ("llama", {"targets": ["q_proj", "down_proj", "lm_head", "embed_tokens"], "lora_bias": False}),
+    "mixtral": ("mixtral", {}),
+    "mamba": ("mamba", {}),
+    "dora": ("llama", {"use_dora": True, "targets": ["v_proj", "o_proj", "lm_head"]}),
+    "bfloat16": ("llama", {"dtype": "bfloat16"}),
+    "patterns": ("gpt2", {"rank_pattern": {"c_fc": 2}, "layers_to_transform": [0, 2], "use_rslora": True}),
+    "start": ("llama", {"r": 4, "init_lora_weights": "orthogonal"}),
+}
+"""Architecture, and what is special of the adapter."""
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_adapters_count_as_their_layers_are_kept(kind: str) -> None:
+    arch, config = KINDS[kind]
+    sources = {"a": lora(arch, **config), "b": lora(arch, 1, dtype=config.get("dtype", "float32"))}
+    base = tiny(arch, dtype=config.get("dtype", "float32"))
+    loaded = load(base, device="cpu", adapters=sources)
+    real = {
+        (name, loaded.names[module]): sum(
+            held.nbytes for key, held in layer.named_parameters() if not key.startswith("base_layer.")
+        )
+        for name, adapter in loaded.adapters.items()
+        for module, layer in adapter.layers.items()
+    }
+    found, plain = sizes(base, adapters={name: str(folder) for name, folder in sources.items()}), sizes(base)
+    assert found.adapters == sum(real.values()) > 0
+    assert (found.weights - plain.weights, found.parameters) == (found.adapters, plain.parameters)
+    for index, (part, without) in enumerate(zip(found.blocks, plain.blocks, strict=True)):
+        within = f"{found.path}.{index}."
+        own = sum(size for (_, path), size in real.items() if path.startswith(within))
+        assert part.weights - without.weights == own
+        assert part.cache_token == without.cache_token
+
+
+def test_an_adapter_at_true_size_is_told_by_its_config(tmp_path: Path) -> None:
+    """41,943,040 numbers, as is known of rank 16 on all linear layers of Llama-3-8B; kept in float32."""
+    linear = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+    LoraConfig(r=16, target_modules=linear, task_type="CAUSAL_LM").save_pretrained(str(tmp_path))
+    base = ModelSpec(name="its", source=str(written("Llama-3.1-8B")))
+    found = figures(base.model_copy(update={"adapters": {"a": str(tmp_path)}}))
+    assert found.adapters == found.weights - figures(base).weights == 4 * 41_943_040
+
+
+def test_an_adapter_that_was_changed_counts_anew(tmp_path: Path) -> None:
+    its = ModelSpec(name="its", source=str(tiny("llama")), adapters={"a": str(tmp_path)})
+    found = []
+    for rank in (2, 4):
+        LoraConfig(r=rank, target_modules=["q_proj"]).save_pretrained(str(tmp_path))
+        os.utime(tmp_path / "adapter_config.json", (rank, rank))
+        found.append(figures(its).adapters)
+    assert found[1] == 2 * found[0] > 0
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_what_a_forward_with_an_adapter_makes_counts(dtype: str) -> None:
+    folder, base = lora("llama", dtype=dtype), tiny("llama", dtype=dtype)
+    found, plain = sizes(base, adapters={"a": str(folder)}), sizes(base)
+    with_it = stock("llama", folder, dtype=dtype)
+    its = main_list(whole("llama"))
+    assert its is not None
+    real = dry_run(
+        with_it.base_model.model, [with_it.base_model.model.get_submodule(path) for path in its.blocks], "cpu"
+    )
+    for part, without, made in zip(found.blocks, plain.blocks, real.work, strict=True):
+        assert without.work_token <= part.work_token
+        assert 0.5 * made <= part.work_token <= 2 * made
+
+
+def test_an_adapter_of_another_model_is_refused() -> None:
+    with pytest.raises(ConfigError, match="adapter 'a'"):
+        sizes(tiny("mamba"), adapters={"a": str(lora("llama"))})
+    with pytest.raises(ConfigError, match="adapter 'a': there is no folder"):
+        sizes(tiny("llama"), adapters={"a": "./none"})
 
 
 @pytest.mark.parametrize("arch", ARCHITECTURES)

@@ -18,6 +18,7 @@ from interpose_server.models.overview import overview, take_out
 from interpose_server.models.spec import ModelSpec, read_specs
 
 from ..errors import ConfigError, ModelFailed
+from .common import name_and_source
 from .server import open_broker
 
 T = TypeVar("T")
@@ -68,7 +69,7 @@ def add(
     if least is not None or most is not None:
         plain["replicas"] = {"min": least or 0, "max": most if most is not None else max(least or 0, 1)}
     if adapters:
-        plain["adapters"] = dict(_adapter(text) for text in adapters)
+        plain["adapters"] = dict(map(name_and_source, adapters))
     if (file is None) == (not plain):
         raise ConfigError("give a name with its options, or --file")
     if file is None and "name" not in plain:
@@ -168,10 +169,3 @@ def _held(worker: str, held: Sequence[Mapping[str, Any]], kind: str) -> str:
         nodes[part["node"]] = nodes.get(part["node"], 0.0) + part["devices"]
     name = worker.rpartition("#")[2][:8]
     return f"copy {name}: " + ", ".join(f"{count(number, kind)} of {node}" for node, number in nodes.items())
-
-
-def _adapter(text: str) -> tuple[str, str]:
-    name, equals, source = text.partition("=")
-    if not (name and equals and source):
-        raise ConfigError(f"{text!r}: an adapter is NAME=SOURCE")
-    return name, source

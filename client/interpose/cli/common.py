@@ -51,3 +51,11 @@ def plainly(verb: Callable[P, T]) -> Callable[P, T]:
             raise typer.Exit(1) from None
 
     return run
+
+
+def name_and_source(text: str) -> tuple[str, str]:
+    """Of an adapter. Raises ConfigError."""
+    name, equals, source = text.partition("=")
+    if not (name and equals and source):
+        raise ConfigError(f"{text!r}: an adapter is NAME=SOURCE")
+    return name, source

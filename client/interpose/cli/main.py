@@ -78,11 +78,14 @@ def plan(
     shards: Annotated[int | None, typer.Option(help="Ranges of blocks; default: by size.", min=1)] = None,
     placement: Annotated[str, typer.Option(help="auto, device, devices, blocks.")] = "auto",
     revision: Annotated[str | None, typer.Option(help="The hub's.")] = None,
+    adapter: Annotated[
+        list[str] | None, typer.Option(help="LoRA weights it is to have: NAME=SOURCE; may be repeated.")
+    ] = None,
 ) -> None:
     """Show how a model would lie on devices, and what each would hold. Loads nothing."""
     from . import server
 
-    server.plan(model, devices, dtype, quantization, rows, context, shards, placement, revision)
+    server.plan(model, devices, dtype, quantization, rows, context, shards, placement, revision, adapter or [])
 
 
 @app.command()

@@ -18,6 +18,7 @@ from interpose_server.valkey import EmbeddedValkey
 from interpose_server.wanted import Served, Wanted, with_adapters
 
 from ..errors import ConfigError
+from .common import name_and_source
 
 
 def serve(
@@ -49,10 +50,16 @@ def plan(
     shards: int | None,
     placement: str,
     revision: str | None,
+    adapters: Sequence[str],
 ) -> None:
     from interpose_server.models.report import report
 
-    options = {"dtype": dtype or "auto", "quantization": quantization, "revision": revision}
+    options = {
+        "dtype": dtype or "auto",
+        "quantization": quantization,
+        "revision": revision,
+        "adapters": dict(map(name_and_source, adapters)),
+    }
     report(model, devices, rows=rows, context=context, shards=shards, placement=placement, **options)
 
 

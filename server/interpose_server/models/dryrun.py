@@ -41,6 +41,11 @@ class Dry:
     outside: int
     cache: tuple[Kept, ...]
 
+    def with_adapter(self, its: Dry) -> Dry:
+        """For forwards with or without it. Args: its: of the same model with an adapter."""
+        work = tuple(map(max, self.work, its.work))
+        return Dry(work, self.output, max(self.outside, its.outside), self.cache)
+
     def scaled(self, size: int, by: int) -> Dry:
         """For numbers of another size, in bytes."""
 

@@ -43,20 +43,29 @@ def ranges(spec: ModelSpec, shards: int, *, home: bool) -> tuple[tuple[str, ...]
 def figures(spec: ModelSpec) -> Sizes:
     """A model's sizes. Raises as `plan_for`."""
     name = None if spec.source else spec.name
-    return _figures(spec.place, name, spec.dtype, spec.revision, spec.quantization, _stamp(spec.place))
+    adapters = tuple((adapter, place, _stamp(place)) for adapter, place in sorted(spec.adapters.items()))
+    return _figures(spec.place, name, spec.dtype, spec.revision, spec.quantization, _stamp(spec.place), adapters)
 
 
 @lru_cache(maxsize=256)
 def _figures(
-    place: str, name: str | None, dtype: str, revision: str | None, quantization: str | None, stamp: float
+    place: str,
+    name: str | None,
+    dtype: str,
+    revision: str | None,
+    quantization: str | None,
+    stamp: float,
+    adapters: tuple[tuple[str, str, float], ...],
 ) -> Sizes:
+    """`stamp`, also of each adapter: of the file that was read."""
     from .sizing import sizes  # torch and transformers, which take seconds and memory
 
-    return sizes(place, name=name, dtype=dtype, revision=revision, quantization=quantization)
+    sources = {adapter: place for adapter, place, _ in adapters}
+    return sizes(place, name=name, dtype=dtype, revision=revision, quantization=quantization, adapters=sources)
 
 
 def _stamp(place: str) -> float:
-    """When a folder's config was written; 0 for what is no folder."""
+    """When a folder's config, a model's or an adapter's, was written; 0 for what is no folder."""
     path = Path(place).expanduser()
-    config = path / "config.json" if path.is_dir() else path
-    return config.stat().st_mtime if config.is_file() else 0.0
+    files = [path / name for name in ("config.json", "adapter_config.json")] if path.is_dir() else [path]
+    return max((file.stat().st_mtime for file in files if file.is_file()), default=0.0)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 from interpose.errors import ConfigError
 from rich.console import Console
@@ -39,7 +40,7 @@ def report(
     context: int | None,
     shards: int | None = None,
     placement: str = "auto",
-    **options: str | None,
+    **options: Any,
 ) -> None:
     """Plan and print. `options`: others of a `ModelSpec`.
 
@@ -112,6 +113,7 @@ def show_fewest(sizes: Sizes, plans: Mapping[int, Plan | None], console: Console
     for line in (
         f"The fewest of each kind, on machines of {A_MACHINE}, up to {MACHINES} of them.",
         f"What each device would hold: --devices {devices}",
+        *_of_adapters(sizes),
     ):
         console.print(line, highlight=False, soft_wrap=True)
 
@@ -173,9 +175,16 @@ def notes(plan: Plan) -> list[str]:
         f"{load.context:,} tokens each; "
         f"{plan.tokens:,} tokens in flight would fit.",
     ]
+    found += _of_adapters(plan.sizes)
     if not plan.sizes.measured:
         found.append("Activations and KV are estimates: this model doesn't run without data.")
     return found
+
+
+def _of_adapters(sizes: Sizes) -> list[str]:
+    if not sizes.adapters:
+        return []
+    return [f"Of the weights {sizes.adapters / (1 << 20):,.1f} MiB are those of adapters."]
 
 
 def number(count: int) -> str:

@@ -46,6 +46,7 @@ class Sizes:
         blocks: in order; () for a model that has none.
         outside: all else: embedding, final norm, head, towers for images.
         positions: most that a row may have; None where the config sets no bound.
+        adapters: bytes of LoRA layers, which are among the weights of their parts.
         measured: whether activations and caches were measured in a forward on meta; else they are estimates.
     """
 
@@ -58,6 +59,7 @@ class Sizes:
     blocks: tuple[Part, ...]
     outside: Part
     positions: int | None = None
+    adapters: int = 0
     measured: bool = True
 
     @cached_property

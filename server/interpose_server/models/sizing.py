@@ -8,12 +8,14 @@ has them.
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 import torch
 from interpose.errors import ConfigError
+from interpose.runtime.adapter_files import CONFIG, folder_of
 from interpose.runtime.blocklists import BlockList, main_list
+from interpose.runtime.lora import in_place, nbytes
 from interpose.runtime.partial_loading import outline, saved_dtype
 from interpose.runtime.sources import Source, torch_dtype
 from torch import Tensor, nn
@@ -33,6 +35,7 @@ def sizes(
     dtype: str | None = None,
     revision: str | None = None,
     quantization: str | None = None,
+    adapters: Mapping[str, str] | None = None,
 ) -> Sizes:
     """Of a hub id, a folder (a config.json is enough) or a config's file.
 
@@ -40,9 +43,10 @@ def sizes(
         name: what it is called; default: the hub id or the folder's name.
         dtype: of the weights; default and "auto": as saved.
         quantization: a scheme of the transformers library; default: as saved.
+        adapters: name -> folder or hub id of LoRA weights beside its own; their configs alone are read.
 
     Raises:
-        ConfigError: no such folder or dtype, or a model the library doesn't know.
+        ConfigError: no such folder or dtype, a model the library doesn't know, or an adapter that isn't of it.
         ModelUnavailable: the hub doesn't give it.
     """
     at, called = _source(source, revision)
@@ -50,17 +54,29 @@ def sizes(
     wanted = torch_dtype(dtype)
     if wanted == "auto":
         wanted = _saved_dtype(at, config)
-    return of_config(config, name or called, wanted, quantization)
+    folders = {
+        adapter: folder_of(adapter, where, local_files_only=at.hub["local_files_only"], needed=(CONFIG,))
+        for adapter, where in (adapters or {}).items()
+    }
+    return of_config(config, name or called, wanted, quantization, folders)
 
 
-def of_config(config: PretrainedConfig, name: str, dtype: torch.dtype, quantization: str | None = None) -> Sizes:
-    """The figures of a config's model."""
+def of_config(
+    config: PretrainedConfig,
+    name: str,
+    dtype: torch.dtype,
+    quantization: str | None = None,
+    adapters: Mapping[str, Path] | None = None,
+) -> Sizes:
+    """The figures of a config's model. `adapters`: name -> folder of LoRA weights."""
     model = outline(config, dtype)
     its = main_list(model)
     scheme = Scheme.of(config, quantization)
     outside, blocks = _weights(model, its, scheme)
+    layers = {adapter: nbytes(model, adapter, folder) for adapter, folder in (adapters or {}).items()}
+    beside, own = _divided(its, (one for sizes in layers.values() for one in sizes.items()))
     dry = _dry(model, its, config, dtype)
-    found = dry or estimated(model, its)
+    found = _adapted(dry or estimated(model, its), model, its, layers, adapters or {})
     return Sizes(
         model=name,
         architecture=type(model).__name__,
@@ -68,9 +84,10 @@ def of_config(config: PretrainedConfig, name: str, dtype: torch.dtype, quantizat
         quantization=scheme.name if scheme else "",
         parameters=sum(param.numel() for _, param in _own(model)),
         path=its.path if its else "",
-        blocks=tuple(_parts(blocks, found)),
-        outside=Part(outside, work_token=found.outside),
+        blocks=tuple(_parts([sum(both) for both in zip(blocks, own, strict=True)], found)),
+        outside=Part(outside + beside, work_token=found.outside),
         positions=_positions(config),
+        adapters=beside + sum(own),
         measured=dry is not None,
     )
 
@@ -108,17 +125,34 @@ def _own(model: PreTrainedModel) -> Iterator[tuple[str, Tensor]]:
 
 def _weights(model: PreTrainedModel, its: BlockList | None, scheme: Scheme | None) -> tuple[int, list[int]]:
     """Bytes outside the blocks, and of each."""
-    paths = its.blocks if its else ()
-    index = {path: number for number, path in enumerate(paths)}
-    outside, blocks = 0, [0] * len(paths)
-    depth = len(its.path.split(".")) + 1 if its and its.path else 1
-    for name, tensor in (*_own(model), *model.named_buffers()):
-        at = index.get(".".join(name.split(".")[:depth]))
+    block = _block_of(its)
+    return _divided(
+        its,
+        (
+            (name, scheme.nbytes(model, name, tensor) if scheme and block(name) is not None else tensor.nbytes)
+            for name, tensor in (*_own(model), *model.named_buffers())
+        ),
+    )
+
+
+def _divided(its: BlockList | None, sizes: Iterable[tuple[str, int]]) -> tuple[int, list[int]]:
+    """Bytes outside the blocks, and in each. Args: sizes: of what has a name in the model."""
+    block = _block_of(its)
+    outside, blocks = 0, [0] * len(its.blocks if its else ())
+    for name, size in sizes:
+        at = block(name)
         if at is None:
-            outside += tensor.nbytes
+            outside += size
         else:
-            blocks[at] += scheme.nbytes(model, name, tensor) if scheme else tensor.nbytes
+            blocks[at] += size
     return outside, blocks
+
+
+def _block_of(its: BlockList | None) -> Callable[[str], int | None]:
+    """In which block something lies, by its name; None for outside of them."""
+    index = {path: number for number, path in enumerate(its.blocks if its else ())}
+    depth = len(its.path.split(".")) + 1 if its and its.path else 1
+    return lambda name: index.get(".".join(name.split(".")[:depth]))
 
 
 def _dry(model: PreTrainedModel, its: BlockList | None, config: PretrainedConfig, dtype: torch.dtype) -> Dry | None:
@@ -134,6 +168,27 @@ def _dry(model: PreTrainedModel, its: BlockList | None, config: PretrainedConfig
             continue
         return found.scaled(dtype.itemsize, trial.itemsize)
     return None
+
+
+def _adapted(
+    dry: Dry,
+    model: PreTrainedModel,
+    its: BlockList | None,
+    layers: Mapping[str, Mapping[str, int]],
+    adapters: Mapping[str, Path],
+) -> Dry:
+    """What forwards with adapters make, too: of those with layers at the same modules, the one of the largest."""
+    largest: dict[frozenset[str], str] = {}
+    for name in sorted(layers, key=lambda name: sum(layers[name].values())):
+        largest[frozenset(layers[name])] = name
+    for name in largest.values():
+        with in_place(model, name, adapters[name]):
+            try:
+                dry = dry.with_adapter(dry_run(model, _modules(model, its)))
+            except Exception as error:  # noqa: BLE001 - as without one
+                told = type(model).__name__, name, type(error).__name__
+                log.info("%s doesn't run without data with adapter %r (%s)", *told)
+    return dry
 
 
 def _modules(model: nn.Module, its: BlockList | None) -> list[nn.Module]:
