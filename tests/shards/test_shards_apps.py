@@ -10,6 +10,7 @@ import pytest
 from interpose.errors import ConfigError
 from interpose_server.models.spec import ModelSpec
 from interpose_server.settings import Settings
+from interpose_server.shards.choosing import Chosen, chosen
 from interpose_server.shards.naming import app_name
 
 if TYPE_CHECKING:
@@ -69,7 +70,7 @@ class Lab:
     """A cluster that is played; of what was deployed a copy runs."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        from interpose_server.shards import apps
+        from interpose_server.shards import apps, cluster
 
         self.notes = Notes()
         self.notes.kept = {}
@@ -79,8 +80,8 @@ class Lab:
         monkeypatch.setattr(apps, "Notes", lambda: self.notes)
         monkeypatch.setattr(apps, "states", lambda: dict.fromkeys(self.notes.kept, self._state()))
         monkeypatch.setattr(apps, "total", lambda: self.nodes)
-        for name in ("has_gpus", "has_room"):
-            monkeypatch.setattr(apps, name, lambda *_: False)
+        monkeypatch.setattr(cluster, "total", lambda: self.nodes)
+        monkeypatch.setattr(apps, "has_room", lambda *_: False)
         monkeypatch.setattr(apps.serve, "run_many", self._run_many)
 
     def _state(self) -> State:
@@ -156,6 +157,32 @@ def test_what_could_not_be_is_deployed_once_there_is_room(lab: Lab) -> None:
     lab.nodes["m"] = {"CPU": 5.0}
     assert lab.apply(large).changed == ["a"]
     assert lab.notes.kept["a"]["held_back"] is None and lab.notes.kept["a"]["parts"] == [5]
+
+
+@SERVES_OWN
+@pytest.mark.parametrize("devices", [1, None])
+def test_while_gpus_are_away_nothing_moves_to_cores(
+    lab: Lab, monkeypatch: pytest.MonkeyPatch, devices: float | None
+) -> None:
+    """Of one whose size says where it lies, nobody can say where that is."""
+    from interpose_server.shards import apps
+
+    there = {"n": {"CPU": 4.0}, "m": {"CPU": 8.0, "GPU": 2.0}}
+    lab.nodes |= there
+    planned = Chosen(spec(placement="blocks", shards=2), 0.2)
+    monkeypatch.setattr(
+        apps,
+        "chosen",
+        lambda one, cards: planned if one.devices is None and "m" in lab.nodes else chosen(one, lambda _: None),
+    )
+    lab.apply(spec(devices=devices))
+    before = dict(lab.notes.kept["a"])
+    del lab.nodes["m"]
+    assert lab.apply(spec(devices=devices)).changed == []
+    assert lab.notes.kept["a"]["mark"] == before["mark"]
+    lab.nodes |= there
+    assert lab.apply(spec(devices=devices)).changed == []
+    assert lab.notes.kept["a"] == before
 
 
 @SERVES_OWN

@@ -16,7 +16,7 @@ from redis.asyncio import Redis
 from ..settings import Settings
 from . import keys
 from .answers import text
-from .failures import Failure
+from .failures import TOO_LARGE, Failure, reason_of
 from .scripts import Scripts
 from .states import ModelState, derive
 
@@ -131,6 +131,7 @@ class Models:
         why: BaseException | None = None,
         *,
         since: ModelState | None = None,
+        waiting_end: bool = True,
     ) -> bool:
         """A worker says what it is doing; stopped is its last word. Ready counts only after `publish`.
 
@@ -138,6 +139,7 @@ class Models:
             why: what loading raised, of one that failed. Jobs that wait for the model end with it where no other
                 copy is left and trying again by itself is in vain.
             since: the state it must be in so far; None for any.
+            waiting_end: whether they do.
 
         Returns:
             Whether its copy may be in this state: one that was told to drain isn't ready again.
@@ -149,7 +151,8 @@ class Models:
             now_ms = seconds * 1000 + micros // 1000
             failed = Failure.after(before, why or InternalError("it failed"), now_ms, self._retry_s)
             failure = failed.pack()
-            problem = msgpack.packb(failed.error(name, failed.at_ms).to_wire()) if failed.final else b""
+            if failed.final and waiting_end:
+                problem = msgpack.packb(failed.error(name, failed.at_ms).to_wire())
         allowed, _ = await self._run(
             "announce", keys.check_model(name), worker, str(state), self._silent_ms, failure, problem, self._ttl_ms,
             str(since or ""),
@@ -349,8 +352,12 @@ class Models:
         return [ref.decode() for ref in refs]
 
     async def refuse(self, name: str, why: InterposeError) -> None:
-        """Note that a model can't be loaded, before any worker tried."""
-        await self.announce(name, PLANNED, ModelState.FAILED, why)
+        """Note that a model can't be loaded, before any worker tried.
+
+        What waits for it ends with that, but for one that is too large and was loaded before: nodes may be away.
+        """
+        away = reason_of(why) == TOO_LARGE and bool(await self._redis.hget(_key(name), "ready_ms"))
+        await self.announce(name, PLANNED, ModelState.FAILED, why, waiting_end=not away)
         await self.announce(name, PLANNED, ModelState.STOPPED)
 
     async def forgive(self, name: str, reason: str) -> None:

@@ -21,7 +21,7 @@ from ..models.packing import Parts
 from ..models.spec import ModelSpec
 from ..settings import GATEWAYS, LIFECYCLE, Settings
 from .choosing import chosen
-from .cluster import MODELS_NOTE, Cards, Notes, has_gpus, has_room, total
+from .cluster import MODELS_NOTE, Cards, Notes, has_room, on_gpus, total
 from .naming import app_name
 from .placing import Needs, check_possible, needs
 from .replica import Replica
@@ -78,8 +78,8 @@ def apply(specs: Sequence[ModelSpec], settings: Settings) -> Applied:
     first, and jobs wait meanwhile. For what can't be, whatever stops, none does.
     """
     notes, cards, deployed = Notes(), Cards(), states()
-    nodes, gpus = [*total().values()], has_gpus()
     known: dict[str, dict[str, Any]] = notes.read(MODELS_NOTE) or {}
+    nodes, gpus = [*total().values()], on_gpus(known)
     noted = {name: note | {"held_back": None} for name, note in known.items()}
     targets: dict[str, RunTarget] = {}
     refused: dict[str, InterposeError] = {}
@@ -95,7 +95,7 @@ def apply(specs: Sequence[ModelSpec], settings: Settings) -> Applied:
                     check_possible(wanted, nodes, others, gpus=gpus)
                 copies = min(max(spec.replicas.min, state.running if state else 0), spec.replicas.max)
                 targets[spec.name] = _target(where.spec, settings, wanted, copies)
-            noted[spec.name] = {"mark": mark, "parts": parts, "held_back": None}
+            noted[spec.name] = {"mark": mark, "parts": parts, "gpus": gpus, "held_back": None}
         except InterposeError as error:
             refused[spec.name] = error
         except (ValueError, TypeError, ArithmeticError) as error:

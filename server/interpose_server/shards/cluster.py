@@ -25,7 +25,7 @@ NAMESPACE = "interpose"
 
 MODELS_NOTE = "models"
 """Model -> of what is deployed, a digest of how it is hosted, as Serve takes whatever it is given for something
-new, and the devices of the parts of a copy; why its entry isn't that, if so."""
+new, the devices of the parts of a copy, and whether those are GPUs; why its entry isn't that, if so."""
 
 APPLIED_NOTE = "applied"
 """The catalogue's revision, and a digest of the settings, that the keeper has seen to."""
@@ -107,15 +107,18 @@ def nodes() -> int:
     return len(total())
 
 
-def has_gpus() -> bool:
-    """Whether any node has one."""
-    return any(has.get("GPU") for has in total().values())
+def on_gpus(noted: Mapping[str, Mapping[str, Any]]) -> bool:
+    """Whether a device is a GPU: any node has one, or had one when what is noted was deployed.
+
+    They may be away for a while, in which no model is to move to cores.
+    """
+    return any(has.get("GPU") for has in total().values()) or any(note.get("gpus") for note in noted.values())
 
 
-def room() -> Room:
-    """The GPUs of each node that has one; where none has any, the cores of each."""
+def room(*, gpus: bool) -> Room:
+    """The GPUs of each node that has one; else the cores of each."""
     nodes = [*total().values()]
-    kind = "GPU" if any(has.get("GPU") for has in nodes) else "CPU"
+    kind = "GPU" if gpus else "CPU"
     having = tuple(has for has in nodes if has.get(kind))
     return Room(tuple(has[kind] for has in having), resources=having)
 

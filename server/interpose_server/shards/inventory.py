@@ -12,7 +12,7 @@ from ray.util import placement_group_table
 from ..models.inventory import Inventory, Node
 from . import ray_internals
 from .apps import held_back
-from .cluster import MODELS_NOTE, Notes, has_gpus, total
+from .cluster import MODELS_NOTE, Notes, on_gpus, total
 from .naming import actor_of, app_name, is_replica
 
 
@@ -21,10 +21,10 @@ def inventory(workers: Iterable[str], waiting: Set[str]) -> Inventory:
     workers: those that are heard of, as the broker names them.
     waiting: names of actors that have no place yet.
     """
-    kind = "GPU" if has_gpus() else "CPU"
+    noted: Mapping[str, Mapping[str, Any]] = Notes().read(MODELS_NOTE) or {}
+    kind = "GPU" if on_gpus(noted) else "CPU"
     names, left = _names(), ray_internals.free_resources()
     nodes = {node: has[kind] for node, has in total().items() if has.get(kind)}
-    noted: Mapping[str, Mapping[str, Any]] = Notes().read(MODELS_NOTE) or {}
     takes = {model: [float(part) for part in note["parts"]] for model, note in noted.items()}
     groups = {group["name"]: group for group in placement_group_table().values()}
     held = ((worker, _held(worker, kind, takes, groups, names)) for worker in workers)

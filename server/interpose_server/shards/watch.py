@@ -20,7 +20,7 @@ from ..models.lifecycle import decide
 from ..models.rules import Memory
 from ..models.spec import ModelSpec
 from ..settings import Settings
-from .cluster import MODELS_NOTE, Notes, room, shared
+from .cluster import MODELS_NOTE, Notes, on_gpus, room, shared
 
 log = logging.getLogger(__name__)
 
@@ -75,7 +75,7 @@ class Watch:
             return tuple(noted[spec.name]["parts"]) if spec.name in noted else None
 
         models = await figures.look(parts)
-        decided = decide(models, room(), time.time(), self._memory, rules(settings))
+        decided = decide(models, room(gpus=on_gpus(noted)), time.time(), self._memory, rules(settings))
         self._memory = decided.memory
         self._wanted, self._looked_at = decided.copies, time.monotonic()
         await figures.tell(decided)
