@@ -72,10 +72,6 @@ class Devices:
         return "+".join(",".join(_groups(node)) for node in self.nodes)
 
 
-def _numbered(at: int, node: list[int]) -> tuple[Device, ...]:
-    return tuple(Device(at, index, memory) for index, memory in enumerate(node))
-
-
 def _node(text: str) -> list[int]:
     found: list[int] = []
     for part in text.split(","):
