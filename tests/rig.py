@@ -27,7 +27,7 @@ from interpose.wire.submission import Submission, encode_submission
 from interpose_server.app import create_app
 from interpose_server.blobs import Blobs, open_blobs
 from interpose_server.broker.connect import Broker, connect
-from interpose_server.broker.queue import NewJob
+from interpose_server.broker.jobs import NewJob
 from interpose_server.processes import CHILD
 from interpose_server.settings import Settings
 from interpose_server.sockets import listen

@@ -14,8 +14,8 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, gene
 from redis.exceptions import RedisError
 
 from .broker.connect import Broker
+from .broker.jobs import Demand
 from .broker.models import Hosted
-from .broker.queue import Demand
 from .broker.states import ModelState
 from .reaching import ANSWERS_S
 from .tasks import within

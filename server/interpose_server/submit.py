@@ -21,7 +21,8 @@ from interpose.wire.submission import Submission, decode_submission
 from . import attachments, blob_keys
 from .auth import allow
 from .broker.accounts import Key
-from .broker.queue import NewJob, ServedOtherwise, updating
+from .broker.jobs import NewJob
+from .broker.queue import ServedOtherwise, updating
 from .parts import Parts
 
 QUICK_BYTES = 32 << 10

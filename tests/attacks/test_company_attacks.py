@@ -19,7 +19,7 @@ from interpose.graph.values import Ref
 from interpose.runtime.engine import EngineJob
 from interpose.wire.status import JobStatus
 from interpose.wire.submission import Submission
-from interpose_server.broker.queue import JobInfo
+from interpose_server.broker.jobs import JobInfo
 from interpose_server.worker import loop
 from interpose_server.worker.loop import Worker
 from rig import Gateway, Valkey, make_settings, run_gateway, run_valkey, submission, tiny_graph, tiny_manifest

@@ -21,7 +21,7 @@ from interpose.runtime.engine import EngineJob
 from interpose.wire.messages import Chunk, Save, Subscribe, decode_server, encode
 from interpose.wire.submission import Submission
 from interpose_server.broker import events, keys
-from interpose_server.broker.queue import JobInfo
+from interpose_server.broker.jobs import JobInfo
 from interpose_server.relay import SAVES
 from interpose_server.worker import loop
 from interpose_server.worker.loop import Worker

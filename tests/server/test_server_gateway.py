@@ -20,7 +20,7 @@ from interpose.wire.submission import encode_submission_json
 from interpose.wire.tensors import digest
 from interpose_server import blob_keys, metrics, reaching
 from interpose_server.broker import keys
-from interpose_server.broker.queue import Outcome, Record, Report
+from interpose_server.broker.jobs import Outcome, Record, Report
 from interpose_server.reaching import FRESH_S
 from interpose_server.routes import health
 from interpose_server.settings import Settings

@@ -16,7 +16,7 @@ from interpose.graph.values import Ref
 from interpose.runtime.engine import EngineJob
 from interpose.wire.tensors import encode_tensor
 from interpose_server.broker import events, keys
-from interpose_server.broker.queue import Claim
+from interpose_server.broker.jobs import Claim
 from interpose_server.settings import Settings
 from interpose_server.worker import leaving
 from interpose_server.worker.leaving import leave

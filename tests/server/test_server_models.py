@@ -12,7 +12,7 @@ from interpose.wire.status import JobStatus
 from interpose_server.broker import keys
 from interpose_server.broker.connect import Broker, connect
 from interpose_server.broker.failures import PASSING, SENTENCES, TRIES, Failure, reason_of
-from interpose_server.broker.queue import Outcome, Report
+from interpose_server.broker.jobs import Outcome, Report
 from interpose_server.broker.states import TRANSITIONS, ModelState, derive
 from interpose_server.models.spec import ModelSpec, Replicas
 from interpose_server.sweeper import retire

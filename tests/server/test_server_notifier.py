@@ -6,7 +6,7 @@ import asyncio
 
 from interpose_server.broker import keys
 from interpose_server.broker.events import Stored, read
-from interpose_server.broker.queue import Outcome, Record, Report
+from interpose_server.broker.jobs import Outcome, Record, Report
 from interpose_server.notifier import LAZY_S, MOST_TOLD, Bell
 from interpose_server.settings import Settings
 from rig import new_job, run_gateway

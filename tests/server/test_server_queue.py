@@ -10,7 +10,7 @@ from interpose.errors import JobConflict, OpFailed, QueueFull, UnknownJob
 from interpose.wire.status import JobStatus
 from interpose_server.broker import events, keys
 from interpose_server.broker.connect import OPTIONS, Broker, connect
-from interpose_server.broker.queue import Outcome, Record, Report
+from interpose_server.broker.jobs import Outcome, Record, Report
 from rig import Valkey, make_settings, new_job, run_valkey
 
 DONE = Outcome(None, 0.5)

@@ -28,7 +28,7 @@ from interpose.wire.messages import (
 from interpose.wire.status import JobStatus
 from interpose_server import blob_keys
 from interpose_server.broker import keys
-from interpose_server.broker.queue import Outcome, Record, Report
+from interpose_server.broker.jobs import Outcome, Record, Report
 from interpose_server.broker.states import ModelState
 from interpose_server.models.spec import ModelSpec
 from interpose_server.settings import Settings

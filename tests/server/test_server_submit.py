@@ -11,7 +11,7 @@ from interpose.wire.protocol import SUBMIT_BYTES
 from interpose.wire.status import JobStatus
 from interpose.wire.submission import Submission, encode_submission
 from interpose_server.broker import keys
-from interpose_server.broker.queue import Outcome, Report
+from interpose_server.broker.jobs import Outcome, Report
 from interpose_server.settings import Settings
 from rig import Gateway, run_gateway, submission, tiny_graph
 from test_server_stream import opened, receive, record, to_the_end

@@ -23,7 +23,7 @@ from interpose.wire.submission import Submission
 from interpose.wire.tensors import encode_tensor
 from interpose_server.broker import events, keys
 from interpose_server.broker.events import Stored
-from interpose_server.broker.queue import Report
+from interpose_server.broker.jobs import Report
 from interpose_server.broker.states import ModelState
 from interpose_server.settings import Settings
 from interpose_server.worker import publisher

@@ -13,8 +13,8 @@ from interpose.errors import ModelUnavailable, UnknownModel
 
 from ..broker.connect import Broker
 from ..broker.failures import TOO_LARGE
+from ..broker.jobs import Demand
 from ..broker.models import Hosted
-from ..broker.queue import Demand
 from ..broker.states import ModelState
 from ..settings import Settings
 from .packing import Parts

@@ -18,7 +18,7 @@ from redis.exceptions import RedisError
 
 from ..blobs import Blobs
 from ..broker.connect import Broker
-from ..broker.queue import Claim
+from ..broker.jobs import Claim
 from ..broker.waiting import Waiting
 from ..settings import Settings
 from ..tasks import either, end

@@ -17,7 +17,7 @@ from interpose.runtime.engine import EngineJob
 
 from .. import blob_keys
 from ..blobs import Blobs, whole
-from ..broker.queue import Claim
+from ..broker.jobs import Claim
 from ..settings import Settings
 from .shelf import Shelf
 from .sink import JobSink

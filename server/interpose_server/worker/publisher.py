@@ -13,7 +13,8 @@ from interpose.wire.tensors import encode_spec, total
 from redis.exceptions import RedisError
 
 from ..blobs import Blobs
-from ..broker.queue import Outcome, Queue, Record, Report
+from ..broker.jobs import Outcome, Record, Report
+from ..broker.queue import Queue
 from ..settings import Settings
 from ..tasks import end
 from .sink import Adopted, Backlog, Grown, Item, JobSink, Logged, Saved, Stored

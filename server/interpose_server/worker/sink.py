@@ -15,7 +15,7 @@ from interpose.graph.values import TensorSpec
 from interpose.wire.tensors import decode_spec, tensor_spec, total
 from interpose.wire.trees import Tree, flatten
 
-from ..broker.queue import Claim, Outcome
+from ..broker.jobs import Claim, Outcome
 from .leaving import Leaving, leave
 
 MAX_LOG = 4096
