@@ -86,6 +86,7 @@ class Metrics:
         self.running = self._gauge("interpose_running", "Jobs on a worker")
         self.oldest = self._gauge("interpose_oldest_wait_seconds", "How long the job has waited that waits longest")
         self.ready = self._gauge("interpose_model_ready", "1 if the model runs jobs")
+        self.failed = self._gauge("interpose_model_failed", "1 if the model couldn't be loaded")
         self.copies = self._gauge("interpose_copies", "Copies of the model", "state")
         self.batches = self._gauge("interpose_batches", "Batches run")
         self.ran = self._gauge("interpose_batched_jobs", "Jobs run, over all batches")
@@ -101,8 +102,9 @@ class Metrics:
         return Gauge(name, help, ["model", *labels], registry=self.registry)
 
     def note(self, figures: Figures) -> None:
-        told = (self.waiting, self.running, self.oldest, self.ready, self.copies, self.batches, self.ran, self.busy)
-        for gauge in (*told, self.ended, self.started, self.requeued, self.waited):
+        now = (self.waiting, self.running, self.oldest, self.ready, self.failed, self.copies)
+        so_far = (self.batches, self.ran, self.busy, self.ended, self.started, self.requeued, self.waited)
+        for gauge in (*now, *so_far):
             gauge.clear()  # Models come and go.
         self.broker.set(figures.models is not None)
         self.storage.set(figures.blob_bytes is not None)
@@ -113,6 +115,7 @@ class Metrics:
             self.running.labels(name).set(demand.running)
             self.oldest.labels(name).set(max(hosted.now_ms - demand.oldest_ms, 0) / 1000 if demand.oldest_ms else 0)
             self.ready.labels(name).set(hosted.state is ModelState.READY)
+            self.failed.labels(name).set(hosted.state is ModelState.FAILED)
             for state in ModelState:
                 self.copies.labels(name, state).set(hosted.count(state))
             self.batches.labels(name).set(hosted.batches)
