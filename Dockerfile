@@ -14,7 +14,7 @@ COPY pyproject.toml constraints.txt ./
 COPY scripts/requirements.py scripts/
 RUN python3 scripts/requirements.py >client.txt \
     && python3 scripts/requirements.py gateway s3 >gateway.txt \
-    && python3 scripts/requirements.py cluster s3 >worker.txt \
+    && python3 scripts/requirements.py cluster quantized s3 >worker.txt \
     && grep '^torch==' constraints.txt >torch.txt
 
 FROM ${PYTHON_IMAGE} AS base
@@ -67,8 +67,12 @@ RUN pip install -q -c /opt/requirements/constraints.txt -r /opt/requirements/wor
 COPY --from=wheel /wheel /opt/wheel
 RUN pip install -q --no-deps --no-index --find-links /opt/wheel interpose
 COPY --chmod=755 deploy/ray-head /opt/interpose/bin/interpose-ray-head
-# Threads of torch that spin while they wait for one another stall on a busy machine.
-ENV OMP_WAIT_POLICY=passive
+# Threads of torch that spin while they wait for one another stall on a busy machine. What GPUs' compilers keep goes
+# where the rest is kept: the home folder is read-only.
+ENV OMP_WAIT_POLICY=passive \
+    CUDA_CACHE_PATH=/cache/cuda \
+    TORCHINDUCTOR_CACHE_DIR=/cache/inductor \
+    TRITON_CACHE_DIR=/cache/triton
 LABEL org.opencontainers.image.title="Interpose, the worker" org.opencontainers.image.licenses="Apache-2.0"
 USER 10001:10001
 CMD ["interpose", "--help"]
