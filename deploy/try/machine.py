@@ -8,12 +8,25 @@ import resource
 import shutil
 import subprocess
 import sys
+import time
 import venv
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
+from typing import Any
 
 ROOT = Path(__file__).resolve().parents[2]
 CERTIFICATES = Path("/etc/ssl/certs")
+
+
+def say(text: str, seconds: float | None = None) -> None:
+    print(f"{text:78}" + ("" if seconds is None else f"{seconds:8.1f} s"), flush=True)
+
+
+def timed(text: str, work: Callable[[], Any]) -> Any:
+    begun = time.monotonic()
+    found = work()
+    say(text, time.monotonic() - begun)
+    return found
 
 
 def run(*command: str | Path, env: Mapping[str, str] | None = None, check: bool = True, quiet: bool = True) -> str:

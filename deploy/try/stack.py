@@ -95,10 +95,16 @@ class Stack:
     def exec(self, service: str, *command: str) -> str:
         return run("podman", "exec", self.name(service), *command)
 
-    def logs(self, service: str) -> str:
-        done = subprocess.run(
-            ["podman", "logs", "--tail", "40", self.name(service)], capture_output=True, check=False
-        )
+    def secrets(self) -> dict[str, str]:
+        """Those of its environment file. An S3 key's name is none: it is in every request, and stores log it."""
+        rows = (line.split("=", 1) for line in self._env.read_text().splitlines() if line[:1].isalpha())
+        secret = re.compile(r"_PASSWORD$|_SECRET_KEY$|_TOKEN$")
+        return {name: value for name, value in rows if secret.search(name) and value}
+
+    def logs(self, service: str, lines: int | None = 40) -> str:
+        """The last lines that it wrote, or all of them."""
+        tail = [] if lines is None else ["--tail", str(lines)]
+        done = subprocess.run(["podman", "logs", *tail, self.name(service)], capture_output=True, check=False)
         return str(done.stdout + done.stderr, errors="replace")
 
     def kill(self, service: str) -> None:
@@ -128,10 +134,11 @@ class Stack:
         script = ROOT / "deploy" / "try" / "outside.py"
         mounts = ["-v", f"{script}:/outside.py:ro", "-v", f"{self.folder / 'root.crt'}:/root.crt:ro"]
         env = {"INTERPOSE_HOST": SERVER, "INTERPOSE_API_KEY": key, "SSL_CERT_FILE": "/root.crt"}
-        flags = [part for name, value in env.items() for part in ("-e", f"{name}={value}")]
+        flags = [part for name in env for part in ("-e", name)]  # Not their values, which `ps` would show.
         command = ["podman", "run", "--rm", "--network", "host", *mounts, *flags]
         command += [f"localhost/interpose-client:{self._version}", "python", "/outside.py", *arguments]
-        return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+        return subprocess.Popen(command, env=os.environ | env, text=True, **pipes)
 
     def asked(self, key: str, *arguments: str) -> dict[str, object]:
         """The last line such a process prints."""

