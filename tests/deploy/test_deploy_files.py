@@ -65,7 +65,7 @@ def strings(value: Any) -> Iterator[str]:
 
 def test_the_example_names_every_variable_and_no_other() -> None:
     read = {name for path in COMPOSE for name, _ in variables(path)}
-    optional = {name for name in read if name.endswith("_IMAGE")} | {"NODE_IP", "HEAD_IP", "CACHE_DIR"}
+    optional = {name for name in read if name.endswith("_IMAGE")} | {"NODE_IP", "HEAD_IP"}
     assert set(example()) - {"COMPOSE_PROFILES"} == read - optional
 
 
@@ -114,12 +114,33 @@ def test_each_container_can_do_little(name: str) -> None:
     assert service.get("cap_add", []) == (["NET_BIND_SERVICE"] if name == "proxy" else [])
 
 
+@pytest.mark.parametrize("name", services())
+def test_each_container_says_how_it_is_and_who_it_runs_as(name: str) -> None:
+    service = services()[name]
+    assert service["healthcheck"]["test"][0] in ("CMD", "CMD-SHELL")
+    # Ours say who in the Dockerfile, Grafana's image does; the proxy binds low ports.
+    own = "build" in service or name in ("grafana", "proxy")
+    assert own or not service["user"].startswith("0")
+
+
+def test_the_stores_other_parts_are_heard_by_nobody() -> None:
+    command = services()["store"]["command"]
+    assert {"-ip.bind=127.0.0.1", "-s3.ip.bind=0.0.0.0", "-s3.iam=false"} < set(command)
+
+
+def test_one_node_alone_counts_the_gpus() -> None:
+    reserving = [name for name, service in services().items() if "devices" in json.dumps(service.get("deploy", {}))]
+    assert reserving == ["ray-head"]
+
+
 def test_only_the_proxy_is_reached_from_outside() -> None:
     published = {name: service["ports"] for name, service in services().items() if "ports" in service}
     assert published.keys() == {"proxy", "grafana"}
     assert all(port.startswith("127.0.0.1:") for port in published["grafana"])
     networks = load(ROOT / "docker-compose.yml")["networks"]
-    assert networks["inside"] == {"internal": True}
+    assert networks["inside"] == networks["figures"] == {"internal": True}
+    inside = {name for name, service in services().items() if "inside" in service["networks"]}
+    assert inside == {"redis", "gateway", "ray-head", "worker", "store"}
     assert services()["redis"]["networks"] == ["inside"] and services()["proxy"]["networks"] == ["edge"]
 
 
@@ -186,6 +207,19 @@ def test_what_is_drawn_and_alarmed_of_exists() -> None:
     asked = {name for query in queries() for name in re.findall(r"\binterpose_\w+", query)}
     assert len(asked) > 15
     assert asked <= exported()
+
+
+def test_what_every_gateway_tells_is_not_added_up() -> None:
+    """Two gateways tell the same of a model: only their own figures may be summed."""
+    text = (ROOT / "docs/storage.md").read_text()
+    (part,) = re.findall(r"In `/metrics`,(.*?)what it sees; the others", text, re.S)
+    own = {name.removesuffix("_total") for name in re.findall(r"`(interpose_\w+)`", part)}
+    assert len(own) == 9
+    for query in (query for query in queries() if "label_values" not in query):
+        for found in re.finditer(r"\binterpose_\w+", query):
+            before = query[: found.start()].removesuffix("rate(").removesuffix("increase(")
+            if not any(found[0].startswith(name) for name in own):
+                assert re.search(r"max( by \([a-z, ]+\) )?\($", before), query
 
 
 def test_prometheus_asks_the_gateway() -> None:

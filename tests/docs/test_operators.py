@@ -51,22 +51,6 @@ def test_commands_are_understood(document: Path, tmp_path: Path, monkeypatch: py
         group.make_context(group.name, rest).close()
 
 
-@pytest.mark.parametrize("document", [*DOCUMENTS, ROOT / "CHANGELOG.md"], ids=lambda path: path.name)
-def test_commands_in_prose_are_there(document: Path) -> None:
-    """As in `interpose deploy up | status FILE`: alternatives are of one group, options of the command."""
-    prose = re.sub(r"^```.*?^```$", "", document.read_text("utf-8"), flags=re.M | re.S)
-    for text in re.findall(r"`interpose ([a-z][^`]*)`", prose):
-        words, group, command = text.split(), typer.main.get_command(app), None
-        while words and hasattr(group, "commands"):
-            command = group.commands[words.pop(0)]
-            while words[:1] == ["|"]:
-                assert words[1] in group.commands, text
-                del words[:2]
-            group = command
-        known = {option for one in getattr(command, "params", ()) for option in one.opts}
-        assert {word for word in words if word.startswith("--")} <= known, text
-
-
 def test_there_are_such_commands() -> None:
     assert [words[:2] for words in commands(ROOT / "docs" / "cluster.md")] == [
         *(["deploy", "up"], ["deploy", "status"], ["deploy", "down"], ["deploy", "down"]),
