@@ -9,10 +9,10 @@ from dataclasses import dataclass
 
 import torch
 from interpose.runtime.blocklists import main_list
-from interpose.runtime.split.here import Here
 from interpose.runtime.split.route import Guest, Route
 from interpose.runtime.split.shard import Shard
 from interpose.runtime.split.stubs import Dispatcher, places, settle_exit, stub
+from route_here import Here
 from torch import nn
 
 

@@ -15,12 +15,12 @@ from interpose.runtime.pieces import joined
 from interpose.runtime.split.building import blocks_of
 from interpose.runtime.split.calling import answer
 from interpose.runtime.split.guest import Exit, Graphs
-from interpose.runtime.split.here import Here
 from interpose.runtime.split.route import Nest
 from interpose.runtime.split.sites import Sites
 from interpose.runtime.split.split import Split
 from interpose_server.shards.assembly import put_together
 from interpose_server.shards.loaded_shard import load_shard
+from route_here import Here
 
 
 def split(loaded: Loaded, parts: int, leaving: Callable[[int], Exit | None] = lambda site: None) -> Loaded:

@@ -10,12 +10,11 @@ from functools import partial
 from queue import SimpleQueue
 from typing import Any
 
+from interpose.errors import InternalError
+from interpose.runtime.split.mapping import Swapped, leaf, readdressed
+from interpose.runtime.split.route import HOME, Landing, Mail, Nest, Visit
+from interpose.runtime.split.station import Station, Stop, asking
 from torch import Tensor
-
-from ...errors import InternalError
-from .mapping import Swapped, leaf, readdressed
-from .route import HOME, Landing, Mail, Nest, Visit
-from .station import Station, Stop, asking
 
 _Task = Callable[[], None]
 
@@ -109,7 +108,9 @@ class Here:
                 border = Swapped(leaf)
                 result, letters = border(result), readdressed(letters, border)
                 way.append(visit.site)
-                result, replies[visit.site], letters = self._forward(number, result, visit, letters)
+                stop = self._stops[visit.site]
+                serve = partial(stop.forward, number, result, visit, letters)
+                result, replies[visit.site], letters = self._serve(visit.site, serve)
                 if result is None:
                     break
         except BaseException:
@@ -119,15 +120,6 @@ class Here:
             self._ways[number] = way
         return Landing(result, tuple(letters), replies)
 
-    def _forward(
-        self, number: int, hidden: Tensor, visit: Visit, mail: Sequence[Mail]
-    ) -> tuple[Tensor | None, Nest, list[Mail]]:
-        stop = self._stops[visit.site]
-        found: tuple[Tensor | None, Nest, list[Mail]] = self._serve(
-            visit.site, lambda: stop.forward(number, hidden, visit, mail)
-        )
-        return found
-
     def backward(
         self, number: int, gradients: Sequence[Tensor | None], work: Mapping[int, Nest], mail: Sequence[Mail]
     ) -> tuple[Sequence[Tensor | None], Landing]:
@@ -135,17 +127,9 @@ class Here:
         replies: dict[int, Nest] = {}
         letters, back = [*mail], gradients
         for site in reversed(self._ways[number]):
-            back, replies[site], letters = self._backward(site, number, back, work.get(site), letters)
+            serve = partial(self._stops[site].backward, number, back, work.get(site), letters)
+            back, replies[site], letters = self._serve(site, serve)
         return back, Landing(None, tuple(letters), replies)
-
-    def _backward(
-        self, site: int, number: int, gradients: Sequence[Tensor | None], work: Nest, mail: Sequence[Mail]
-    ) -> tuple[list[Tensor | None], Nest, list[Mail]]:
-        stop = self._stops[site]
-        found: tuple[list[Tensor | None], Nest, list[Mail]] = self._serve(
-            site, lambda: stop.backward(number, gradients, work, mail)
-        )
-        return found
 
     def _serve(self, site: int, task: Callable[[], Any]) -> Any:
         """Have a shard do something in which it may ask others."""
