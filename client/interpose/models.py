@@ -17,7 +17,7 @@ from .graph.inputs import TOKENS
 from .graph.manifest import Manifest
 from .traced import Traced
 from .tracing.edits import Editor
-from .tracing.execution import Execute, Execution, Options
+from .tracing.execution import Execution, Options
 from .tracing.handles import aliases
 from .tracing.recorder import Recorder
 from .tracing.source import caller
@@ -261,11 +261,11 @@ class LanguageModel(Familiar, Traced):
 
     # -- parts -------------------------------------------------------------------------------------------------
 
-    def _execution(self, options: Options, execute: Execute | None = None) -> Execution:
+    def _execution(self, options: Options) -> Execution:
         remote = options.remote
         manifest = self._access.manifest(remote)
         recorder = Recorder(manifest, self._access.face(remote), edits=self._edits)
-        return Execution(recorder, execute or self._access.execute, replace(options, revision=manifest.revision))
+        return Execution(recorder, self._access.execute, replace(options, revision=manifest.revision))
 
     def _open(self, prompt: Any, options: Options, adapter: str | None = None, **rest: Any) -> Tracer:
         session = SESSION.get()

@@ -119,11 +119,6 @@ def perform(
     return values[-1]
 
 
-def reads(steps: Sequence[Step]) -> list[Point]:
-    """The points that steps read."""
-    return [Point(step[1], step[2], tuple(step[3])) for step in steps if step[0] == "read"]
-
-
 # -- the plain form ----------------------------------------------------------------------------------------------
 
 

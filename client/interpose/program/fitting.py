@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 
 from ..errors import BadArgument, InterposeError, UnknownModule
-from ..graph.limits import UNLIMITED, Limits
+from ..graph.limits import UNLIMITED
 from ..graph.manifest import Manifest, walk
 from ..graph.model import Graph, Node
 from ..graph.validate import validate
@@ -63,7 +63,7 @@ def _renamed(node: Node, path: Callable[[str], str]) -> Node:
     return node
 
 
-def check_fit(graph: Graph, manifest: Manifest, limits: Limits = UNLIMITED) -> None:
+def check_fit(graph: Graph, manifest: Manifest) -> None:
     """Raises what keeps a graph from running on a model: all places it lacks, else the first thing that's wrong."""
     missing = list(dict.fromkeys(_missing(graph, manifest)))
     if missing:
@@ -73,7 +73,7 @@ def check_fit(graph: Graph, manifest: Manifest, limits: Limits = UNLIMITED) -> N
             f"the program doesn't fit {manifest.model}:{shown}{more}", details={"reasons": missing[:100]}
         )
     try:
-        validate(graph, manifest, limits)
+        validate(graph, manifest, UNLIMITED)
     except InterposeError as error:
         error.message = f"the program doesn't fit {manifest.model}: {error.message}"
         raise

@@ -180,10 +180,6 @@ def lstsq(A: Tensor, B: Tensor) -> Tensor:
     return solution
 
 
-def searchsorted(sorted_sequence: Tensor, input: Any, out_int32: bool, right: bool) -> Tensor:
-    return torch.searchsorted(sorted_sequence, input, out_int32=out_int32, right=right)
-
-
 def arange(end: Any, dtype: Any, device: Any, start: Any = 0, step: Any = 1) -> Tensor:
     return torch.arange(start, end, step, dtype=dtype, device=device)
 

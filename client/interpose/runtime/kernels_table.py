@@ -117,12 +117,8 @@ def _to(
     return input.to(dtype if other is None else other.dtype, copy=copy)
 
 
-def _starred(function: Kernel, name: str = "tensors") -> Kernel:
-    def kernel(**bound: Any) -> Any:
-        first = bound.pop(name)
-        return function(*first, **{key: value for key, value in bound.items() if value is not None})
-
-    return kernel
+def _starred(function: Kernel) -> Kernel:
+    return lambda tensors: function(*tensors)
 
 
 def _norm(input: Tensor, p: Any, dim: Any, keepdim: bool, dtype: Any) -> Tensor:

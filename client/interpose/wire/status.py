@@ -17,9 +17,6 @@ class JobStatus(StrEnum):
     def terminal(self) -> bool:
         return not TRANSITIONS[self]
 
-    def may_become(self, new: JobStatus) -> bool:
-        return new in TRANSITIONS[self]
-
 
 TRANSITIONS: Mapping[JobStatus, frozenset[JobStatus]] = {
     JobStatus.QUEUED: frozenset({JobStatus.RUNNING, JobStatus.CANCELLED, JobStatus.FAILED}),

@@ -19,9 +19,6 @@ class ModelState(StrEnum):
     STOPPED = "stopped"
     """Nobody has heard of it for a while, and nobody would load it."""
 
-    def may_become(self, new: ModelState) -> bool:
-        return new in TRANSITIONS[self]
-
 
 _S = ModelState
 

@@ -11,7 +11,7 @@ from ...errors import UnknownOp
 from . import convert, create, index, join, linalg, losses, matmul, patterns, pointwise, reduce, view
 from .binding import match
 from .declare import Op
-from .kinds import IsTensor, is_spec
+from .kinds import is_spec
 
 
 def _assemble() -> dict[str, Op]:
@@ -68,10 +68,8 @@ def nearest(name: str) -> str:
     return f"; did you mean {' or '.join(close)}?" if close else ""
 
 
-def outputs_of(
-    op: Op, args: Sequence[Any], kwargs: Mapping[str, Any], is_tensor: IsTensor = is_spec
-) -> tuple[str, ...] | None:
+def outputs_of(op: Op, args: Sequence[Any], kwargs: Mapping[str, Any]) -> tuple[str, ...] | None:
     """`Op.outputs` for these arguments: `max(x)` is one tensor, `max(x, dim=0)` values and indices."""
     if len(op.signatures) == 1:
         return op.outputs
-    return match(op, args, kwargs, is_tensor)[0].outputs
+    return match(op, args, kwargs, is_spec)[0].outputs
