@@ -9,7 +9,7 @@ import difflib
 import hashlib
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property, lru_cache
 from typing import Any, TypeAlias
@@ -33,6 +33,9 @@ EVENT = {"output": "exit", "inputs": "enter", "stream": "stream"}
 tensor, as a block holds its residual while a norm reads it, goes on with what was written. Only offered where that
 is right.
 """
+
+POINT = {event: point for point, event in EVENT.items()}
+"""Event -> the point that exists at it; other events are points of their own name."""
 
 ATTENTION = ("q_rot", "k_rot", "v", "scores", "pattern", "z")
 """Points inside an attention module, in order. A run that touches one takes the eager form of attention."""
@@ -264,6 +267,15 @@ def leaves(layout: Layout) -> list[Leaf]:
     if isinstance(layout, dict):
         return [leaf for item in layout.values() for leaf in leaves(item)]
     return []
+
+
+def leaf_paths(layout: Layout, path: tuple[int | str, ...] = ()) -> Iterator[tuple[tuple[int | str, ...], Leaf]]:
+    """All tensors of a layout with their paths, in order."""
+    if isinstance(layout, Leaf):
+        yield path, layout
+    items = layout.items() if isinstance(layout, dict) else enumerate(layout) if isinstance(layout, tuple) else ()
+    for key, item in items:
+        yield from leaf_paths(item, (*path, key))
 
 
 def encode_layout(layout: Layout) -> Any:

@@ -14,8 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import ShapeMismatch
-from ..graph.manifest import BATCH, BATCH_SEQ, IMAGE, SEQ, UNKNOWN, Layout, Leaf
-from ..graph.model import Key
+from ..graph.manifest import BATCH, BATCH_SEQ, IMAGE, SEQ, UNKNOWN, Layout, Leaf, leaf_paths
 from . import nests
 from .feeding import examples, places
 from .inputs import Feeding, principal, vocabulary
@@ -182,7 +181,7 @@ def check(
     """
     if not feeding.works:
         return Verdict(False, f"not checked: {feeding.note}")
-    mixing = [path for path, leaf in _leaves(layout) if _mixes(leaf)]
+    mixing = [path for path, leaf in leaf_paths(layout) if _mixes(leaf)]
     if mixing:
         return Verdict(False, f"its output {mixing[0][-1]} has a value for every pair of a row and an image")
     config = getattr(model, "config", None)
@@ -214,18 +213,6 @@ def check(
         return Verdict(False, note)
     beside = f"rows of {' and '.join(map(str, lengths))} tokens" if feeding.ids else "another row"
     return Verdict(True, f"checked beside {beside}: neighbours move results by {strayed:.0e} at most", even_rows)
-
-
-def _leaves(layout: Layout, path: tuple[Key, ...] = ()) -> Iterator[tuple[tuple[Key, ...], Leaf]]:
-    if isinstance(layout, Leaf):
-        yield path, layout
-    items: Any = ()
-    if isinstance(layout, dict):
-        items = layout.items()
-    elif isinstance(layout, tuple):
-        items = enumerate(layout)
-    for key, item in items:
-        yield from _leaves(item, (*path, key))
 
 
 def _mixes(leaf: Leaf) -> bool:
@@ -276,7 +263,7 @@ class _Trial:
 
     def _outputs(self, output: Any) -> list[tuple[Leaf, Tensor]]:
         found = []
-        for path, leaf in _leaves(self._layout):
+        for path, leaf in leaf_paths(self._layout):
             if leaf.by_rows:
                 try:
                     tensor = nests.at(output, path)

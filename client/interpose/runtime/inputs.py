@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -138,18 +138,6 @@ class Feeding:
         """Whether positions may be stated: not where the model makes its own of the images' sizes."""
         own = any(self.inputs[name].free for name in tensors if name in self.inputs)
         return self.offset is not None and not own
-
-
-class Fed(Protocol):
-    """A loaded model, as far as feeding it goes."""
-
-    @property
-    def feeding(self) -> Feeding: ...
-
-
-def call_kwargs(loaded: Fed, inputs: ModelInputs) -> dict[str, Tensor]:
-    """The keyword arguments of the model's forward for a batch."""
-    return loaded.feeding.kwargs(inputs)
 
 
 def vocabulary(model: nn.Module) -> int | None:

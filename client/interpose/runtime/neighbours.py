@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from ..errors import ShapeMismatch
-from ..graph.manifest import ATTENTION, EVENT, Layout, Leaf, ModuleInfo, walk
+from ..graph.manifest import ATTENTION, POINT, Layout, Leaf, ModuleInfo, walk
 from ..graph.model import Key
 from . import nests
 from .attention import READABLE
@@ -27,7 +27,6 @@ from .inputs import Feeding
 from .pieces import joined
 from .rows import Span, View
 
-_POINT = {event: point for point, event in EVENT.items()}
 _MASKED = -1e30
 SHORT, LONG = 5, 8
 
@@ -51,7 +50,7 @@ class _Row:
         """Nothing is expected."""
 
     def visit(self, module: str, event: str, call: int, value: Any) -> Any:
-        point = _POINT.get(event, event)
+        point = POINT.get(event, event)
         layout = self.modules[module].points.get(point)
         for path, tensor in nests.tensors(value) if self.attention == (event in ATTENTION) else ():
             try:

@@ -21,11 +21,11 @@ from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer
 
 from ..graph.functions import call_of
-from ..graph.manifest import EVENT, SEQ, Layout, Leaf, Manifest, walk
+from ..graph.manifest import EVENT, POINT, SEQ, Layout, Leaf, Manifest, leaf_paths, walk
 from ..graph.model import Key, Node
 from . import caches, nests
 from .feeding import examples
-from .inputs import ModelInputs, call_kwargs, positions, principal
+from .inputs import ModelInputs, positions, principal
 from .loading import Loaded
 from .pieces import Piece, joined
 from .plan import Place, Plan
@@ -38,9 +38,6 @@ if TYPE_CHECKING:
     from .stages import Rows
 
 log = logging.getLogger(__name__)
-
-NAMES = {event: name for name, event in EVENT.items()}
-
 
 Parts = Mapping[tuple[Key, ...], Tensor]
 """Tensors of a nest, by path."""
@@ -121,22 +118,20 @@ class Prefix:
             return False
         one, other = (piece.rows[0] for piece in examples(self.loaded.model, feeding, [9, 8]))
         runs = [[Piece([[*one[:5], *other[5:]]])], [Piece([one])]]
+        model: Any = self.loaded.model
         try:
             cache = self.cache()
-            self.loaded.model(**self._kwargs(joined([[Piece([one])]], {}, self.loaded.device)), **cache)
+            model(**feeding.kwargs(joined([[Piece([one])]], {}, self.loaded.device)), **cache)
             past = self.kept(cache["past_key_values"], Span.whole(1, 9, 9), 5, {})
-            expected = principal(self.loaded.model(**self._kwargs(joined(runs, {}, self.loaded.device))))
+            expected = principal(model(**feeding.kwargs(joined(runs, {}, self.loaded.device))))
             short = joined([[behind(piece, 5) for piece in run] for run in runs], {}, self.loaded.device)
-            found = principal(self.loaded.model(**self._kwargs(self.behind(short, 5)), **self.begin([past] * 2)))
+            found = principal(model(**feeding.kwargs(self.behind(short, 5)), **self.begin([past] * 2)))
         except Exception as error:  # noqa: BLE001 - a model that can't may raise anything; it runs whole
             log.info("%s can't go on behind tokens: %s", self.loaded.manifest.model, error)
             return False
         pairs = [(found[0, :3], expected[0, 5:8]), (found[1, :4], expected[1, 5:9])]
         tolerance = CLOSE.get(expected.dtype, 3e-2)
         return all(float((a - b).abs().max()) <= tolerance * float(b.abs().max()) for a, b in pairs)
-
-    def _kwargs(self, inputs: ModelInputs) -> dict[str, Any]:
-        return call_kwargs(self.loaded, inputs)
 
     def cache(self) -> dict[str, Any]:
         """Arguments by which a forward keeps its keys and values."""
@@ -272,7 +267,7 @@ def _of(value: Any, rows: slice, size: int) -> Tensor:
 
 def layout_of(manifest: Manifest, place: Place) -> Layout:
     """Of what is seen at a place."""
-    return manifest.modules[place[0]].points[NAMES.get(place[1], place[1])]
+    return manifest.modules[place[0]].points[POINT.get(place[1], place[1])]
 
 
 def _leaf(manifest: Manifest, place: Place, node: Node) -> Leaf:
@@ -284,17 +279,9 @@ def _leaf(manifest: Manifest, place: Place, node: Node) -> Leaf:
 
 def _leaves(manifest: Manifest, place: Place, nodes: Sequence[Node]) -> dict[tuple[Key, ...], Leaf]:
     found: dict[tuple[Key, ...], Leaf] = {}
-
-    def add(layout: Layout, path: tuple[Key, ...]) -> None:
-        if isinstance(layout, Leaf):
-            found[path] = layout
-        if isinstance(layout, (tuple, dict)):
-            for key, item in layout.items() if isinstance(layout, dict) else enumerate(layout):
-                add(item, (*path, key))
-
     for node in nodes:
         assert node.point is not None
-        add(walk(layout_of(manifest, place), node.point.path), node.point.path)
+        found.update(leaf_paths(walk(layout_of(manifest, place), node.point.path), node.point.path))
     return found
 
 

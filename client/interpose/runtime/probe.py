@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 from ..graph.functions import call_of
-from ..graph.manifest import ATTENTION, BATCH, EVENT, IMAGE, KEY, SEQ, Layout, Leaf, ModuleInfo, Param, leaves
+from ..graph.manifest import ATTENTION, BATCH, IMAGE, KEY, POINT, SEQ, Layout, Leaf, ModuleInfo, Param, leaves
 from ..graph.values import DTYPES
 from . import neighbours, nests
 from .attention import READABLE
@@ -36,7 +36,6 @@ IMAGES = ((2, 5, (2, 1)), (3, 5, (1, 2, 1)), (2, 7, (1, 2)))
 PAST = 2
 """Positions before the decode step: few, so that no sliding window ends between them."""
 
-_POINT = {event: point for point, event in EVENT.items()}
 _KEYS = {"scores": -1, "pattern": -1, "k_rot": -2, "v": -2}
 """Attention points -> their dimension of key length, for models that can't decode and so can't show it."""
 
@@ -293,7 +292,7 @@ def _described(
     found = moments(order)
     for path, info in bare.items():
         kept = found.get(path, {})
-        points = {_POINT.get(event, event): _layout(event, samples[path, event]) for event in kept}
+        points = {POINT.get(event, event): _layout(event, samples[path, event]) for event in kept}
         yield path, replace(info, events=kept, points=points)
 
 

@@ -26,7 +26,7 @@ from ..graph.model import Key
 from . import nests
 from .feeding import examples
 from .hooks import CURRENT, hooked, others
-from .inputs import call_kwargs, principal
+from .inputs import principal
 from .loading import Loaded
 from .pieces import Piece, joined
 from .plan import Place
@@ -226,7 +226,7 @@ class Restart:
             Span(first, rows, 0, width, 0, width)
             for first, rows, width in zip(firsts, inputs.rows, inputs.widths, strict=False)
         ]
-        return call_kwargs(self.loaded, inputs), spans
+        return self.loaded.feeding.kwargs(inputs), spans
 
     def _seconds(self, length: int) -> float:
         kwargs, _ = self._batch([examples(self.loaded.model, self.loaded.feeding, [length])])

@@ -9,7 +9,7 @@ from typing import Any
 
 from ..graph.inputs import counted
 from .forward import Placed, place, starts
-from .inputs import ModelInputs, call_kwargs
+from .inputs import ModelInputs
 from .loading import Loaded
 from .pieces import joined, pieces
 from .plan import Place
@@ -151,8 +151,9 @@ class Staging:
         return Cut(self._tail, inputs.widths, before)
 
     def _kwargs(self, inputs: ModelInputs, *, plain: bool) -> dict[str, Any]:
-        kwargs: dict[str, Any] = call_kwargs(self._loaded, inputs)
-        if plain or "use_cache" not in self._loaded.feeding.accepts:
+        feeding = self._loaded.feeding
+        kwargs: dict[str, Any] = feeding.kwargs(inputs)
+        if plain or "use_cache" not in feeding.accepts:
             return kwargs
         # One forward reads no cache; without one its keys and values die with their layer. They also lie otherwise
         # in memory, which changes last bits.
