@@ -323,6 +323,11 @@ class ConfigError(InterposeError):
     code, status = "config", 400
 
 
+def first_line(error: BaseException, most: int = 300) -> str:
+    """What another library's error says, in one line of so many characters; its class where it says nothing."""
+    return str(error).strip().partition("\n")[0].rstrip(".")[:most] or type(error).__name__
+
+
 def _tree(root: type[InterposeError]) -> dict[str, type[InterposeError]]:
     found = {root.code: root}
     for sub in root.__subclasses__():

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from .errors import BadArgument, ConfigError
+from .errors import BadArgument, ConfigError, first_line
 from .models import LanguageModel
 from .tracing.prompts import texts
 
@@ -73,8 +73,7 @@ def _load(source: Any) -> Any:
     try:
         return AutoProcessor.from_pretrained(source)  # type: ignore[no-untyped-call]
     except ImportError as error:
-        needed = str(error).strip().partition("\n")[0]
-        raise ConfigError(f"the processor of {source} can't be made: {needed}") from error
+        raise ConfigError(f"the processor of {source} can't be made: {first_line(error)}") from error
     except (OSError, ValueError, KeyError) as error:
         raise ConfigError(
             f"no processor is found for {source}: give one, VisionLanguageModel(name, processor=...), or the "

@@ -8,7 +8,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from ..errors import ConfigError, ModelUnavailable
+from ..errors import ConfigError, ModelUnavailable, first_line
 from .unavailable import reason
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
@@ -121,7 +121,3 @@ def too_much(name: str, setting: str, value: Any) -> ConfigError:
         f"adapter {name!r} has {setting}={value!r}, with which it changes more than what "
         "single layers make; only plain LoRA (rsLoRA and DoRA too) can be chosen by a run"
     )
-
-
-def first_line(error: Exception) -> str:
-    return str(error).strip().partition("\n")[0].rstrip(".")[:300]

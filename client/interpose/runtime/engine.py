@@ -15,7 +15,7 @@ from typing import Protocol
 
 import torch
 
-from ..errors import BadArgument, InternalError, InterposeError, OutOfMemory, ReplicaLost
+from ..errors import BadArgument, InternalError, InterposeError, OutOfMemory, ReplicaLost, first_line
 from ..graph.limits import UNLIMITED, Limits
 from ..graph.model import Graph, Run
 from ..graph.validate import Report
@@ -320,7 +320,7 @@ class Engine:
                 (job, run), *others = group
                 if others or not job.plan.graph.runs[run].given:
                     raise
-                job.fail(BadArgument(f"the model doesn't run on these inputs: {_first_line(refused.error)}"))
+                job.fail(BadArgument(f"the model doesn't run on these inputs: {first_line(refused.error)}"))
 
     def adapter(self, job: Interpreter, run: int) -> AbstractContextManager[None]:
         """A context in which the model is as a run has chosen it; what is run within that chooses for itself."""
@@ -350,7 +350,3 @@ class Engine:
 def _gradients(*jobs: Interpreter) -> torch.set_grad_enabled:
     """Tracks what is computed if a job asked for gradients; such jobs share forwards with their like."""
     return torch.set_grad_enabled(any(job.plan.backwards for job in jobs))
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).strip().partition("\n")[0][:200] or type(error).__name__

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from ..errors import InterposeError, NotReached, OpFailed, ReplicaLost
+from ..errors import InterposeError, NotReached, OpFailed, ReplicaLost, first_line
 from ..graph.model import Node
 
 if TYPE_CHECKING:
@@ -40,7 +40,7 @@ def plain(error: Exception) -> Exception:
     """The error as one of ours, torch's own as OpFailed with their first line; but what is the device's stays."""
     if isinstance(error, (InterposeError, torch.OutOfMemoryError, torch.AcceleratorError, MemoryError)):
         return error
-    return OpFailed(str(error).strip().split("\n")[0][:300] or type(error).__name__)
+    return OpFailed(first_line(error))
 
 
 def unreached(node: Node) -> NotReached:

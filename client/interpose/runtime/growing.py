@@ -16,7 +16,7 @@ import torch
 from tokenizers import Tokenizer
 from torch import Tensor
 
-from ..errors import BadArgument, OpFailed
+from ..errors import BadArgument, OpFailed, first_line
 from ..graph.generation import new_tokens
 from .inputs import FILL
 from .interpreter import Interpreter
@@ -161,7 +161,7 @@ class Grower:
             model._prepare_special_tokens(config, True, device=self.loaded.device)
             made = [self._row(row, _seed(job, run, index), config, options) for index, row in enumerate(rows)]
         except (ValueError, TypeError) as error:
-            raise BadArgument(f"generate: {str(error).splitlines()[0][:200]}") from error
+            raise BadArgument(f"generate: {first_line(error)}") from error
         pad = config._pad_token_tensor
         fill = FILL if pad is None else max(int(pad), FILL)
         images = [len(piece.tensors.get(self.loaded.feeding.images, ())) for piece in fed]

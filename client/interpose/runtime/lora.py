@@ -12,9 +12,9 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from ..errors import ConfigError
+from ..errors import ConfigError, first_line
 from ..graph.adapters import AdapterInfo, check_name
-from .adapter_files import CONFIG, WEIGHTS, config_of, first_line, folder_of, too_much
+from .adapter_files import CONFIG, WEIGHTS, config_of, folder_of, too_much
 from .adapters import NAME, Adapter, attach, undisturbed
 from .partial_loading import Keep
 

@@ -20,9 +20,9 @@ import torch
 from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel
 
-from ..errors import ConfigError
+from ..errors import ConfigError, first_line
 from .quantized import scheme
-from .sources import Source, first_line, model_class, torch_device, torch_dtype
+from .sources import Source, model_class, torch_device, torch_dtype
 from .transformers_internals import (
     LIBRARY,
     Filling,

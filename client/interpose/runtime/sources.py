@@ -14,7 +14,7 @@ from huggingface_hub import HfApi, try_to_load_from_cache
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, RepositoryNotFoundError
 from transformers import AutoConfig, PretrainedConfig
 
-from ..errors import ConfigError, ModelUnavailable, OutOfMemory
+from ..errors import ConfigError, ModelUnavailable, OutOfMemory, first_line
 from .transformers_internals import models_of
 from .unavailable import reason
 
@@ -137,10 +137,6 @@ def _hub_answers(name: str, revision: str | None) -> bool:
             f"there is no folder {name!r} here, and {asked}: {first_line(error)}", details={"reason": "network"}
         ) from None
     return True
-
-
-def first_line(error: Exception) -> str:
-    return str(error).strip().partition("\n")[0].rstrip(".")
 
 
 def auto_class(config: PretrainedConfig) -> Any:

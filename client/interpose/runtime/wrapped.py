@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
-from ..errors import BadArgument, InterposeError, OpFailed, OutOfMemory
+from ..errors import BadArgument, InterposeError, OpFailed, OutOfMemory, first_line
 from ..graph.limits import UNLIMITED
 from ..graph.manifest import BATCH, UNKNOWN, Leaf, Manifest, leaves, walk
 from ..graph.model import Graph, Node
@@ -293,5 +293,5 @@ def _largest(value: Tensor) -> float:
 
 
 def _said(error: Exception) -> str:
-    line = str(error).strip().partition("\n")[0][:300]
-    return f"{type(error).__name__}: {line}" if line else type(error).__name__
+    name, line = type(error).__name__, first_line(error)
+    return name if line == name else f"{name}: {line}"

@@ -12,7 +12,7 @@ from functools import partial
 from typing import Any
 
 import ray
-from interpose.errors import ConfigError, ReplicaLost
+from interpose.errors import ConfigError, ReplicaLost, first_line
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from .. import logs
@@ -160,5 +160,5 @@ def _got(asked: Sequence[Any]) -> list[Any]:
     except ray.exceptions.RayTaskError as error:
         raise error.cause if isinstance(error.cause, Exception) else error from None
     except ray.exceptions.RayActorError as error:
-        raise ReplicaLost(f"a shard died while it was loading: {str(error).partition(chr(10))[0]}") from error
+        raise ReplicaLost(f"a shard died while it was loading: {first_line(error)}") from error
     return found

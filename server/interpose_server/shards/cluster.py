@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import ray
-from interpose.errors import ConfigError
+from interpose.errors import ConfigError, first_line
 from ray import serve
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
@@ -71,7 +71,7 @@ def join(address: str, connected: Callable[[], object] = lambda: None) -> None:
         _knock(address)
         ray.init(address=address, namespace=NAMESPACE, log_to_driver=False, logging_level=logging.ERROR)
     except (OSError, RuntimeError, ValueError, ray.exceptions.RayError) as error:
-        reason = str(error).strip().partition("\n")[0].rstrip(".")
+        reason = first_line(error)
         advice = ""
         if "Failed to connect" in reason:
             advice = "; something listens there, which may ask for a token: RAY_AUTH_MODE, RAY_AUTH_TOKEN_PATH"

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ...errors import InterposeError
+from ...errors import InterposeError, first_line
 from ...graph.named import Named
 from ...graph.values import Ref
 from ..pieces import Piece
@@ -112,7 +112,7 @@ class Trial:
         try:
             ways = [identity.compared(way) for way in identity.expected(given)]
         except Exception as error:  # noqa: BLE001 - a family's entry may be wrong in any way; then it isn't offered
-            return f"it can't be checked that {identity.says}: {str(error).partition(chr(10))[0][:120]}"
+            return f"it can't be checked that {identity.says}: {first_line(error, 120)}"
         if any(close(found, way, _TOLERANCE.get(self.dtype, 5e-2)) for way in ways):
             return ""
         return f"on numbers it doesn't hold here that {identity.says}"

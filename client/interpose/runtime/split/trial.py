@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ...errors import ConfigError, InternalError, ReplicaLost
+from ...errors import ConfigError, InternalError, ReplicaLost, first_line
 from ..transformers_internals import collected
 
 _STATES = "hidden_states"
@@ -45,5 +45,6 @@ def tried(home: nn.Module, batches: Sequence[Mapping[str, Any]]) -> None:
     except ReplicaLost:
         raise
     except Exception as error:  # whatever its code raises when parts of it aren't there
-        why = str(error).strip().partition("\n")[0] or type(error).__name__
-        raise ConfigError(f"{type(home).__name__} can't be split over several sites: {why}") from error
+        raise ConfigError(
+            f"{type(home).__name__} can't be split over several sites: {first_line(error)}"
+        ) from error
