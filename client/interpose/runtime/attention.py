@@ -24,7 +24,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, AttentionMaskInterface
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, AttentionInterface
 
-from .hooks import CURRENT, Scope, hooked
+from .hooks import CURRENT, Looking, Scope, hooked
 from .inputs import principal
 
 READABLE = "interpose"
@@ -185,7 +185,7 @@ def adopt(model: nn.Module) -> None:
 
 def _direct(model: nn.Module, batches: Sequence[Mapping[str, Any]]) -> str:
     """`READABLE` for a model that calls torch's fused attention itself, and does the same with it written out."""
-    visitor = _Looking()
+    visitor = Looking()
     for batch in batches:
         plain = _real(principal(model(**batch)), batch)
         with hooked({}, {}, visitor) as scope:
@@ -220,24 +220,12 @@ def _differs(
     try:
         if not same(plain):
             return "its results would change under an attention that can be looked into"
-        with hooked({}, {}, _Looking()):
+        with hooked({}, {}, Looking()):
             if not same(eager):
                 return "its eager attention can't be reproduced"
     except LookupError as error:
         return str(error)
     return ""
-
-
-class _Looking:
-    """A visitor that touches nothing but wants attention in its eager form."""
-
-    attention = True
-
-    def visit(self, module: str, event: str, call: int, value: Any) -> Any:
-        return value
-
-    def astray(self, module: str) -> None:
-        """No functions are looked at."""
 
 
 def _same(one: Tensor, other: Tensor, *, exact: bool) -> bool:

@@ -39,6 +39,24 @@ class Visitor(Protocol):
         """A module's forward called other functions than those that were measured."""
 
 
+class Onlooker:
+    """A visitor that changes nothing; no call of a function is out of order to it."""
+
+    attention: bool
+
+    def visit(self, module: str, event: str, call: int, value: Any) -> Any:
+        return value
+
+    def astray(self, module: str) -> None:
+        """Nothing was expected."""
+
+
+class Looking(Onlooker):
+    """One for whose sake attention takes its eager form."""
+
+    attention = True
+
+
 class Scope:
     """One forward of one run: its visitor, and how often each module was called so far."""
 

@@ -21,7 +21,7 @@ from . import nests
 from .attention import READABLE
 from .feeding import examples, places
 from .functions import watchable
-from .hooks import hooked
+from .hooks import Onlooker, hooked
 from .independence import TOLERANCE
 from .inputs import Feeding
 from .pieces import joined
@@ -35,8 +35,8 @@ Place = tuple[str, str, tuple[Key, ...]]
 
 
 @dataclass
-class _Row:
-    """A visitor that keeps the first row's part of every tensor of floats whose layout says which that is."""
+class _Row(Onlooker):
+    """Keeps the first row's part of every tensor of floats whose layout says which that is."""
 
     modules: Mapping[str, ModuleInfo]
     part: Span
@@ -45,9 +45,6 @@ class _Row:
     seen: dict[tuple[Place, int], torch.Tensor] = field(default_factory=dict)
     odd: set[Place] = field(default_factory=set)
     """What wasn't of the shape that was measured before."""
-
-    def astray(self, module: str) -> None:
-        """Nothing is expected."""
 
     def visit(self, module: str, event: str, call: int, value: Any) -> Any:
         point = POINT.get(event, event)

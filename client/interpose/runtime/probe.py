@@ -22,7 +22,7 @@ from . import neighbours, nests
 from .attention import READABLE
 from .feeding import examples, places
 from .functions import Made, watchable
-from .hooks import hooked
+from .hooks import Onlooker, hooked
 from .inputs import Feeding, ModelInputs, positions
 from .layouts import Seen, Size, derive, dtype_name, observe
 from .pieces import Piece, joined
@@ -64,17 +64,14 @@ class Measured:
 
 
 @dataclass
-class _Recorder:
-    """A visitor that notes when it was called, the shapes of what it was shown, and each tensor's version."""
+class _Recorder(Onlooker):
+    """Notes when it was called, the shapes of what it was shown, and each tensor's version."""
 
     attention: bool
     order: list[tuple[str, str]] = field(default_factory=list)
     seen: dict[tuple[str, str], list[Seen]] = field(default_factory=dict)
     shown: list[tuple[tuple[str, str], torch.Tensor, int]] = field(default_factory=list)
     made: dict[tuple[str, int], list[str]] = field(default_factory=dict)
-
-    def astray(self, module: str) -> None:
-        """Nothing is expected yet."""
 
     def visit(self, module: str, event: str, call: int, value: Any) -> Any:
         function = call_of(event)

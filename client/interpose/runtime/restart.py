@@ -25,7 +25,7 @@ from ..graph.manifest import BATCH, BATCH_SEQ, KEY, SEQ, Layout, Leaf, leaves, w
 from ..graph.model import Key
 from . import nests
 from .feeding import examples
-from .hooks import CURRENT, hooked, others
+from .hooks import CURRENT, Onlooker, hooked, others
 from .inputs import principal
 from .loading import Loaded
 from .pieces import Piece, joined
@@ -253,15 +253,12 @@ class _Trial:
 
 
 @dataclass
-class _Seen:
-    """A visitor that keeps what some places show."""
+class _Seen(Onlooker):
+    """Keeps what some places show."""
 
     places: Collection[Place]
     values: dict[Place, Any] = field(default_factory=dict)
     attention = False
-
-    def astray(self, module: str) -> None:
-        """Nothing is expected."""
 
     def visit(self, module: str, event: str, call: int, value: Any) -> Any:
         if (module, event, call) in self.places:

@@ -17,7 +17,7 @@ from ..graph.model import Node
 from ..graph.values import Ref
 from . import nests
 from .feeding import examples
-from .hooks import hooked
+from .hooks import Onlooker, hooked
 from .inputs import principal
 from .loading import Loaded
 from .pieces import joined
@@ -94,14 +94,11 @@ class Cut:
 
 
 @dataclass
-class _Shapes:
-    """A visitor that notes the shapes of what modules take and give."""
+class _Shapes(Onlooker):
+    """Notes the shapes of what modules take and give."""
 
     attention = False
     seen: dict[Place, list[torch.Size]] = field(default_factory=dict)
-
-    def astray(self, module: str) -> None:
-        """Nothing is expected."""
 
     def visit(self, module: str, event: str, call: int, value: Any) -> Any:
         self.seen[module, event, call] = [tensor.shape for _, tensor in nests.tensors(value)]

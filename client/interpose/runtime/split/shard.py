@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from ...errors import InternalError
 from .. import nests
 from ..adapters import Adapter, chosen
-from ..hooks import hooked, no_hooks
+from ..hooks import Looking, hooked, no_hooks
 from ..independence import Buffers, remembers
 from . import home_caches
 from .mapping import Swapped, given, mapped, moved, readdressed
@@ -41,18 +41,6 @@ OUTPUTS = "blocks.outputs"
 HOLD, RESTORE, FORGET = "blocks.hold", "blocks.restore", "blocks.forget"
 """Errands for what blocks remember from one forward to the next: note it, which gives a number, None if there is
 nothing; put it back as it was under that number; never mind the number. Done while no forward is under way."""
-
-
-class _Looking:
-    """A visitor that touches nothing but wants attention in its eager form."""
-
-    attention = True
-
-    def visit(self, module: str, event: str, call: int, value: Any) -> Any:
-        return value
-
-    def astray(self, module: str) -> None:
-        """No functions are looked at."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -152,7 +140,7 @@ class Shard:
 
     @staticmethod
     def _attention(visit: Visit) -> AbstractContextManager[Any]:
-        return hooked({}, {}, _Looking()) if visit.attention else nullcontext()
+        return hooked({}, {}, Looking()) if visit.attention else nullcontext()
 
     def _call(self, call: BlockCall, hidden: Tensor, resolve: Callable[[Any], Any]) -> Tensor:
         block = self._blocks.get(call.path)
