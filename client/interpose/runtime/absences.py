@@ -181,7 +181,7 @@ class Absences:
             kwargs = {name: substitute(arg, look) for name, arg in node.kwargs.items()}
             seen = kernels.execute(node.op, (mask, *(substitute(arg, look) for arg in rest)), kwargs)
             return [part.bool() for part in (seen if isinstance(seen, tuple) else (seen,))]
-        bound = ops.bind(op, [mask, *rest], node.kwargs, _is_tensor)
+        bound = ops.bind(op, [mask, *rest], node.kwargs, kernels.is_tensor)
         dim = bound.get("dim")
         if dim is None or node.op not in ALONG | PICKS:
             return None
@@ -216,10 +216,6 @@ class Absences:
             found: Tensor | None = self._masks[ref]
             return found
         return value.isnan() if ref in self._holed and isinstance(value, Tensor) else None
-
-
-def _is_tensor(value: Any) -> bool:
-    return isinstance(value, Tensor)
 
 
 def _holds_nan(value: Any) -> bool:

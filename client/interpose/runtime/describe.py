@@ -14,7 +14,6 @@ from transformers import DynamicCache, PretrainedConfig
 
 from .independence import rope_settings
 from .inputs import Feeding, text_config
-from .layouts import dtype_name
 from .offloaded import brought
 
 _FIGURES = {
@@ -154,9 +153,3 @@ def _content(value: Tensor, *, whole: bool) -> bytes:
     sampled = flat[:: max(1, len(flat) // _SAMPLED)].cpu().numpy().tobytes()
     total = int(flat.sum(dtype=torch.int64)) if whole else 0
     return sampled + str(total).encode()
-
-
-def weights_dtype(model: nn.Module) -> str:
-    """Dtype of the first floating-point weight."""
-    found = (dtype_name(param) for param in model.parameters() if param.is_floating_point())
-    return next(found, "float32")

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from ..graph.inputs import BATCH, FREE, IMAGE, SEQ, Input
 from . import nests
 from .inputs import Feeding, principal, sample_rows, text_config
-from .layouts import dtype_name
+from .layouts import weights_dtype
 from .pieces import GRID, Piece, joined
 
 
@@ -124,7 +124,7 @@ def _image_inputs(model: nn.Module, feeding: Feeding) -> list[dict[str, Input]]:
     if "pixel_values" not in feeding.accepts:
         return []
     config = _vision_config(model)
-    dtype = next((dtype_name(p) for p in model.parameters() if p.is_floating_point()), "float32")
+    dtype = weights_dtype(model)
     channels = getattr(config, "num_channels", None) or getattr(config, "in_channels", None) or 3
     if GRID in feeding.accepts:
         patch = getattr(config, "patch_size", 0)

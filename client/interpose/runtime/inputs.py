@@ -140,6 +140,11 @@ class Feeding:
         return self.offset is not None and not own
 
 
+def device_of(model: nn.Module) -> torch.device:
+    """Where a model's first parameter lies that has its numbers; the CPU for a model without one."""
+    return next((param.device for param in model.parameters() if not param.is_meta), torch.device("cpu"))
+
+
 def vocabulary(model: nn.Module) -> int | None:
     """How many token ids a model takes, None if it takes none."""
     if not isinstance(model, PreTrainedModel):

@@ -13,10 +13,11 @@ from torch import Tensor
 from ..errors import IndexOutOfRange, InterposeError, OpFailed
 from ..graph.ops import OPS, bind, lookup
 from ..graph.values import DTYPES, TensorSpec
+from ..wire.torch_tensors import TORCH as TORCH_DTYPES
+from ..wire.torch_tensors import dtype_name
 from . import kernels_checks, kernels_index, kernels_table
-from .kernels_dtypes import TORCH_DTYPES, dtype_name
 
-__all__ = ["KERNELS", "TORCH_DTYPES", "assign", "described", "dtype_name", "execute"]
+__all__ = ["KERNELS", "TORCH_DTYPES", "assign", "described", "dtype_name", "execute", "is_tensor"]
 
 assert TORCH_DTYPES.keys() == DTYPES.keys()
 
@@ -29,7 +30,7 @@ _CHECKS = kernels_checks.CHECKS
 _INTERNALS = re.compile(r"\[enforce fail at [^\]]*\] ?|\(?\S*/\S+\.(?:cpp|cu|h|py)(?::\d+)?\)?:? ?")
 
 
-def _is_tensor(value: Any) -> bool:
+def is_tensor(value: Any) -> bool:
     return isinstance(value, Tensor)
 
 
@@ -51,7 +52,7 @@ def execute(
     op = OPS.get(name)
     if op is None:
         op = lookup(name)
-    bound = bind(op, args, kwargs, _is_tensor)
+    bound = bind(op, args, kwargs, is_tensor)
     try:
         check = _CHECKS.get(name)
         if check is not None:

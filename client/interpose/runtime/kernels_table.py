@@ -11,10 +11,10 @@ from torch.nn import functional
 
 from ..graph.ops import OPS, Op
 from ..graph.ops.convert import NAMED
+from ..wire.torch_tensors import TORCH
 from . import kernels_index as index
 from . import kernels_random as random
 from . import kernels_special as special
-from .kernels_dtypes import TORCH_DTYPES
 
 Kernel = Callable[..., Any]
 
@@ -128,7 +128,7 @@ def _norm(input: Tensor, p: Any, dim: Any, keepdim: bool, dtype: Any) -> Tensor:
 
 
 _SPECIAL: dict[str, Kernel] = {
-    **{name: _converted(TORCH_DTYPES[dtype]) for name, dtype in NAMED.items()},
+    **{name: _converted(TORCH[dtype]) for name, dtype in NAMED.items()},
     "add": special.add,
     "sub": special.sub,
     "div": special.div,

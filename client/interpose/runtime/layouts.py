@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..graph.manifest import BATCH, BATCH_SEQ, IMAGE, KEY, SEQ, UNKNOWN, Layout, Leaf
 from ..graph.values import DTYPES
@@ -65,6 +65,11 @@ def observe(value: Any, depth: int = 0) -> Seen:
 
 def dtype_name(value: Tensor) -> str:
     return str(value.dtype).removeprefix("torch.")
+
+
+def weights_dtype(model: nn.Module) -> str:
+    """Dtype of the first floating-point weight; "float32" without one."""
+    return next((dtype_name(param) for param in model.parameters() if param.is_floating_point()), "float32")
 
 
 def derive(samples: Sequence[tuple[Size, Seen]]) -> Layout:

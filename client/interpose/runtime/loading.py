@@ -17,7 +17,8 @@ from ..graph.manifest import Manifest
 from . import attention, describe, independence, lora, named
 from .adapters import Adapter
 from .feeding import examples, measure_feeding, places
-from .inputs import Feeding, vocabulary
+from .inputs import Feeding, device_of, vocabulary
+from .layouts import weights_dtype
 from .pieces import joined
 from .probe import Measured, probe
 from .quantized import scheme
@@ -140,7 +141,7 @@ def wrap(model: nn.Module, name: str, tokenizer: Any = None) -> Loaded:
     """
     model.eval().requires_grad_(False)
     modules = dict(model.named_modules())
-    device = next((param.device for param in model.parameters() if not param.is_meta), torch.device("cpu"))
+    device = device_of(model)
     feeding = measure_feeding(model, device)
     readable = attention.install(model, trials(model, feeding, device))
     measured = probe(model, modules, feeding, device, readable)
@@ -176,7 +177,7 @@ def described(
         parameters: how many it has, where some lie elsewhere.
     """
     modules = dict(model.named_modules())
-    device = next((param.device for param in model.parameters() if not param.is_meta), torch.device("cpu"))
+    device = device_of(model)
     longest = describe.longest_row(model, feeding)
     if measured.note:
         verdict = independence.Verdict(False, f"not checked: {measured.note}")
@@ -188,7 +189,7 @@ def described(
         model=name,
         revision=describe.revision(model) if revision is None else revision,
         architecture=type(model).__name__,
-        dtype=describe.weights_dtype(model),
+        dtype=weights_dtype(model),
         modules=measured.modules,
         blocks=measured.blocks,
         towers=measured.towers,

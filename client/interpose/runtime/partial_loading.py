@@ -144,7 +144,7 @@ class _Part:
             )
         for name in real - self.names:
             owner, _, at = name.rpartition(".")
-            _replace(model.get_submodule(owner), at)
+            empty(model.get_submodule(owner), at)
 
 
 def _tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
@@ -152,12 +152,12 @@ def _tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
     yield from model.named_buffers(remove_duplicate=False)
 
 
-def _replace(module: nn.Module, name: str) -> None:
-    held = module._parameters if name in module._parameters else module._buffers
-    tensor = held[name]
-    assert tensor is not None
-    empty = tensor.to(META)
-    held[name] = nn.Parameter(empty, requires_grad=False) if isinstance(tensor, nn.Parameter) else empty  # type: ignore[assignment]
+def empty(module: nn.Module, name: str) -> None:
+    """Let go of the numbers of a module's own parameter or buffer, if it is there."""
+    if (weight := module._parameters.get(name)) is not None:
+        module._parameters[name] = nn.Parameter(weight.to(META), requires_grad=False)
+    elif (buffer := module._buffers.get(name)) is not None:
+        module._buffers[name] = buffer.to(META)
 
 
 def _tied(model: PreTrainedModel) -> list[set[str]]:

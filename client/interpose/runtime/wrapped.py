@@ -24,13 +24,13 @@ from ..graph.manifest import BATCH, UNKNOWN, Leaf, Manifest, leaves, walk
 from ..graph.model import Graph, Node
 from ..graph.validate import Checker, Known
 from . import given, nests
-from .describe import versions, weights_dtype
+from .describe import versions
 from .forward import Forward, place
 from .given import Given
 from .independence import TOLERANCE
-from .inputs import Feeding
+from .inputs import Feeding, device_of
 from .interpreter import Interpreter
-from .layouts import Size
+from .layouts import Size, weights_dtype
 from .loading import Loaded
 from .plan import compile_graph
 from .probe import Watch, described_bare
@@ -190,7 +190,7 @@ class Wrapped:
         sink: Sink,
     ) -> None:
         modules = self._modules()
-        device = next((param.device for param in self.module.parameters()), torch.device("cpu"))
+        device = device_of(self.module)
         world = World(modules, device, measured[0].manifest)
         known = _checked(graph, measured)
         job = Interpreter(

@@ -28,11 +28,17 @@ TORCH: dict[str, torch.dtype] = {
 _NAMES = {dtype: name for name, dtype in TORCH.items()}
 
 
+def dtype_name(dtype: torch.dtype) -> str:
+    """The name of a dtype in graphs and on the wire. Raises BadArgument for one that has none."""
+    name = _NAMES.get(dtype)
+    if name is None:
+        raise BadArgument(f"a tensor of {dtype} can't be sent; convert it to one of {', '.join(DTYPES)}")
+    return name
+
+
 def torch_dtype(tensor: torch.Tensor) -> str:
     """The wire's name of its dtype. Raises BadArgument if the tensor has no wire form."""
-    name = _NAMES.get(tensor.dtype)
-    if name is None:
-        raise BadArgument(f"a tensor of {tensor.dtype} can't be sent; convert it to one of {', '.join(DTYPES)}")
+    name = dtype_name(tensor.dtype)
     if tensor.layout is not torch.strided or tensor.is_meta or tensor.is_nested:
         raise BadArgument("a sparse, nested or meta tensor can't be sent; make it a plain one first")
     return name

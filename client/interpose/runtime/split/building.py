@@ -7,17 +7,14 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import nn
 
 from ...errors import ConfigError
 from ..blocklists import main_list
-from ..partial_loading import inside, load_part, outline, outside
+from ..partial_loading import empty, inside, load_part, outline, outside
 from ..sources import Source
 from .route import Route
 from .stubs import Dispatcher, places, settle_exit, stub
-
-META = torch.device("meta")
 
 
 def blocks_of(source: str | Path, revision: str | None = None) -> tuple[str, ...]:
@@ -88,8 +85,6 @@ def release(model: nn.Module, own: Collection[str]) -> None:
     """Let go of the weights of all but some blocks, once a slice has been measured."""
     within = inside(own)
     for path, module in model.named_modules():
-        for held in (module._parameters, module._buffers):
-            for name, tensor in held.items():
-                if tensor is not None and not within(f"{path}.{name}"):
-                    empty = tensor.to(META)
-                    held[name] = nn.Parameter(empty, requires_grad=False) if held is module._parameters else empty
+        for name in (*module._parameters, *module._buffers):
+            if not within(f"{path}.{name}"):
+                empty(module, name)

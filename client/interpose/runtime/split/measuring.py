@@ -12,7 +12,7 @@ from torch import nn
 from .. import attention, named
 from ..attention import READABLE
 from ..feeding import examples, measure_feeding
-from ..inputs import Feeding
+from ..inputs import Feeding, device_of
 from ..loading import Loaded, described
 from ..pieces import joined
 from .merging import merged
@@ -39,7 +39,7 @@ def measure_split(home: nn.Module, dispatcher: Dispatcher, name: str, tokenizer:
         ConfigError: it can't be split.
     """
     home.requires_grad_(False)
-    device = next((param.device for param in home.parameters() if not param.is_meta), torch.device("cpu"))
+    device = device_of(home)
     feeding = measure_feeding(home, device)
     if feeding.works:
         # Its first forward tells what each block returns, too.

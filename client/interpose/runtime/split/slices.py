@@ -21,7 +21,7 @@ from ...graph.inputs import decode_inputs, encode_inputs
 from ...graph.manifest import Manifest, decode_manifest, encode_manifest
 from .. import attention, describe, named
 from ..independence import Verdict
-from ..inputs import Feeding
+from ..inputs import Feeding, device_of
 from ..loading import described, trials
 from ..probe import probe
 from .home_caches import is_cache
@@ -95,7 +95,7 @@ def measured(
         outputs: path of every block -> what it returns, as `shard.output_kind` says.
         feeding: of the whole model.
     """
-    device = next(param.device for param in model.parameters() if not param.is_meta)
+    device = device_of(model)
     absent = {path: model.get_submodule(path) for path in outputs if path not in own}
     with passing(absent, outputs):
         with torch.no_grad():
