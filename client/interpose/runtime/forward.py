@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -94,11 +95,7 @@ def place(
 
 def starts(sizes: Sequence[int]) -> list[int]:
     """Where each of several pieces laid end to end begins."""
-    found, total = [], 0
-    for size in sizes:
-        found.append(total)
-        total += size
-    return found
+    return [*accumulate(sizes, initial=0)][:-1]
 
 
 class Enough(Exception):

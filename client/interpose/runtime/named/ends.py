@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
@@ -16,7 +17,7 @@ from ..hooks import no_hooks
 from ..offloaded import parameter
 from ..pieces import Piece
 from .block import factor
-from .checks import Identity
+from .checks import Identity, Values
 from .families import Family
 
 if TYPE_CHECKING:
@@ -108,67 +109,51 @@ def ends(loaded: Loaded, family: Family, config: Any, sample: Piece) -> Iterator
         yield Identity("embed is a look-up of the tokens", ("", "embed"), (), lambda v: [_quiet(table, ids)])
     if "embed" in points and family.name and manifest.tokens:
         parts = tuple(name for name in ("embed", "pos_embed") if name in points)
-        start = _Start(loaded, family, config)
-        yield Identity(
-            "the first resid_pre is made of " + " and ".join(parts),
-            first,
-            tuple(("", name) for name in parts),
-            start,
-        )
+        says = "the first resid_pre is made of " + " and ".join(parts)
+        given = tuple(("", name) for name in parts)
+        yield Identity(says, first, given, partial(_start, loaded, family, config))
     if "final_norm" in points:
         norm = modules[points["final_norm"].point.module]
         says = "final_norm is the norm of the last resid_post"
         yield Identity(says, ("", "final_norm"), (last,), lambda v: [_quiet(norm, v["resid_post"])])
     if not manifest.tokens:
         return
-    end = _End(loaded, family, config)
     source = ("", "final_norm") if "final_norm" in points else last
-    yield Identity(f"logits are the unembedding of {source[1]}", ("", "logits"), (source,), end)
+    yield Identity(
+        f"logits are the unembedding of {source[1]}",
+        ("", "logits"),
+        (source,),
+        partial(_end, loaded, family, config),
+    )
 
 
-class _Start:
+def _start(loaded: Loaded, family: Family, config: Any, v: Values) -> Sequence[Tensor]:
     """What the first block is given, from the embeddings."""
-
-    def __init__(self, loaded: Loaded, family: Family, config: Any) -> None:
-        self.loaded, self.family, self.config = loaded, family, config
-
-    def __call__(self, v: Mapping[str, Tensor]) -> Sequence[Tensor]:
-        total = v["embed"] * factor(self.config, self.family.embed_scale)
-        total = total + v["pos_embed"] if "pos_embed" in v else total
-        if not self.family.embed_norm:
-            width = getattr(self.config, "hidden_size", None)
-            scaled = [v["embed"] * torch.tensor(width**0.5, dtype=total.dtype)] if isinstance(width, int) else []
-            return [total, *scaled]
-        path = next(path for path in self.loaded.modules if path.endswith(self.family.embed_norm))
-        types = self.loaded.modules.get(f"{path.rpartition('.')[0]}.token_type_embeddings")
-        if isinstance(types, nn.Embedding):
-            total = total + parameter(types, "weight")[0]
-        return [_quiet(self.loaded.modules[path], total)]
+    total = v["embed"] * factor(config, family.embed_scale)
+    total = total + v["pos_embed"] if "pos_embed" in v else total
+    if not family.embed_norm:
+        width = getattr(config, "hidden_size", None)
+        scaled = [v["embed"] * torch.tensor(width**0.5, dtype=total.dtype)] if isinstance(width, int) else []
+        return [total, *scaled]
+    path = next(path for path in loaded.modules if path.endswith(family.embed_norm))
+    types = loaded.modules.get(f"{path.rpartition('.')[0]}.token_type_embeddings")
+    if isinstance(types, nn.Embedding):
+        total = total + parameter(types, "weight")[0]
+    return [_quiet(loaded.modules[path], total)]
 
 
-class _End:
+def _end(loaded: Loaded, family: Family, config: Any, v: Values) -> Sequence[Tensor]:
     """The logits, from what the head is given."""
-
-    def __init__(self, loaded: Loaded, family: Family, config: Any) -> None:
-        self.loaded, self.family, self.config = loaded, family, config
-
-    def __call__(self, v: Mapping[str, Tensor]) -> Sequence[Tensor]:
-        if "final_norm" not in v:
-            return [_quiet(head, v["resid_post"]) for head in self._heads()]
-        head = self.loaded.model.get_output_embeddings()  # type: ignore[operator]
-        weight = getattr(head, "weight", v["final_norm"])
-        logits = _quiet(head, v["final_norm"].to(weight.dtype))
-        scale, cap = (
-            factor(self.config, self.family.logits_scale),
-            getattr(self.config, self.family.logits_cap, None),
-        )
-        made = [logits / scale, logits * scale]
-        return [torch.tanh(way / cap) * cap for way in made] if isinstance(cap, (int, float)) else made
-
-    def _heads(self) -> list[nn.Module]:
-        blocks = self.loaded.manifest.blocks[0]
-        children = self.loaded.model.named_children()
-        return [child for name, child in children if not blocks.startswith(f"{name}.")]
+    if "final_norm" not in v:
+        first = loaded.manifest.blocks[0]
+        heads = [child for name, child in loaded.model.named_children() if not first.startswith(f"{name}.")]
+        return [_quiet(head, v["resid_post"]) for head in heads]
+    head = loaded.model.get_output_embeddings()  # type: ignore[operator]
+    weight = getattr(head, "weight", v["final_norm"])
+    logits = _quiet(head, v["final_norm"].to(weight.dtype))
+    scale, cap = factor(config, family.logits_scale), getattr(config, family.logits_cap, None)
+    made = [logits / scale, logits * scale]
+    return [torch.tanh(way / cap) * cap for way in made] if isinstance(cap, (int, float)) else made
 
 
 def _quiet(module: nn.Module, value: Tensor) -> Tensor:

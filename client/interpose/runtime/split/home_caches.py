@@ -149,19 +149,16 @@ class HomeCaches:
     def edited(self, cache: Any, name: str, args: Sequence[Any]) -> None:
         """A cache was changed here: the shards that have it are to change it likewise."""
         known = self._get(cache)
+        more: _Known | None = None
         if name == JOIN:
             (other,) = args
             more = self._get(other)
             if more.sites != known.sites:
                 raise InternalError("two caches that lie on different shards can't be joined")
             known.held[more.number] = other
-            for site in known.sites:
-                known.news.setdefault(site, []).append(
-                    {"edit": JOIN, "args": [more.number, more.news.get(site, [])]}
-                )
-        else:
-            for site in known.sites:
-                known.news.setdefault(site, []).append({"edit": name, "args": [*args]})
+        for site in known.sites:
+            told = [more.number, more.news.get(site, [])] if more is not None else [*args]
+            known.news.setdefault(site, []).append({"edit": name, "args": told})
         known.seen = [dict(vars(layer)) for layer in cache.layers]
 
     def _find(self, cache: Any) -> _Known | None:

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .mapping import Swapped, mapped
+from .mapping import Swapped, readdressed
 from .route import Landing, Mail, Nest, Route, Waves
 from .station import tracked
 
@@ -72,8 +72,4 @@ def differentiable(trip: Trip, sent: tuple[Tensor, Sequence[Mail]], landing: Lan
     tied = _Journey.apply(trip, anchor, *tracked(*sent))  # type: ignore[no-untyped-call]
     by_id = {id(raw): tensor for raw, tensor in zip(trip.came, tied, strict=True)}
     swap = Swapped(lambda tensor: by_id.get(id(tensor), tensor))
-    return replace(
-        landing,
-        hidden=None if landing.hidden is None else swap(landing.hidden),
-        mail=tuple(Mail(letter.to, letter.address, mapped(letter.value, swap)) for letter in landing.mail),
-    )
+    return replace(landing, hidden=swap(landing.hidden), mail=tuple(readdressed(landing.mail, swap)))

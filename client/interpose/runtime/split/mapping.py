@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -54,8 +54,3 @@ def moved(tensor: Tensor, device: torch.device) -> Tensor:
 def readdressed(mail: Sequence[Mail], change: Callable[[Any], Any]) -> list[Mail]:
     """Mail whose values are changed."""
     return [Mail(letter.to, letter.address, mapped(letter.value, change)) for letter in mail]
-
-
-def given(kwargs: Mapping[str, Any], change: Callable[[Any], Any]) -> dict[str, Any]:
-    """Keyword arguments that are changed."""
-    return {name: mapped(value, change) for name, value in kwargs.items()}

@@ -17,6 +17,7 @@ from .. import describe
 from ..attention import READABLE
 from ..named import Findings
 from ..probe import Measured, moments
+from .sites import block_of
 from .slices import Report
 
 Order = Sequence[tuple[str, str]]
@@ -106,7 +107,7 @@ def _parted(order: Order, blocks: Mapping[str, Report]) -> Iterator[tuple[tuple[
     inside: list[tuple[str, str]] = []
     last: tuple[str, str] | None = None
     for path, event in order:
-        within = _block(path, blocks)
+        within = block_of(path, blocks)
         own = within is not None and (path != within or event not in ("enter", "exit"))
         if own:
             inside.append((path, event))
@@ -118,15 +119,6 @@ def _parted(order: Order, blocks: Mapping[str, Report]) -> Iterator[tuple[tuple[
         yield last, inside
 
 
-def _block(path: str, blocks: Mapping[str, Report]) -> str | None:
-    """The block that a module is or lies in."""
-    while path:
-        if path in blocks:
-            return path
-        path = path.rpartition(".")[0]
-    return None
-
-
 # -- modules -----------------------------------------------------------------------------------------------------
 
 
@@ -134,7 +126,7 @@ def _modules(reports: Sequence[Report], owners: Mapping[str, Report], order: Ord
     events = moments(order)
     found: dict[str, ModuleInfo] = {}
     for path in reports[0].manifest.modules:
-        block = _block(path, owners)
+        block = block_of(path, owners)
         sources = [owners[block]] if block is not None else reports
         info = reduce(_agreed, (report.manifest.modules[path] for report in sources))
         kept = events.get(path, {})

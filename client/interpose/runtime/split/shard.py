@@ -18,7 +18,7 @@ from ..adapters import Adapter, chosen
 from ..hooks import Looking, hooked, no_hooks
 from ..independence import Buffers, remembers
 from . import home_caches
-from .mapping import Swapped, given, mapped, moved, readdressed
+from .mapping import Swapped, mapped, moved, readdressed
 from .route import HOME, ArgumentRef, BlockCall, CacheRef, Guest, Mail, Nest, Visit
 from .shard_caches import ShardCaches
 from .station import tracked
@@ -121,11 +121,10 @@ class Shard:
         new = [*new, *between.values()]
         kept = _Kept(tracked(hidden, mail), tracked(result, new))
         border = Swapped(_border)
-        out = None if result is None else border(result)
         leaving = [*self._caches.tell(of_caches), *readdressed(new, border)]
         if visit.grad:
             self._kept[number] = kept
-        return out, reply, leaving
+        return border(result), reply, leaving
 
     def _serve(
         self, visit: Visit, mail: Sequence[Mail], run: Callable[[], Tensor]
@@ -146,8 +145,7 @@ class Shard:
         block = self._blocks.get(call.path)
         if block is None:
             raise InternalError(f"{call.path} isn't at site {self.site}")
-        args = mapped(tuple(call.args), resolve)
-        kwargs = given(call.kwargs, resolve)
+        args, kwargs = mapped((tuple(call.args), dict(call.kwargs)), resolve)
         if args:
             args = (hidden, *args[1:])
         else:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from bisect import bisect_left
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Container, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import accumulate
@@ -33,6 +33,13 @@ EVERY = float("1e9")
 """The step of nodes that run once a step: later than any that is named."""
 
 END = float("1e10")
+
+
+def block_of(path: str, blocks: Container[str]) -> str | None:
+    """The path of the block that a module is or lies in, if it is one of these."""
+    while path and path not in blocks:
+        path = path.rpartition(".")[0]
+    return path or None
 
 
 @dataclass(frozen=True)
@@ -67,11 +74,8 @@ class Sites:
 
     def block(self, path: str) -> int:
         """The number of the block that a module is or lies in, 0 for one of home's."""
-        while path:
-            if path in self.numbers:
-                return self.numbers[path]
-            path = path.rpartition(".")[0]
-        return 0
+        block = block_of(path, self.numbers)
+        return 0 if block is None else self.numbers[block]
 
     def of(self, path: str) -> int:
         """The site of a module."""

@@ -103,14 +103,14 @@ class Dispatcher:
         """One journey by shards in ascending order: what the last call returns, and what is wanted of others."""
         packing = Packing(self._caches)
         visits, mail = [], list[Mail]()
+        earlier = {*wanted} - {len(calls) - 1}
         for site, group in itertools.groupby(enumerate(calls), key=lambda item: item[1].place.site):
             numbered = [*group]
             work, letters = (None, ()) if carrier is None else carrier.load(site)
             packed = tuple(packing.call(call, site) for _, call in numbered)
             visits.append(Visit(site, packed, work, attention, how.grad, how.adapter))
             mail += letters
-            back = [[place, index] for place, (index, _) in enumerate(numbered) if index in wanted]
-            if back := [pair for pair in back if pair[1] < len(calls) - 1]:
+            if back := [[place, index] for place, (index, _) in enumerate(numbered) if index in earlier]:
                 mail.append(Mail(site, (BACK,), back))
         sites = [visit.site for visit in visits]
         mail += [*packing.mail, *self._caches.mail(packing.caches, sites)]
