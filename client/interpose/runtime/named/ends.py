@@ -119,12 +119,8 @@ def ends(loaded: Loaded, family: Family, config: Any, sample: Piece) -> Iterator
     if not manifest.tokens:
         return
     source = ("", "final_norm") if "final_norm" in points else last
-    yield Identity(
-        f"logits are the unembedding of {source[1]}",
-        ("", "logits"),
-        (source,),
-        partial(_end, loaded, family, config),
-    )
+    says = f"logits are the unembedding of {source[1]}"
+    yield Identity(says, ("", "logits"), (source,), partial(_end, loaded, family, config))
 
 
 def _start(loaded: Loaded, family: Family, config: Any, v: Values) -> Sequence[Tensor]:

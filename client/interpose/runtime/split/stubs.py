@@ -90,17 +90,16 @@ class Dispatcher:
             stayed = not part
         return {index: value for index, value in found.items() if index in wanted}
 
-    def _leg(
+    def _packed(
         self,
-        hidden: Tensor,
         calls: Sequence[Call],
         wanted: Collection[int],
         carrier: Carrier | None,
         how: How,
         *,
         attention: bool,
-    ) -> tuple[Tensor, Mapping[int, Tensor]]:
-        """One journey by shards in ascending order: what the last call returns, and what is wanted of others."""
+    ) -> tuple[list[Visit], list[Mail], Sequence[Any]]:
+        """What the shards of one journey are asked, the mail that goes along, and the caches that they use."""
         packing = Packing(self._caches)
         visits, mail = [], list[Mail]()
         earlier = {*wanted} - {len(calls) - 1}
@@ -112,17 +111,30 @@ class Dispatcher:
             mail += letters
             if back := [[place, index] for place, (index, _) in enumerate(numbered) if index in earlier]:
                 mail.append(Mail(site, (BACK,), back))
-        sites = [visit.site for visit in visits]
-        mail += [*packing.mail, *self._caches.mail(packing.caches, sites)]
+        mail += [*packing.mail, *self._caches.mail(packing.caches, [visit.site for visit in visits])]
+        return visits, mail, packing.caches
+
+    def _leg(
+        self,
+        hidden: Tensor,
+        calls: Sequence[Call],
+        wanted: Collection[int],
+        carrier: Carrier | None,
+        how: How,
+        *,
+        attention: bool,
+    ) -> tuple[Tensor, Mapping[int, Tensor]]:
+        """One journey by shards in ascending order: what the last call returns, and what is wanted of others."""
+        visits, mail, caches = self._packed(calls, wanted, carrier, how, attention=attention)
         number = next(self._numbers)
         waves = None if carrier is None else carrier.waves
-        trip = Trip(self.route, number, tuple(sites), waves) if how.grad else None
+        trip = Trip(self.route, number, tuple(visit.site for visit in visits), waves) if how.grad else None
         border = Swapped(leaf if how.grad else Tensor.detach)
         try:
             landing = self.route.forward(number, border(hidden), visits, readdressed(mail, border))
-            self._caches.landed(packing.caches, landing.mail, hidden.device)
+            self._caches.landed(caches, landing.mail, hidden.device)
         except BaseException:
-            self._caches.spoiled(packing.caches)
+            self._caches.spoiled(caches)
             raise
         home = Swapped(lambda tensor: moved(tensor, hidden.device))
         letters = [letter for letter in landing.mail if letter.address[0] != home_caches.ADDRESS]
