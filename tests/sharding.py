@@ -16,8 +16,7 @@ from interpose.runtime.split.building import blocks_of
 from interpose.runtime.split.calling import answer
 from interpose.runtime.split.guest import Exit, Graphs
 from interpose.runtime.split.route import Nest
-from interpose.runtime.split.sites import Sites
-from interpose.runtime.split.split import Split
+from interpose.runtime.split.sites import Sites, Split
 from interpose_server.shards.assembly import put_together
 from interpose_server.shards.loaded_shard import load_shard
 from route_here import Here

@@ -25,7 +25,7 @@ from interpose.runtime.engine import Engine, EngineJob
 from interpose.runtime.loading import load, with_adapters
 from interpose.runtime.lora import load as load_lora
 from interpose.runtime.prepared import Preparation
-from interpose.runtime.split.split import Split
+from interpose.runtime.split.sites import Split
 from lora import lora, reconfigured, stock
 from models import tiny
 from recording import Kept

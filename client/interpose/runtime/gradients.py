@@ -11,7 +11,7 @@ whether that is the gradient or whether the way there is another job's; such a j
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -34,10 +34,11 @@ class Gradients:
         self._job = job
         self._waiting: list[tuple[Node, torch.Tensor]] = []
         """Backwards whose loss is there, to be run with those of other jobs."""
-        self._active: dict[int, int] = {}
+        self.active: dict[int, int] = {}
         """Watched node -> the backward under way whose gradient is asked for there."""
         self._left = len(job.plan.backwards)
-        self._reached: set[int] = set()
+        self.reached: set[int] = set()
+        """Reads and writes of gradients that were served, here or on shards."""
         self._leaves: list[torch.Tensor] = []
         self._hooks: list[RemovableHandle] = []
 
@@ -49,7 +50,7 @@ class Gradients:
             if gradient is None:
                 return None
             part = view.cut(gradient)
-            if shared and target in self._active and not part.any():
+            if shared and target in self.active and not part.any():
                 self._job.doubt()
                 return None
             new = self._guarded(target, part)
@@ -105,24 +106,6 @@ class Gradients:
         if self._job.exclusive:
             run_backwards([self])
 
-    @property
-    def active(self) -> list[tuple[int, int]]:
-        """(watched node, backward): the gradients asked for by the backwards under way."""
-        return [*self._active.items()]
-
-    @property
-    def came(self) -> set[int]:
-        """Reads and writes of gradients that were served."""
-        return self._reached
-
-    def reached(self, nodes: Iterable[int]) -> None:
-        """Others were served on shards."""
-        self._reached.update(nodes)
-
-    def ask_for(self, asked: Iterable[tuple[int, int]]) -> None:
-        """A backward comes by here: whose gradients it is asked for, as `active` says."""
-        self._active = dict(asked)
-
     def ebb(self) -> None:
         """A backward has come by. What was handed out may be this very memory, to which the next would add."""
         for leaf in self._leaves:
@@ -136,14 +119,14 @@ class Gradients:
     def _take(self) -> list[tuple[Node, torch.Tensor]]:
         """The backwards to run next, in order: several as long as no value has a gradient of two of them."""
         plan, taken, reached = self._job.plan, [], set[int]()
-        self._active.clear()
+        self.active.clear()
         for node, loss in self._waiting if self._job.error is None else ():
             asked = {target for target, by in plan.gradients.items() if node.id in by}
             comes_to = {target for target in plan.gradients if plan.flows(node, target)}
-            if asked & reached or comes_to & self._active.keys():
+            if asked & reached or comes_to & self.active.keys():
                 break
             reached |= comes_to
-            self._active.update(dict.fromkeys(asked, node.id))
+            self.active.update(dict.fromkeys(asked, node.id))
             taken.append((node, loss))
         self._waiting = self._waiting[len(taken) :] if self._job.error is None else []
         self._left -= len(taken)
@@ -154,7 +137,7 @@ class Gradients:
         for target, by in self._job.plan.gradients.items():
             for node in nodes:
                 for access in by.get(node.id, ()):
-                    if access.id not in self._reached or not self._job.plan.flows(node, target):
+                    if access.id not in self.reached or not self._job.plan.flows(node, target):
                         raise NotReached("no gradient flows from the loss to this value").at(
                             access.id, access.op, access.source
                         )
@@ -169,10 +152,10 @@ class Gradients:
 
     def _serve(self, target: int, gradient: torch.Tensor) -> torch.Tensor:
         """Do what the graph asks at a gradient; returns what goes on upstream."""
-        backward = self._active.get(target)
+        backward = self.active.get(target)
         accesses = () if backward is None else self._job.plan.gradients[target].get(backward, ())
         for node in accesses:
-            self._reached.add(node.id)
+            self.reached.add(node.id)
             if node.op == "grad":
                 # What doesn't change this backward waits for its end: another backward, for one.
                 with torch.enable_grad():

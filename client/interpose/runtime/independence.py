@@ -19,6 +19,7 @@ from . import nests
 from .feeding import examples, places
 from .inputs import Feeding, principal, vocabulary
 from .pieces import Piece, joined
+from .rehearsal import LARGE_BYTES, plain
 from .rows import Span, View
 
 TOLERANCE = {torch.float64: 1e-8, torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 5e-2}
@@ -34,9 +35,6 @@ _FLOPS = {"cpu": 4e10, "cuda": 4e13}
 
 _REMEMBERS = {"rope_deltas"}
 """State kept by modules without buffers: where the last images moved the positions after them."""
-
-_STATE_BYTES = 16 << 20
-"""Larger buffers are weights by another name; copying them would double a quantized model."""
 
 
 class Buffers:
@@ -78,12 +76,12 @@ class _State:
     def __init__(self, module: nn.Module) -> None:
         self._module = module
         self._buffers = dict(module._buffers)
-        self._beside = {name: value for name, value in vars(module).items() if _plain(value)}
+        self._beside = {name: value for name, value in vars(module).items() if plain(value)}
         tensors = {id(value): value for value in (*self._buffers.values(), *self._beside.values())}
         self._copies = [
             (value, value._version, value.detach().clone())
             for value in tensors.values()
-            if isinstance(value, Tensor) and value.nbytes <= _STATE_BYTES
+            if isinstance(value, Tensor) and value.nbytes <= LARGE_BYTES
         ]
 
     def restore(self) -> None:
@@ -106,10 +104,6 @@ def _rewound(value: Tensor, version: int, copy: Tensor) -> tuple[Tensor, int, Te
         with torch.no_grad():
             value.copy_(copy)
     return value, value._version, copy
-
-
-def _plain(value: Any) -> bool:
-    return value is None or isinstance(value, (bool, int, float, Tensor))
 
 
 def leaves_no_trace(model: nn.Module) -> bool:

@@ -23,7 +23,7 @@ from .pieces import joined
 from .probe import Measured, probe
 from .quantized import scheme
 from .sources import Source, auto_class, torch_device, torch_dtype
-from .split.split import Split
+from .split.sites import Split
 
 
 @dataclass(frozen=True, eq=False)

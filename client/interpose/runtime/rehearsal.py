@@ -33,7 +33,7 @@ def _copied(module: nn.Module, copies: dict[int, Tensor]) -> Iterator[None]:
     """One module with copies in place of its own; `copies` by the original's id, as several may hold one."""
     buffers, attributes = module._buffers, vars(module)
     own, before = dict(buffers), set(attributes)
-    beside = {name: value for name, value in attributes.items() if _plain(value)}
+    beside = {name: value for name, value in attributes.items() if plain(value)}
 
     def copy(value: Tensor) -> Tensor:
         return copies.setdefault(id(value), value.clone()) if value.nbytes <= LARGE_BYTES else value
@@ -45,12 +45,13 @@ def _copied(module: nn.Module, copies: dict[int, Tensor]) -> Iterator[None]:
     finally:
         buffers.clear()
         buffers.update(own)
-        for name in [name for name, value in attributes.items() if _plain(value) and name not in before]:
+        for name in [name for name, value in attributes.items() if plain(value) and name not in before]:
             del attributes[name]
         for name, value in beside.items():
             if attributes.get(name) is not value:
                 attributes[name] = value
 
 
-def _plain(value: object) -> bool:
+def plain(value: object) -> bool:
+    """Whether an attribute of a module is state that a forward may change: a number or a tensor, such as a counter."""
     return value is None or isinstance(value, (bool, int, float, Tensor))

@@ -13,8 +13,7 @@ from ...graph.codec import encode_graph
 from ..failures import located
 from .letters import deliver, error_from_nest, letters, of_spent, spent_letters
 from .route import HOME, Mail, Nest, Route
-from .sites import EVERY, Division
-from .split import Split
+from .sites import EVERY, Division, Split
 
 if TYPE_CHECKING:
     from ...graph.model import Graph, Node
@@ -93,7 +92,7 @@ class Away:
         """What a shard reports: saves, lines of the log, how it failed."""
         job, nodes = self._job, self._job.nodes
         job.spent.learn(told["spent"])
-        job.gradients.reached(told["reached"])
+        job.gradients.reached.update(told["reached"])
         with job.guard():
             for node, text in told["logs"]:
                 job.saves.tell(nodes[node], text)

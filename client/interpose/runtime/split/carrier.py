@@ -114,7 +114,7 @@ class _Waves:
         work, mail = [], []
         for number, job in self._jobs.items():
             away = away_of(job)
-            asked = [pair for pair in job.gradients.active if away.division.site[pair[0]] == site]
+            asked = [pair for pair in job.gradients.active.items() if away.division.site[pair[0]] == site]
             if asked and job.error is None:
                 work.append({"number": number, "asked": asked})
                 mail += away.mail(site)

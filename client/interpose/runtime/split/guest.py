@@ -105,7 +105,7 @@ class Part:
         outlet, job = self._outlet, self.job
         saves, outlet.saves = outlet.saves, []
         logs, outlet.logs = outlet.logs, []
-        reached = job.gradients.came - self._told
+        reached = job.gradients.reached - self._told
         self._told |= reached
         return {
             "number": self.number,
@@ -215,7 +215,7 @@ class Graphs:
         asked = [(self._parts[told["number"]], told["asked"]) for told in work or ()]
         for part, pairs in asked:
             part.start()
-            part.job.gradients.ask_for(pairs)
+            part.job.gradients.active = dict(pairs)
         parts = [part for part, _ in asked]
         parts += [part for part in self._deliver(mail, backward=True) if part not in parts]
         try:
@@ -223,7 +223,7 @@ class Graphs:
         finally:
             for part in parts:
                 part.job.gradients.ebb()
-                part.job.gradients.ask_for(())  # the next backward may come by without asking for anything here
+                part.job.gradients.active = {}  # the next backward may come by without asking for anything here
         for part in parts:
             with part.job.guard():
                 if part.job.error is None:

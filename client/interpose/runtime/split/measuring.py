@@ -17,9 +17,8 @@ from ..loading import Loaded, described
 from ..pieces import joined
 from .merging import merged
 from .route import Nest
-from .sites import Sites
+from .sites import Sites, Split
 from .slices import Report
-from .split import Split
 from .stubs import Dispatcher
 from .trial import tried
 

@@ -21,7 +21,7 @@ from ...graph.manifest import Manifest
 from ...graph.model import Node
 from ..interpreter import TOO_LATE
 from ..plan import ACCESSES, Plan, place_of, step_of
-from .route import HOME
+from .route import HOME, Route
 
 Moment: TypeAlias = tuple[int, float, float]
 """When: level of runs, step, position. A block's is twice its number; home's lie between blocks, at odd ones."""
@@ -109,6 +109,24 @@ class Sites:
             return 2 * block
         moment = self.manifest.moment(module, event, call)
         return self.last if moment is None else 2 * bisect_left(self._ends, moment) + 1
+
+
+@dataclass(frozen=True)
+class Split:
+    """A model whose blocks lie on shards, as home knows it.
+
+    Attributes:
+        route: the way to the shards.
+        sites: where the modules of the model are.
+    """
+
+    route: Route
+    sites: Sites
+
+    @property
+    def last(self) -> int:
+        """The last block's number."""
+        return len(self.sites.numbers)
 
 
 @dataclass(frozen=True)
