@@ -53,5 +53,5 @@ def _copied(module: nn.Module, copies: dict[int, Tensor]) -> Iterator[None]:
 
 
 def plain(value: object) -> bool:
-    """Whether an attribute of a module is state that a forward may change: a number or a tensor, such as a counter."""
+    """Whether an attribute of a module is state that forwards may change: a number, a tensor, or None."""
     return value is None or isinstance(value, (bool, int, float, Tensor))
