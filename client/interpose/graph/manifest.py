@@ -269,6 +269,17 @@ def leaves(layout: Layout) -> list[Leaf]:
     return []
 
 
+def first_input(inputs: Layout) -> tuple[int | str, ...] | None:
+    """Path of the first argument in what a module or a function is given, by position or by name; None without."""
+    if not isinstance(inputs, tuple) or len(inputs) != 2:
+        return None
+    args, kwargs = inputs
+    if isinstance(args, tuple) and args:
+        return 0, 0
+    named = kwargs.items() if isinstance(kwargs, dict) else ()
+    return next(((1, name) for name, layout in named if leaves(layout)), None)
+
+
 def leaf_paths(layout: Layout, path: tuple[int | str, ...] = ()) -> Iterator[tuple[tuple[int | str, ...], Leaf]]:
     """All tensors of a layout with their paths, in order."""
     if isinstance(layout, Leaf):

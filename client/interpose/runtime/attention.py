@@ -63,21 +63,10 @@ def _attention(default: str) -> Callable[..., Any]:
     ) -> Any:
         scope = CURRENT.get()
         with nullcontext() if scope is None else scope.veil():
-            return called(scope, module, query, key, value, attention_mask, **kwargs)
-
-    def called(
-        scope: Scope | None,
-        module: nn.Module,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        mask: Tensor | None,
-        **kwargs: Any,
-    ) -> Any:
-        if scope is not None and scope.visitor.attention:
-            return _look(scope, module, query, key, value, mask, **kwargs)
-        stock = _eager(module) if default == "eager" else ALL_ATTENTION_FUNCTIONS[default]
-        return stock(module, query, key, value, mask, **kwargs)
+            if scope is not None and scope.visitor.attention:
+                return _look(scope, module, query, key, value, attention_mask, **kwargs)
+            stock = _eager(module) if default == "eager" else ALL_ATTENTION_FUNCTIONS[default]
+            return stock(module, query, key, value, attention_mask, **kwargs)
 
     return attention
 

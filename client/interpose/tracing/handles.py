@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..errors import BadArgument, UnknownModule, UnknownPoint
 from ..graph.functions import call_of, no_such_point, own
-from ..graph.manifest import Leaf, Manifest, ModuleInfo, leaves, walk
+from ..graph.manifest import Leaf, Manifest, ModuleInfo, first_input, walk
 from ..graph.model import Key, Point
 from ..graph.values import Ref
 from . import standard
@@ -271,16 +271,10 @@ class Points:
         """Where the first argument of a module or a function is, given by position or by name."""
         if call_of(name) is not None and name not in info.points:
             raise UnknownPoint(no_such_point(info, name, info.path or "the model"))
-        inputs = info.points.get(name)
-        if isinstance(inputs, tuple) and len(inputs) == 2:
-            args, kwargs = inputs
-            if isinstance(args, tuple) and args:
-                return (0, 0)
-            if isinstance(kwargs, dict):
-                for name, layout in kwargs.items():
-                    if leaves(layout):
-                        return (1, name)
-        raise UnknownPoint(f"{info.path or 'the model'} was given no tensor; there is no input to read")
+        found = first_input(info.points.get(name))
+        if found is None:
+            raise UnknownPoint(f"{info.path or 'the model'} was given no tensor; there is no input to read")
+        return found
 
 
 def aliases(rename: Mapping[str, str | Sequence[str]]) -> dict[str, tuple[str, ...]]:

@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import nn
 
-from ...graph.manifest import Leaf, ModuleInfo, leaves, walk
+from ...graph.manifest import Leaf, ModuleInfo, first_input, walk
 from ...graph.model import Key, Point
 from ...graph.named import Effect, Named, Step, View
 from ...graph.values import Ref
@@ -77,15 +77,10 @@ class Block:
     def given(self, name: str) -> Point:
         """A module's first input."""
         info = self.info(name)
-        inputs = info.points.get("inputs")
-        if isinstance(inputs, tuple) and len(inputs) == 2:
-            args, kwargs = inputs
-            if isinstance(args, tuple) and args:
-                return self.checked(Point(info.path, "inputs", (0, 0)))
-            for key, layout in kwargs.items() if isinstance(kwargs, dict) else ():
-                if leaves(layout):
-                    return self.checked(Point(info.path, "inputs", (1, key)))
-        raise Refused(f"{name or 'the block'} is given no tensor")
+        path = first_input(info.points.get("inputs"))
+        if path is None:
+            raise Refused(f"{name or 'the block'} is given no tensor")
+        return self.checked(Point(info.path, "inputs", path))
 
     def leaf(self, point: Point) -> Leaf:
         layout: Any = self.infos[point.module].points.get("inputs" if point.name == "stream" else point.name)

@@ -15,7 +15,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from ...errors import InternalError
-from ..hooks import CURRENT
+from ..hooks import CURRENT, Visitor
 from . import home_caches
 from .journey import Trip, differentiable
 from .mapping import Swapped, leaf, moved, readdressed
@@ -68,10 +68,8 @@ class Dispatcher:
 
     def _go(self, hidden: Tensor, calls: Sequence[Call], wanted: Collection[int], how: How) -> Mapping[int, Tensor]:
         """Make what those of some calls return that are wanted, the last among them."""
-        scope = CURRENT.get()
-        visitor = None if scope is None else scope.visitor
+        visitor = _visitor()
         carrier = visitor if isinstance(visitor, Carrier) else None
-        attention = visitor is not None and visitor.attention
         found: dict[int, Tensor] = {}
         begun, stayed = 0, False
         while begun < len(calls):
@@ -83,7 +81,7 @@ class Dispatcher:
                 carrier.landed(Landing(hidden))
             else:
                 asked = {index - begun for index in wanted if begun <= index < begun + len(part)}
-                hidden, between = self._leg(hidden, part, asked, carrier, how, attention=attention)
+                hidden, between = self._leg(hidden, part, asked, carrier, how)
                 found |= {begun + index: value for index, value in between.items()}
                 begun += len(part)
                 found[begun - 1] = hidden
@@ -91,16 +89,11 @@ class Dispatcher:
         return {index: value for index, value in found.items() if index in wanted}
 
     def _packed(
-        self,
-        calls: Sequence[Call],
-        wanted: Collection[int],
-        carrier: Carrier | None,
-        how: How,
-        *,
-        attention: bool,
+        self, calls: Sequence[Call], wanted: Collection[int], carrier: Carrier | None, how: How
     ) -> tuple[list[Visit], list[Mail], Sequence[Any]]:
         """What the shards of one journey are asked, the mail that goes along, and the caches that they use."""
-        packing = Packing(self._caches)
+        packing, visitor = Packing(self._caches), _visitor()
+        attention = visitor is not None and visitor.attention
         visits, mail = [], list[Mail]()
         earlier = {*wanted} - {len(calls) - 1}
         for site, group in itertools.groupby(enumerate(calls), key=lambda item: item[1].place.site):
@@ -115,17 +108,10 @@ class Dispatcher:
         return visits, mail, packing.caches
 
     def _leg(
-        self,
-        hidden: Tensor,
-        calls: Sequence[Call],
-        wanted: Collection[int],
-        carrier: Carrier | None,
-        how: How,
-        *,
-        attention: bool,
+        self, hidden: Tensor, calls: Sequence[Call], wanted: Collection[int], carrier: Carrier | None, how: How
     ) -> tuple[Tensor, Mapping[int, Tensor]]:
         """One journey by shards in ascending order: what the last call returns, and what is wanted of others."""
-        visits, mail, caches = self._packed(calls, wanted, carrier, how, attention=attention)
+        visits, mail, caches = self._packed(calls, wanted, carrier, how)
         number = next(self._numbers)
         waves = None if carrier is None else carrier.waves
         trip = Trip(self.route, number, tuple(visit.site for visit in visits), waves) if how.grad else None
@@ -148,6 +134,12 @@ class Dispatcher:
         if landing.hidden is None:
             raise InternalError("a forward ended on a shard, and its visitor goes on")
         return landing.hidden, between
+
+
+def _visitor() -> Visitor | None:
+    """Whose forward this is."""
+    scope = CURRENT.get()
+    return None if scope is None else scope.visitor
 
 
 # -- making stubs ------------------------------------------------------------------------------------------------
