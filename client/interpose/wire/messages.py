@@ -33,11 +33,21 @@ _MAX_ITEMS = 1 << 17
 _MAX_CONTAINERS = 1 << 19
 
 
+class _Fields:
+    """A message whose plain form is its fields, in their order."""
+
+    __slots__ = ()
+    __match_args__: ClassVar[tuple[str, ...]]
+
+    def to_plain(self) -> dict[str, Any]:
+        return {name: getattr(self, name) for name in self.__match_args__}
+
+
 # Client to server
 
 
 @dataclass(frozen=True, slots=True)
-class Subscribe:
+class Subscribe(_Fields):
     """Send a job's events after number `after`; of event after + 1, if a save, the bytes from `offset` on.
 
     Of saves of `apart` bytes and more only the head: the client fetches their bytes over HTTP. 0: of none.
@@ -49,21 +59,15 @@ class Subscribe:
     offset: int = 0
     apart: int = 0
 
-    def to_plain(self) -> dict[str, Any]:
-        return {"job": self.job, "after": self.after, "offset": self.offset, "apart": self.apart}
-
     @classmethod
     def read(cls, fields: Fields) -> Subscribe:
         return cls(fields.job(), fields.whole("after", 0, _MAX_SEQ), fields.whole("offset"), fields.whole("apart"))
 
 
 @dataclass(frozen=True, slots=True)
-class Unsubscribe:
+class Unsubscribe(_Fields):
     type: ClassVar[str] = "unsubscribe"
     job: str
-
-    def to_plain(self) -> dict[str, Any]:
-        return {"job": self.job}
 
     @classmethod
     def read(cls, fields: Fields) -> Unsubscribe:
@@ -71,14 +75,11 @@ class Unsubscribe:
 
 
 @dataclass(frozen=True, slots=True)
-class Ack:
+class Ack(_Fields):
     """The client has everything of the job; the server may drop its result."""
 
     type: ClassVar[str] = "ack"
     job: str
-
-    def to_plain(self) -> dict[str, Any]:
-        return {"job": self.job}
 
     @classmethod
     def read(cls, fields: Fields) -> Ack:
@@ -103,15 +104,12 @@ class Submit:
 
 
 @dataclass(frozen=True, slots=True)
-class Hello:
+class Hello(_Fields):
     """The server's first message. `chunk_bytes`: the most raw bytes of one chunk."""
 
     type: ClassVar[str] = "hello"
     protocol: int = PROTOCOL
     chunk_bytes: int = CHUNK_BYTES
-
-    def to_plain(self) -> dict[str, Any]:
-        return {"protocol": self.protocol, "chunk_bytes": self.chunk_bytes}
 
     @classmethod
     def read(cls, fields: Fields) -> Hello:
@@ -176,7 +174,7 @@ class Save:
 
 
 @dataclass(frozen=True, slots=True)
-class Log:
+class Log(_Fields):
     """What a log node was given, as text."""
 
     type: ClassVar[str] = "log"
@@ -186,9 +184,6 @@ class Log:
     node: int
     text: str
 
-    def to_plain(self) -> dict[str, Any]:
-        return {**_event(self), "node": self.node, "text": self.text}
-
     @classmethod
     def read(cls, fields: Fields) -> Log:
         node, text = fields.whole("node", 0, _MAX_SEQ), fields.text("text", 1 << 16)
@@ -196,7 +191,7 @@ class Log:
 
 
 @dataclass(frozen=True, slots=True)
-class Tokens:
+class Tokens(_Fields):
     """What one step of a generation added: a token a row, None for a row that had ended."""
 
     type: ClassVar[str] = "tokens"
@@ -206,9 +201,6 @@ class Tokens:
     run: int
     step: int
     ids: tuple[int | None, ...]
-
-    def to_plain(self) -> dict[str, Any]:
-        return {**_event(self), "run": self.run, "step": self.step, "ids": list(self.ids)}
 
     @classmethod
     def read(cls, fields: Fields) -> Tokens:
@@ -220,15 +212,12 @@ class Tokens:
 
 
 @dataclass(frozen=True, slots=True)
-class Position:
+class Position(_Fields):
     """Place in the queue, 1 being next. No event: neither numbered nor kept."""
 
     type: ClassVar[str] = "position"
     job: str
     position: int
-
-    def to_plain(self) -> dict[str, Any]:
-        return {"job": self.job, "position": self.position}
 
     @classmethod
     def read(cls, fields: Fields) -> Position:
@@ -236,15 +225,12 @@ class Position:
 
 
 @dataclass(frozen=True, slots=True)
-class Loading:
+class Loading(_Fields):
     """Why a job waits: its model's state. No event, like `Position`; only for clients that say they take it."""
 
     type: ClassVar[str] = "loading"
     job: str
     state: str
-
-    def to_plain(self) -> dict[str, Any]:
-        return {"job": self.job, "state": self.state}
 
     @classmethod
     def read(cls, fields: Fields) -> Loading:
