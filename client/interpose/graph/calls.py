@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Mapping
 from typing import Any
 
 from ..errors import ShapeMismatch
@@ -33,9 +34,5 @@ def called_spec(points: Mapping[str, Any], given: Spec) -> Spec:
 def module_flops(manifest: Manifest, path: str, given: Spec) -> int:
     """Floating-point operations of a module called on a value: each weight once for each row."""
     weights = manifest.weights(path)
-    rows = _numel(given.shape[:-1]) if isinstance(given, TensorSpec) else 1
+    rows = math.prod(given.shape[:-1]) if isinstance(given, TensorSpec) else 1
     return 2 * weights * rows
-
-
-def _numel(shape: Sequence[int]) -> int:
-    return TensorSpec(tuple(shape), "bool").numel

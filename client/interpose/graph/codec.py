@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from ..errors import InvalidGraph, LimitExceeded, Source
+from ..errors import InvalidGraph, Source
 from .limits import Limits
 from .model import FORMAT, Graph, Invoke, Node, Point, Run
 from .values import DTYPES, TensorSpec, decode, encode, refs, text, whole
@@ -125,7 +125,7 @@ def _decode_node(plain: Any, position: int, files: list[str]) -> Node:
     raw = plain.get("kwargs", {})
     if not isinstance(raw, dict):
         raise InvalidGraph(f"node {position}: kwargs aren't named")
-    kwargs = {_text(name, "an argument's name"): decode(arg) for name, arg in raw.items()}
+    kwargs = {text(name, "an argument's name"): decode(arg) for name, arg in raw.items()}
     if any(ref >= position for arg in (*args, *kwargs.values()) for ref in refs(arg)):
         raise InvalidGraph(f"node {position} refers to a node that doesn't come before it")
     when = plain.get("when")
@@ -135,7 +135,7 @@ def _decode_node(plain: Any, position: int, files: list[str]) -> Node:
     invoke = plain.get("invoke")
     return Node(
         id=position,
-        op=_text(plain.get("op"), "op"),
+        op=text(plain.get("op"), "op"),
         args=args,
         kwargs=kwargs,
         point=None if point is None else _decode_point(point),
@@ -153,9 +153,9 @@ def _decode_point(plain: Any) -> Point:
     if len(path) > 8 or not all((type(key) is int and 0 <= key < 2**31) or isinstance(key, str) for key in path):
         raise InvalidGraph("a point's path is made of a few names and whole numbers")
     return Point(
-        module=_text(plain.get("module"), "a point's module", 1024),
-        name=_text(plain.get("name"), "a point's name"),
-        path=tuple(_text(key, "a point's path") if isinstance(key, str) else key for key in path),
+        module=text(plain.get("module"), "a point's module", 1024),
+        name=text(plain.get("name"), "a point's name"),
+        path=tuple(text(key, "a point's path") if isinstance(key, str) else key for key in path),
         call=whole(plain.get("call", 0), "a point's call", 0, 2**20),
         step=whole(plain.get("step", 0), "a point's step", 0, 2**20),
     )
@@ -175,8 +175,8 @@ def _decode_run(plain: Any, limits: Limits, version: int) -> Run:
     run = Run(
         kind=kind,
         invokes=tuple(_decode_invoke(invoke, limits) for invoke in invokes),
-        options={_text(name, "an option's name"): decode(value) for name, value in options.items()},
-        adapter=None if adapter is None else _text(adapter, "an adapter's name"),
+        options={text(name, "an option's name"): decode(value) for name, value in options.items()},
+        adapter=None if adapter is None else text(adapter, "an adapter's name"),
     )
     limits.check("rows", run.rows)
     limits.check("tokens", run.rows * run.longest)
@@ -196,7 +196,7 @@ def _decode_invoke(plain: Any, limits: Limits) -> Invoke:
         raise InvalidGraph("an invoke's tensors are a small mapping")
     return Invoke(
         rows=tuple(tuple(row) for row in rows),
-        tensors={_text(name, "an input's name"): _sha(sha) for name, sha in tensors.items()},
+        tensors={text(name, "an input's name"): _sha(sha) for name, sha in tensors.items()},
         text=tuple(_texts(plain.get("text", []), "text", limits.rows)),
     )
 
@@ -235,14 +235,7 @@ def _list(plain: Any, what: str) -> list[Any]:
     return plain
 
 
-def _text(plain: Any, what: str, longest: int = 128) -> str:
-    return text(plain, what, longest)
-
-
 def _texts(plain: Any, what: str, most: int) -> list[str]:
     if not isinstance(plain, list) or len(plain) > most:
         raise InvalidGraph(f"{what}: a list of at most {most} texts is expected")
     return [text(item, what, MAX_PROMPT) for item in plain]
-
-
-__all__ = ["LimitExceeded", "decode_graph", "encode_graph"]

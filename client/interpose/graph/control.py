@@ -22,7 +22,7 @@ from .checker import LATE, Checker, Known, arity, handles
 from .generation import new_tokens
 from .model import Node
 from .ops import UNKNOWN
-from .specs import Spec, flat, nbytes
+from .specs import FLOATING, Spec, flat, nbytes
 from .values import Ref, TensorSpec
 
 MAX_TURNS = 100_000
@@ -167,7 +167,7 @@ def backward(checker: Checker, node: Node) -> Known:
     spec = checker.tensor(node.args[0])
     if checker.run(node.run).kind == "generate":
         raise BadArgument("gradients are taken in a trace; a generation has none")
-    if isinstance(spec, TensorSpec) and (spec.numel != 1 or not _floating(spec)):
+    if isinstance(spec, TensorSpec) and (spec.numel != 1 or spec.dtype not in FLOATING):
         raise BadArgument(f"backward starts from one floating-point number, not {spec.dtype}{list(spec.shape)}")
     checker.gradients = True
     return Known(None, checker.moment(node.args))
@@ -194,15 +194,11 @@ def _gradient(checker: Checker, node: Node) -> tuple[Spec, tuple[int, int, int]]
     if not isinstance(back, Ref) or checker.nodes[back.id].op != "backward":
         raise InvalidGraph(f"{node.op} belongs to a backward")
     spec = checker.tensor(target)
-    if isinstance(spec, TensorSpec) and not _floating(spec):
+    if isinstance(spec, TensorSpec) and spec.dtype not in FLOATING:
         raise BadArgument(f"a value of {spec.dtype} has no gradient")
     if checker.known[target.id].moment > checker.known[back.id].moment:
         raise BadArgument("the loss comes before this value in the forward, so it has no gradient there")
     return spec, checker.known[back.id].moment
-
-
-def _floating(spec: TensorSpec) -> bool:
-    return spec.dtype.startswith(("float", "bfloat"))
 
 
 @handles("alive")

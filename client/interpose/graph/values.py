@@ -171,7 +171,7 @@ def whole(value: Any, what: str, low: int = 0, high: int = INT_MAX) -> int:
     return value
 
 
-def text(value: Any, what: str, longest: int) -> str:
+def text(value: Any, what: str, longest: int = 128) -> str:
     """`value` if it is a text that UTF-8 can carry. Raises InvalidGraph otherwise."""
     if not isinstance(value, str) or len(value) > longest:
         raise InvalidGraph(f"{what} is a text of at most {longest} characters")

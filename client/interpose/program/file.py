@@ -165,7 +165,7 @@ def _told(fields: Fields, name: str) -> str:
 def _check_labels(graph: Graph, names: Mapping[str, Any], parameters: Mapping[str, Any]) -> None:
     if names.keys() != {str(node.id) for node in graph.saves}:
         raise InvalidGraph("the program's names aren't those of its saves")
-    if len({text(name, "a save's name", 128) for name in names.values()}) != len(names):
+    if len({text(name, "a save's name") for name in names.values()}) != len(names):
         raise InvalidGraph("two saves of the program have one name")
     for name, key in parameters.items():
         known = isinstance(key, str) and key in graph.attachments

@@ -7,6 +7,7 @@ from typing import Any, ClassVar, NoReturn
 
 from ..errors import BadArgument, ControlFlow, ShapeUnknown, UnknownOp
 from ..graph import ops
+from ..graph.specs import FLOATING
 from ..graph.values import DTYPES, DType, TensorSpec
 from .bases import Base, View, is_same, is_view, why
 from .gradients import Backward, EarlyGradient
@@ -74,7 +75,7 @@ class Deferred:
         return DTYPES[self._spec.dtype]
 
     def is_floating_point(self) -> bool:
-        return self._spec.dtype.startswith(("float", "bfloat"))
+        return self._spec.dtype in FLOATING
 
     def __len__(self) -> int:
         if not self.shape:
