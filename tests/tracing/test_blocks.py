@@ -132,10 +132,14 @@ def test_blocks_do_not_nest(model: Any, expected: torch.Tensor) -> None:
 
 
 def test_a_block_without_anything_runs_nothing(model: Any) -> None:
+    ran: list[int] = []
+    hook = model._model.register_forward_pre_hook(lambda *_: ran.append(1))
     with model.trace(ROW):
         pass
     with model.trace(ROW):
         _ = model.output
+    hook.remove()
+    assert not ran
 
 
 def traced(model: Any, number: int) -> torch.Tensor:
