@@ -268,6 +268,7 @@ def address(host: str) -> str:
 
 
 def is_loopback(name: str) -> bool:
+    """Whether a host's name or address is this machine's own."""
     try:
         return ipaddress.ip_address(name).is_loopback
     except ValueError:

@@ -103,6 +103,7 @@ def _short(revision: str) -> str:
 
 
 def encode_adapters(adapters: Mapping[str, AdapterInfo]) -> dict[str, Any]:
+    """The plain form of adapters by name."""
     return {
         name: {
             "rank": info.rank,

@@ -210,5 +210,6 @@ class Checker:
 
 
 def arity(node: Node, count: int) -> None:
+    """Raises InvalidGraph unless a node has so many arguments, by position."""
     if len(node.args) != count or node.kwargs:
         raise InvalidGraph(f"{node.op} takes {count} arguments, {len(node.args)} given")

@@ -48,6 +48,7 @@ class Input:
 
 
 def encode_inputs(inputs: Mapping[str, Input]) -> dict[str, Any]:
+    """The plain form of inputs by name."""
     return {
         name: {"dims": list(one.dims), "dtype": one.dtype, "required": one.required, "below": one.below}
         for name, one in inputs.items()

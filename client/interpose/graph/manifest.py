@@ -84,6 +84,8 @@ Layout: TypeAlias = "Leaf | tuple[Layout, ...] | dict[str, Layout] | None"
 
 @dataclass(frozen=True, slots=True)
 class Param:
+    """A parameter of a module."""
+
     shape: tuple[int, ...]
     dtype: str
 
@@ -290,6 +292,7 @@ def leaf_paths(layout: Layout, path: tuple[int | str, ...] = ()) -> Iterator[tup
 
 
 def encode_layout(layout: Layout) -> Any:
+    """The plain form."""
     if isinstance(layout, Leaf):
         plain = {"dtype": layout.dtype, "dims": list(layout.dims)}
         return plain | {"alone": True} if layout.alone else plain

@@ -40,6 +40,7 @@ def spec_of(layout: Any, sizes: Sizes) -> Spec:
 
 
 def flat(spec: Spec) -> list[Spec]:
+    """All that a nest of specs holds, in order."""
     if isinstance(spec, (tuple, list)):
         return [leaf for item in spec for leaf in flat(item)]
     if isinstance(spec, dict):
@@ -58,4 +59,5 @@ def total(spec: Spec) -> int:
 
 
 def nbytes(spec: Spec) -> int:
+    """Bytes of one tensor; 0 for what is none, or whose shape isn't known."""
     return spec.nbytes if isinstance(spec, TensorSpec) else 0

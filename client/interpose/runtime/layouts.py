@@ -64,6 +64,7 @@ def observe(value: Any, depth: int = 0) -> Seen:
 
 
 def dtype_name(value: Tensor) -> str:
+    """A tensor's: "float32"."""
     return str(value.dtype).removeprefix("torch.")
 
 

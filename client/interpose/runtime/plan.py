@@ -288,6 +288,7 @@ _FOUND = tuple(name for name, made in vars(Plan).items() if isinstance(made, cac
 
 
 def place_of(node: Node) -> Place:
+    """Where within one forward a read or a write lies."""
     assert node.point is not None
     return node.point.module, EVENT.get(node.point.name, node.point.name), node.point.call
 

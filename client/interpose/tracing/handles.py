@@ -166,6 +166,8 @@ class Module:
 
 
 class Calls:
+    """A module's calls within one forward, by number."""
+
     def __init__(self, module: Module) -> None:
         self._module = module
 

@@ -25,6 +25,7 @@ def dtype_of(value: Any) -> DType | None:
 
 
 def is_dtype(value: Any) -> bool:
+    """Whether a value is a dtype: the graph's, torch's or NumPy's."""
     return isinstance(value, DType) or dtype_of(value) is not None
 
 
@@ -49,4 +50,5 @@ def counts_writes(tensor: Any) -> bool:
 
 
 def version_of(tensor: Any) -> int:
+    """How often a tensor was written; 0 where that isn't counted."""
     return int(tensor._version) if counts_writes(tensor) else 0

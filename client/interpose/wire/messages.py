@@ -66,6 +66,8 @@ class Subscribe(_Fields):
 
 @dataclass(frozen=True, slots=True)
 class Unsubscribe(_Fields):
+    """Send no more of a job."""
+
     type: ClassVar[str] = "unsubscribe"
     job: str
 
@@ -312,6 +314,7 @@ def encode(message: ClientMessage | Hello | Event | Position | Loading | Refused
 
 
 def encode_chunk(job: str, seq: int, offset: int, data: Buffer) -> bytes:
+    """A frame of raw bytes of save `seq`, from byte `offset` on."""
     return b"".join((_HEAD.pack(CHUNK, bytes.fromhex(job), seq, offset), data))
 
 

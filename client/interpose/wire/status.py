@@ -7,6 +7,8 @@ from enum import StrEnum
 
 
 class JobStatus(StrEnum):
+    """How far a job has come."""
+
     QUEUED = "queued"
     RUNNING = "running"
     COMPLETED = "completed"

@@ -62,6 +62,8 @@ class ModelState:
 
 @dataclass(frozen=True, slots=True)
 class Logged:
+    """A line that the job told, by the node that told it."""
+
     node: int
     text: str
 

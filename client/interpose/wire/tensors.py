@@ -68,6 +68,7 @@ def is_tensor(value: Any) -> bool:
 
 
 def is_torch(value: Any) -> bool:
+    """Whether a value is a torch tensor. Never imports torch."""
     torch = sys.modules.get("torch")
     return torch is not None and isinstance(value, torch.Tensor)
 
@@ -172,6 +173,7 @@ def spec_of(dtype: str, shape: str) -> TensorSpec:
 
 
 def encode_spec(spec: TensorSpec) -> dict[str, Any]:
+    """The plain form."""
     return {"dtype": spec.dtype, "shape": list(spec.shape)}
 
 

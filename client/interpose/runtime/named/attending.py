@@ -13,6 +13,7 @@ from .block import Block, Refused, contribution, reading
 
 
 def attention(block: Block, name: str) -> Named:
+    """One named point of a block's attention. Raises Refused."""
     family = block.family
     if not family.attn:
         raise Refused(family.says["attention"])

@@ -131,11 +131,13 @@ def figure(config: Any, *names: str) -> int | None:
 
 
 def factor(config: Any, name: str) -> float:
+    """A factor that a config has by a name; 1 without it."""
     value = getattr(config, name, None)
     return float(value) if isinstance(value, (int, float)) else 1.0
 
 
 def reading(point: Point, views: tuple[View, ...] = ()) -> Step:
+    """The step that reads a point, seen through views."""
     return ("read", point.module, point.name, point.path, views)
 
 

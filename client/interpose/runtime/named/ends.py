@@ -74,6 +74,7 @@ def _dims(infos: Mapping[str, ModuleInfo], named: Named) -> int:
 
 
 def embedding(model: nn.Module, found: Callable[[Any], str | None]) -> str | None:
+    """Path of the module that embeds the inputs, where `found` knows it; None without one."""
     try:
         return found(model.get_input_embeddings())  # type: ignore[operator]
     except (AttributeError, NotImplementedError):

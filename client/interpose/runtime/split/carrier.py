@@ -135,6 +135,7 @@ def _take(jobs: Mapping[int, Interpreter], landing: Landing, *, backward: bool =
 
 
 def away_of(job: Interpreter) -> Away:
+    """What of a job runs on shards."""
     assert job.away is not None, "jobs of a split model have a part on shards"
     return job.away
 

@@ -57,6 +57,7 @@ def _followed(cls: Any, home: HomeCaches) -> Any:
 
 
 def is_cache(value: Any) -> bool:
+    """Whether a block's argument is a key-value cache."""
     return isinstance(value, Cache)
 
 

@@ -83,6 +83,7 @@ def _class(name: str, roots: Sequence[Any]) -> Any:
 
 
 def layer_nest(layer: Any) -> Nest:
+    """A layer's class and all that it keeps, data by shape and dtype alone."""
     return {"class": _named(type(layer)), "state": {name: described(value) for name, value in vars(layer).items()}}
 
 
@@ -101,6 +102,7 @@ def _fixed(nest: Nest) -> bool:
 
 
 def new_layer(nest: Nest, device: torch.device) -> Any:
+    """A layer of such a description. Raises InternalError for a class that isn't the library's."""
     cls = _class(nest["class"], _ROOTS)
     layer = cls.__new__(cls)
     _write([layer], nest, device)
@@ -144,6 +146,7 @@ def kind_of(cache: Any) -> Nest:
 
 
 def new_cache(kind: Nest, device: torch.device) -> Any:
+    """An empty cache of such a kind. Raises InternalError for a class that isn't the library's."""
     cls = _class(kind["class"], (Cache,))
     cache: Any = cls.__new__(cls)
     replicated = kind["replicated"]

@@ -63,6 +63,7 @@ def error_from_nest(nest: Nest, nodes: Sequence[Node]) -> InterposeError | None:
 
 
 def by_job(mail: Iterable[Mail]) -> dict[int, list[Mail]]:
+    """Mail by the number of the job that it is for, in order."""
     found: dict[int, list[Mail]] = {}
     for one in mail:
         found.setdefault(one.address[0], []).append(one)

@@ -173,6 +173,7 @@ def _grow(cache: Any, layer: int, hidden: Tensor) -> None:
 
 
 def feeding_nest(feeding: Feeding) -> Nest:
+    """How the whole model is fed, as it travels."""
     plain = {field.name: getattr(feeding, field.name) for field in fields(Feeding)}
     return {**plain, "accepts": sorted(feeding.accepts), "inputs": encode_inputs(feeding.inputs)}
 

@@ -189,6 +189,7 @@ def settle_exit(model: nn.Module) -> None:
 
 
 def places(route: Route, blocks: Mapping[str, nn.Module]) -> dict[str, Place]:
+    """Where each block lies, and by which name it takes its hidden states."""
     numbers = {path: number for number, path in enumerate(route.sites, 1)}
     return {
         path: Place(path, route.sites[path], numbers[path], first_parameter(block))
