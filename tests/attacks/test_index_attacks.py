@@ -3,21 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import cache
 from typing import Any
 
 import pytest
 import torch
-from interpose import LanguageModel
 from interpose.errors import BadArgument, IndexOutOfRange
-from models import tiny
+from recording import opened as model
 
 MOE = ["mixtral", "qwen2_moe", "qwen3_moe"]
-
-
-@cache
-def model(arch: str) -> Any:
-    return LanguageModel(str(tiny(arch)))
 
 
 def experts(arch: str) -> Any:

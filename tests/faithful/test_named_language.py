@@ -8,20 +8,15 @@ from typing import Any
 import by_hand
 import pytest
 import torch
-from interpose import LanguageModel
 from interpose.errors import BadArgument, IndexOutOfRange, UnknownPoint
 from models import tiny
+from recording import opened as ours
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 from twins import alive, close, same
 
 ROW = [7, 21, 90, 33, 150, 61]
 FAMILIES = ("gpt2", "llama", "olmo2", "opt", "bloom", "granite")
-
-
-@cache
-def ours(arch: str) -> Any:
-    return LanguageModel(str(tiny(arch)))
 
 
 @cache

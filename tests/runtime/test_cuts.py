@@ -5,28 +5,21 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from functools import cache
 from typing import Any
 
 import pytest
 import recording
 import torch
-from interpose import LanguageModel
 from interpose.graph.model import Graph
 from interpose.runtime.engine import EngineJob
-from models import tiny
 from recording import Kept
+from recording import opened as model
 from torch.nn import functional
 
 IDS = [5, 9, 33, 7]
 BLOCKS = 3
 WITH_FUSED = ("gpt2", "llama", "qwen3", "mixtral")
 Fill = Callable[[Any], Any]
-
-
-@cache
-def model(arch: str) -> Any:
-    return LanguageModel(str(tiny(arch)))
 
 
 def graph(arch: str, fill: Fill) -> Graph:

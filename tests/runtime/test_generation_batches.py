@@ -17,7 +17,7 @@ from interpose.graph.model import Graph
 from interpose.runtime.engine import Engine, EngineJob
 from interpose.runtime.hooks import CURRENT
 from models import tiny
-from recording import Kept, recorded
+from recording import Kept, opened, recorded
 
 BLOCKS = {
     "gpt2": "transformer.h",
@@ -27,11 +27,6 @@ BLOCKS = {
     "neox": "gpt_neox.layers",
     "mamba": "backbone.layers",
 }
-
-
-@cache
-def opened(arch: str) -> LanguageModel:
-    return LanguageModel(str(tiny(arch)))
 
 
 def engine(arch: str) -> Engine:

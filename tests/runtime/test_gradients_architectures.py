@@ -7,9 +7,9 @@ from typing import Any
 
 import pytest
 import torch
-from interpose import LanguageModel
 from interpose.graph.manifest import Leaf
 from models import tiny
+from recording import opened
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
@@ -19,11 +19,6 @@ ARCHITECTURES = [
 ]
 ROWS = [[5, 9, 33, 7, 81, 120], [8, 81, 2]]
 TARGET = 77
-
-
-@cache
-def opened(arch: str) -> Any:
-    return LanguageModel(str(tiny(arch)))
 
 
 @cache

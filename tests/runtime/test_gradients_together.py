@@ -3,28 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import cache
 from typing import Any
 
 import pytest
 import recording
 import torch
-from interpose import LanguageModel
 from interpose.errors import InterposeError, NotReached
 from interpose.graph.limits import UNLIMITED
 from interpose.graph.model import Graph
 from interpose.graph.validate import validate
 from interpose.runtime.engine import EngineJob
-from models import tiny
 from recording import Kept
+from recording import opened as model
 
 ROWS = {"short": [5, 9, 33], "long": [7, 8, 14, 90, 121, 33, 60], "one": [44]}
 Fill = Callable[[Any, Any], None]
-
-
-@cache
-def model(arch: str) -> Any:
-    return LanguageModel(str(tiny(arch)))
 
 
 def recorded(arch: str, fill: Fill, *rows: str) -> Graph:

@@ -8,23 +8,18 @@ from typing import Any
 
 import pytest
 import torch
-from interpose import LanguageModel
 from interpose.errors import IndexOutOfRange
 from interpose.graph.model import Graph
 from interpose.runtime.engine import EngineJob
-from models import ARCHITECTURES, tiny
+from models import ARCHITECTURES
 from recording import Kept, recorded
+from recording import opened as model
 from torch import Tensor
 
 ROWS = {"four": [5, 9, 33, 7], "one": [44], "long": [7, 8, 14, 90, 121, 33, 60], "heads": [1, 2, 3, 4]}
 """As many positions as heads, one, many."""
 
 Fill = Callable[[Any], None]
-
-
-@cache
-def model(arch: str) -> Any:
-    return LanguageModel(str(tiny(arch)))
 
 
 def jobs(arch: str) -> dict[str, Graph]:

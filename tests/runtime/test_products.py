@@ -4,19 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from functools import cache
 from typing import Any
 
 import pytest
 import recording
 import torch
-from interpose import LanguageModel
 from interpose.errors import JobCancelled
 from interpose.graph.model import Graph
 from interpose.runtime import products
 from interpose.runtime.engine import EngineJob
-from models import tiny
-from recording import Kept
+from recording import Kept, ran
+from recording import opened as model
 from sessions import called
 
 ROWS = ([5, 9, 33], [7, 8, 14, 90, 121, 33, 60], [44], [12, 13, 14], [21, 4, 4, 90])
@@ -26,11 +24,6 @@ Fill = Callable[[Any], Any]
 @pytest.fixture(autouse=True)
 def every_layer_counts(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(products, "LARGE_BYTES", 0)
-
-
-@cache
-def model(arch: str = "llama") -> Any:
-    return LanguageModel(str(tiny(arch)))
 
 
 def recorded(fill: Fill, row: Any, arch: str = "llama") -> Graph:
@@ -81,10 +74,7 @@ LENSES: dict[str, Fill] = {
 
 
 def run(*graphs: Graph, arch: str = "llama", **options: Any) -> list[dict[int, Any]]:
-    sinks = [Kept() for _ in graphs]
-    jobs = [EngineJob(graph, {}, sink, **options) for graph, sink in zip(graphs, sinks, strict=True)]
-    assert model(arch)._access.local.engine.run(jobs) == [None] * len(graphs)
-    return [sink.values for sink in sinks]
+    return ran(model(arch), graphs, **options)
 
 
 def same(found: dict[int, Any], wanted: dict[int, Any]) -> None:

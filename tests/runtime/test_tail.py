@@ -12,17 +12,12 @@ import torch
 from interpose import LanguageModel
 from interpose.graph.model import Graph
 from interpose.runtime.engine import EngineJob
-from models import tiny
-from recording import Kept
+from recording import Kept, ran
+from recording import opened as model
 from transformers import BertConfig, BertLMHeadModel
 
 ROWS = ([5, 9, 33], [7, 8, 14, 90, 121, 33, 60], [44], [12, 13, 14])
 Fill = Callable[[Any], Any]
-
-
-@cache
-def model(arch: str) -> Any:
-    return LanguageModel(str(tiny(arch)))
 
 
 def recorded(arch: str, fill: Fill, row: Any) -> Graph:
@@ -65,10 +60,7 @@ MORE |= {"written": written, "differentiated": differentiated}
 
 
 def run(arch: str, *graphs: Graph, **options: Any) -> list[dict[int, Any]]:
-    sinks = [Kept() for _ in graphs]
-    jobs = [EngineJob(graph, {}, sink, **options) for graph, sink in zip(graphs, sinks, strict=True)]
-    assert model(arch)._access.local.engine.run(jobs) == [None] * len(graphs)
-    return [sink.values for sink in sinks]
+    return ran(model(arch), graphs, **options)
 
 
 def as_alone(arch: str, *graphs: Graph) -> None:
