@@ -100,7 +100,7 @@ class ModuleInfo:
         events: event -> its moments in the measured forward, one a call; "enter", "exit" and named points.
         points: point name -> layout. "output", "inputs" = ((positional...), {keyword: ...}), and named points.
         stands_for: (module, point) whose value is read and written in place of this module's input and output,
-            where the library no longer calls a module that published code reads.
+            where the library doesn't call a module that published code reads.
     """
 
     path: str

@@ -315,7 +315,7 @@ def _layout(event: str, samples: Sequence[tuple[Size, Seen]]) -> Layout:
 
 
 def _stand_ins(found: Mapping[str, ModuleInfo], modules: Mapping[str, nn.Module]) -> dict[str, ModuleInfo]:
-    """Attention's dropout modules that the library applies as a function nowadays stand for the pattern."""
+    """Attention's dropout modules that the library applies as a function and never calls stand for the pattern."""
     result = dict(found)
     for path, info in found.items():
         parent = path.rpartition(".")[0]

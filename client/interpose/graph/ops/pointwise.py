@@ -64,8 +64,8 @@ def _tests(bound: Bound, outputs: Outputs) -> tuple[int, int]:
     return 6 * numel, 24 * numel
 
 
-def _binary(places: str, names: str, mode: str, flops: int = 1) -> None:
-    lines = "\n".join(f"{places} {name}(input: tensor|number, other: tensor|number)" for name in names.split())
+def _binary(names: str, mode: str, flops: int = 1) -> None:
+    lines = "\n".join(f"tm {name}(input: tensor|number, other: tensor|number)" for name in names.split())
     family.declare(lines, pointwise(mode), times(flops))
 
 
@@ -86,13 +86,13 @@ _unary("f", "softsign tanhshrink", "float", times(24, 1))
 _unary("f", "hardsigmoid hardswish silu mish logsigmoid", "floating", times(24, 1))
 _unary("tf", "selu", "floating", times(24, 1))
 
-_binary("tm", "mul remainder fmod floor_divide maximum minimum fmax fmin", "arith", 2)
-_binary("tm", "pow", "arith", 32)
-_binary("tm", "bitwise_and bitwise_or bitwise_xor bitwise_left_shift bitwise_right_shift", "arith")
-_binary("tm", "eq ne lt le gt ge logical_and logical_or logical_xor", "bool")
-_binary("tm", "atan2 xlogy copysign", "float", 32)
-_binary("tm", "hypot logaddexp logaddexp2", "floating", 48)
-_binary("tm", "heaviside", "arith")
+_binary("mul remainder fmod floor_divide maximum minimum fmax fmin", "arith", 2)
+_binary("pow", "arith", 32)
+_binary("bitwise_and bitwise_or bitwise_xor bitwise_left_shift bitwise_right_shift", "arith")
+_binary("eq ne lt le gt ge logical_and logical_or logical_xor", "bool")
+_binary("atan2 xlogy copysign", "float", 32)
+_binary("hypot logaddexp logaddexp2", "floating", 48)
+_binary("heaviside", "arith")
 
 
 def _sum(bound: Bound) -> TensorSpec:
