@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import shlex
+import tomllib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -49,6 +50,36 @@ def test_commands_are_understood(document: Path, tmp_path: Path, monkeypatch: py
             assert name in group.commands, words
             group = group.commands[name]
         group.make_context(group.name, rest).close()
+
+
+@pytest.mark.parametrize("document", [*DOCUMENTS, ROOT / "CHANGELOG.md"], ids=lambda path: path.name)
+def test_commands_in_prose_are_there(document: Path) -> None:
+    """As in `interpose deploy up | status FILE`: alternatives are of one group, options of the command."""
+    prose = re.sub(r"^```.*?^```$", "", document.read_text("utf-8"), flags=re.M | re.S)
+    for text in re.findall(r"`interpose ([a-z][^`]*)`", prose):
+        words, group, command = text.split(), typer.main.get_command(app), None
+        while words and hasattr(group, "commands"):
+            command = group.commands[words.pop(0)]
+            while words[:1] == ["|"]:
+                assert words[1] in group.commands, text
+                del words[:2]
+            group = command
+        known = {option for one in getattr(command, "params", ()) for option in one.opts}
+        assert {word for word in words if word.startswith("--")} <= known, text
+
+
+def test_extras_that_are_named_are_there() -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["project"]
+    said = [
+        path.read_text("utf-8") for path in (*DOCUMENTS, *ROOT.glob("client/**/*.py"), *ROOT.glob("server/**/*.py"))
+    ]
+    named = {
+        name
+        for text in said
+        for found in re.findall(r"(?:\binterpose|\.)\[([a-z0-9,]+)\]\"", text)
+        for name in found.split(",")
+    }
+    assert {"local", "server", "cluster", "s3"} <= named <= project["optional-dependencies"].keys()
 
 
 def test_there_are_such_commands() -> None:
