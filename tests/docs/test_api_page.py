@@ -12,7 +12,7 @@ from interpose.graph.generation import OPTIONS
 from interpose.tracing.deferred import Deferred
 from interpose.tracing.handles import COMMON, Module
 from interpose.tracing.tracer import Tracer
-from test_reference_pages import DOCS, chapter, rows
+from test_reference_pages import DOCS, PAGES, chapter, rows
 
 INNER = {"model", "recorder"}
 """Attributes of a block that its own parts use."""
@@ -56,6 +56,13 @@ def test_a_block_has_what_is_told() -> None:
     told = names("## In a block")
     assert len(told) == len(set(told))
     assert set(told) == public(Tracer) - INNER
+
+
+def test_no_page_names_what_a_block_hasnt() -> None:
+    for page in PAGES:
+        prose = re.sub(r"^```.*?^```$", "", page.read_text("utf-8"), flags=re.M | re.S)
+        named = {name for text in re.findall(r"`[^`]+`", prose) for name in re.findall(r"\bt\.([a-z_]+)", text)}
+        assert named <= public(Tracer), page.name
 
 
 def test_modules_values_and_jobs_have_what_is_told() -> None:

@@ -19,7 +19,7 @@ from interpose_server.settings import OF_WORKERS, PREFIX, Settings
 
 ROOT = Path(__file__).parents[2]
 DOCS = ROOT / "docs"
-PAGES = [ROOT / "README.md", ROOT / "CHANGELOG.md", *sorted(DOCS.glob("*.md"))]
+PAGES = [*(ROOT / f"{name}.md" for name in ("README", "CHANGELOG", "CONTRIBUTING")), *sorted(DOCS.glob("*.md"))]
 UNITS = {"KiB": 1 << 10, "MiB": 1 << 20, "GiB": 1 << 30}
 DECIDED = {
     "data_dir": "the user's own",
@@ -150,7 +150,7 @@ def test_every_variable_is_told() -> None:
 
 def known_variables() -> set[str]:
     server = {PREFIX + name.upper() for name in Settings.model_fields}
-    return server | variables("client", "server", "scripts") | {PREFIX.rstrip("_")}
+    return server | variables("client", "server", "scripts", "tests/deploy") | {PREFIX.rstrip("_")}
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda path: path.name)
