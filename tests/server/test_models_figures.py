@@ -11,7 +11,7 @@ from interpose_server.broker import keys
 from interpose_server.broker.connect import Broker
 from interpose_server.broker.states import ModelState
 from interpose_server.models.figures import Watch, rules
-from interpose_server.models.lifecycle import decide
+from interpose_server.models.lifecycle import JOINING_S, decide
 from interpose_server.models.rules import Figures, Memory, Room
 from interpose_server.models.spec import ModelSpec
 from interpose_server.settings import Settings
@@ -89,10 +89,14 @@ async def test_decisions_are_told(broker: Broker, settings: Settings) -> None:
     await broker.queue.submit(job)
     watch = Watch(broker)
     assert await watch.look(lambda spec: None) == [], "nothing is deployed of it yet"
-    await watch.tell(decide(await watch.look(lambda spec: (4.0,)), Room((2,)), 0.0))
+    decided = decide(await watch.look(lambda spec: (4.0,)), Room((2,)), 0.0)
+    await watch.tell(decided)
     assert await broker.specs.kept()
     hosted = await broker.models.get("tiny")
-    assert "0 wanted: a copy takes 4 devices" in hosted.note
+    assert "0 wanted: a copy takes 4 devices" in hosted.note and hosted.told == "crowded"
+    assert (await broker.queue.info(job.user, job.id)).status is JobStatus.QUEUED, "nodes may be about to join"
+    await watch.tell(decide(await watch.look(lambda spec: (4.0,)), Room((2,)), JOINING_S, decided.memory))
+    hosted = await broker.models.get("tiny")
     assert hosted.failure is not None and hosted.failure.reason == "too_large" and not hosted.copies
     assert (await broker.queue.info(job.user, job.id)).status is JobStatus.FAILED
     assert hosted.state is ModelState.FAILED

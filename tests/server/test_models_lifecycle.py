@@ -269,15 +269,27 @@ def test_a_failed_model_is_left_alone_and_a_removed_one_finishes() -> None:
 def test_what_is_larger_than_all_devices_is_told_whether_or_not_anybody_asks() -> None:
     for asks in ({"waiting": 1}, {}):
         big = model(parts=(2.0,) * 3, **asks)
-        told = decide([big], Room((4, 1)), NOW)
+        told = decide([big], Room((4, 1)), NOW, Memory(nodes=(1, 4)))
         assert told.copies == {"a": 0} and told.impossible.keys() == {"a"}
         assert (
             "3 parts of 2 devices, 6 in all; the cluster has 5 devices, its largest node 4" in told.impossible["a"]
         )
-        assert not decide([replace(big, failed=True, too_large=True)], Room((4, 1)), NOW).impossible, "it is told"
+        failed = decide([replace(big, failed=True, too_large=True)], Room((4, 1)), NOW, told.memory)
+        assert not failed.impossible, "it is told"
         for room in (Room((4, 2)), Room((4, 1), grows=True), Room(None)):
-            fits = decide([big], room, NOW)
+            fits = decide([big], room, NOW, Memory(nodes=room.nodes and tuple(sorted(room.nodes))))
             assert fits.copies == {"a": len(asks)} and not fits.impossible
+
+
+def test_a_cluster_whose_nodes_are_joining_is_not_yet_too_small() -> None:
+    """Its head is there first, with no devices at all: who waits then is told nothing that is over in a moment."""
+    big, memory, told = model(waiting=1, parts=(4.0,)), Memory(), {}
+    nodes = {0: (), 10: (2,), 25: (2, 1), 44: (1, 2), 45: (1, 2), 46: (2, 1, 1)}
+    for now, there in nodes.items():
+        wanted = decide([big], Room(there), NOW + now, memory)
+        assert wanted.copies == {"a": 0} and wanted.crowded == {"a"}
+        memory, told[now] = wanted.memory, bool(wanted.impossible)
+    assert told == {0: False, 10: False, 25: False, 44: False, 45: True, 46: False}
 
 
 @pytest.mark.parametrize(
@@ -290,7 +302,7 @@ def test_that_is_over_once_there_is_room(room: Room, mended: set[str]) -> None:
 
 def test_jobs_of_a_model_that_was_loaded_before_wait_for_a_node_that_is_away() -> None:
     big = replace(model(waiting=1, parts=(2.0,) * 3), loaded=True)
-    told = decide([big], Room((4, 1)), NOW)
+    told = decide([big], Room((4, 1)), NOW, Memory(nodes=(1, 4)))
     assert not told.impossible and told.crowded == {"a"} and "the cluster has 5 devices" in told.why["a"]
 
 

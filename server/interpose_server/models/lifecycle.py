@@ -20,6 +20,10 @@ from .rules import Figures, GivenUp, Memory, Room, Rules, Wanted
 from .schedule import scheduled
 from .spec import ModelSpec
 
+JOINING_S = 20.0
+"""So long the nodes must have been the same before the users of a model that is larger than all of them are told:
+a cluster's head is there before its nodes."""
+
 NO_PLACE = (
     "Ray has found no place for it, though it has devices enough: see its `resources`, cores, and what else runs "
     "on the cluster; others come first meanwhile"
@@ -58,6 +62,8 @@ class _Decision:
         leaving = any(model.leaving for model in models)
         self._pending = self._since(memory.pending_s, lambda model: self._asked(model) > model.held and not leaving)
         self._starved = self._since_when_starved(memory)
+        self._nodes = None if room.nodes is None else tuple(sorted(room.nodes))
+        self._same_s = memory.same_s if memory.nodes == self._nodes else now_s
         self._outgrown = {name for name, model in self._models.items() if self._is_outgrown(model)}
         self._in_vain = Counter(memory.in_vain)
         self._given_up = {name: one for name, one in memory.given_up.items() if self._stays_given_up(name, one)}
@@ -165,7 +171,8 @@ class _Decision:
     def _is_impossible(self, model: Figures) -> bool:
         """Whether its users are told that it is too large. A node may be away: one that was loaded before waits."""
         gone = model.draining and not model.work
-        return model.name in self._outgrown and not (model.loaded or model.failed or gone)
+        lasts = self._now_s - self._same_s >= JOINING_S
+        return lasts and model.name in self._outgrown and not (model.loaded or model.failed or gone)
 
     def _is_mended(self, model: Figures) -> bool:
         return model.too_large and model.name not in self._outgrown
@@ -375,6 +382,8 @@ class _Decision:
             pending_s=pending,
             in_vain={name: self._in_vain[name] for name in pending if not self._models[name].held},
             given_up=self._given_up,
+            nodes=self._nodes,
+            same_s=self._same_s,
         )
 
 

@@ -31,7 +31,7 @@ class Figures:
         wished: somebody wants it loaded, by no job.
         evicted: an operator wants it to go as soon as it has no work.
         failed: loading it failed, and it isn't time to try again.
-    too_large: so it did since a copy was larger than all devices.
+        too_large: so it did since a copy was larger than all devices.
         draining: it is being taken out of the catalogue.
         parts: what one copy takes.
         loaded: it has been ready before.
@@ -162,6 +162,7 @@ class Memory:
         pending_s: since when a copy that was asked for hasn't come.
         in_vain: how often others made way for a first copy since it was asked for, while it hasn't come.
         given_up: those whose first copy was asked for in vain.
+        nodes, same_s: the devices of each node, the fewest first, and since when they have been these.
     """
 
     asked: Mapping[str, int] = field(default_factory=dict)
@@ -174,6 +175,8 @@ class Memory:
     pending_s: Mapping[str, float] = field(default_factory=dict)
     in_vain: Mapping[str, int] = field(default_factory=dict)
     given_up: Mapping[str, GivenUp] = field(default_factory=dict)
+    nodes: tuple[float, ...] | None = None
+    same_s: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)
