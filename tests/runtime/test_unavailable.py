@@ -18,10 +18,12 @@ import json, sys
 import transformers
 from interpose.errors import InterposeError
 from interpose.runtime.loading import load
+from interpose.runtime.partial_loading import inside, load_part
 transformers.utils.logging.disable_progress_bar()
 for place, revision in json.loads(sys.argv[1]):
     try:
         loaded = load(place, revision=revision, device="cpu")
+        load_part(place, inside(["transformer.h.1"]), revision=revision, device="cpu")
         print(json.dumps(["loaded", loaded.manifest.revision]))
     except InterposeError as error:
         print(json.dumps([type(error).__name__, error.details.get("reason")]))

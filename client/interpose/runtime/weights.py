@@ -9,10 +9,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from huggingface_hub import hf_hub_download
+from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 from safetensors import safe_open
 from transformers import PretrainedConfig
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
-from transformers.utils.hub import cached_file
 
 from ..errors import ConfigError, ModelUnavailable
 from .sources import Source
@@ -39,9 +40,9 @@ class Weights:
             raise ConfigError(
                 f"{source.place} keeps weights in files of its own naming, which can't be read by parts"
             )
-        if _path(source, SAFE_WEIGHTS_NAME, missing=True) is not None:
+        if _there(source, SAFE_WEIGHTS_NAME) is not None:
             return cls(source, None, {})
-        index = _path(source, SAFE_WEIGHTS_INDEX_NAME, missing=True)
+        index = _there(source, SAFE_WEIGHTS_INDEX_NAME)
         if index is None and source.folder is None and source.hub["local_files_only"]:
             raise ModelUnavailable(
                 f"no weights of {source.place} are kept on this machine, and no network may be asked for them",
@@ -76,15 +77,28 @@ class Weights:
         return self.path(next(iter(self.files.values())) if self.files else SAFE_WEIGHTS_NAME)
 
     def path(self, file: str) -> str:
-        found = _path(self.source, file)
-        assert found is not None
-        return found
+        return _path(self.source, file)
 
 
-def _path(source: Source, file: str, *, missing: bool = False) -> str | None:
-    """Where a file lies, downloaded if need be; None for one that isn't there and may be missing."""
-    options = {key: value for key, value in source.hub.items() if key != "trust_remote_code"}
-    found: str | None = cached_file(
-        source.place, file, _raise_exceptions_for_missing_entries=not missing, **options
-    )
-    return found
+def _path(source: Source, file: str) -> str:
+    """Where a file lies, downloaded if need be. Raises OSError."""
+    if source.folder is None:
+        options = {key: value for key, value in source.hub.items() if key != "trust_remote_code"}
+        fetched: str = hf_hub_download(source.place, file, **options)
+        return fetched
+    path = source.folder / file
+    if not path.is_file():
+        raise FileNotFoundError(f"{source.folder} holds no {file}")
+    return str(path)
+
+
+def _there(source: Source, file: str) -> str | None:
+    """The same; None for one that isn't there. Raises OSError where that can't be told."""
+    try:
+        return _path(source, file)
+    except LocalEntryNotFoundError:
+        if source.hub["local_files_only"]:
+            return None
+        raise
+    except (EntryNotFoundError, FileNotFoundError):
+        return None
