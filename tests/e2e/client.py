@@ -61,6 +61,11 @@ def numpy(path: str) -> None:
         model.model.layers[2].output[0][:, -1] += np.ones(64, dtype=np.float32)
         logits = model.output.save()
         top = torch.softmax(model.output[0, -1], dim=-1).topk(3).save()
+    layer, direction = model.model.layers[1], np.linspace(-1, 1, 64, dtype=np.float32)
+    with model.trace(PROMPT, remote=True):
+        sure = model.lm_head(model.model.norm(layer.mlp.output)).softmax(-1).amax(-1, keepdim=True)
+        layer.output[0][:] += sure * direction
+        steered = model.logits.save()
     with half.trace(PROMPT, remote=True):
         low = half.model.layers[1].output[0].save()
     array = np.asarray(hidden)
@@ -74,7 +79,7 @@ def numpy(path: str) -> None:
     assert low.dtype == ml_dtypes.bfloat16 and np.asarray(low).dtype == ml_dtypes.bfloat16
     assert np.isfinite(np.asarray(low, dtype=np.float32)).all()
     assert sys.modules.get("torch") is None
-    np.savez(path, logits=np.asarray(logits), low=np.asarray(low).view(np.uint16))
+    np.savez(path, logits=np.asarray(logits), steered=np.asarray(steered), low=np.asarray(low).view(np.uint16))
     say(done=True)
 
 

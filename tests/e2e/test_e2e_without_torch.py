@@ -33,11 +33,17 @@ def same_as_with_torch(open_model: Callable[..., Any], path: Path) -> None:
     with model.trace(PROMPT, remote=True):
         model.model.layers[2].output[0][:, -1] += torch.ones(64)
         logits = model.output.save()
+    layer, direction = model.model.layers[1], np.linspace(-1, 1, 64, dtype=np.float32)
+    with model.trace(PROMPT, remote=True):
+        sure = model.lm_head(model.model.norm(layer.mlp.output)).softmax(-1).amax(-1, keepdim=True)
+        layer.output[0][:] += sure * direction
+        steered = model.logits.save()
     with half.trace(PROMPT, remote=True):
         low = half.model.layers[1].output[0].save()
     assert isinstance(low, torch.Tensor) and low.dtype == torch.bfloat16 and logits.dtype == torch.float32
     found = np.load(path)
     assert np.array_equal(found["logits"], logits.numpy())
+    assert np.array_equal(found["steered"], steered.numpy())
     assert np.array_equal(found["low"], low.view(torch.uint16).numpy())
     assert torch.nn.Parameter(low * 2).requires_grad
 
