@@ -158,7 +158,7 @@ def test_devices_and_who_holds_them_are_shown(lab: Lab) -> None:
         takes={"tiny": [0.25], "org/big": [1.0, 1.0, 1.0]},
         holds={names[0]: [("gpu-a", 0.25)], names[1]: [("gpu-a", 1.0), ("gpu-a", 1.0), ("gpu-b", 1.0)]},
         pending={"tiny": 1},
-        held_back={"org/big": HeldBack("too_large", "a copy takes 8 GPUs; the cluster has 6 GPUs")},
+        held_back={"org/big": HeldBack("too_large", "a copy takes 8 GPUs; the cluster has 6 GPUs", served=True)},
     )
 
     async def run(broker: Broker) -> None:

@@ -79,19 +79,20 @@ async def test_a_version_that_fails_beside_the_one_before_is_told_with_the_reaso
     )
 
 
+@pytest.mark.parametrize(
+    "served, then", [(True, "The version before is served on"), (False, "It can be loaded once")]
+)
 async def test_an_entry_that_cannot_be_is_told_at_once_and_what_was_before_is_not_taken_for_it(
-    broker: Broker,
+    broker: Broker, served: bool, then: str
 ) -> None:
     loading, serve, told = await updating(broker)
-    serve.status, serve.held_back = (
-        "RUNNING",
-        HeldBack("too_large", "a copy takes 9 cores; the cluster has 4 cores"),
-    )
+    size = "a copy takes 9 cores; the cluster has 4 cores"
+    serve.status, serve.held_back = "RUNNING", HeldBack("too_large", size, served)
     assert await loading.over(broker) and loading.failed == ["big"]
     (line,) = told
-    assert line.startswith(
-        "big: failed (too_large): a copy takes 9 cores; the cluster has 4 cores. The version before"
-    )
+    assert line.startswith(f"big: failed (too_large): {size}. {then}")
+    on_demand = Loading([ModelSpec(name="big")], told.append, serve.states)
+    assert await on_demand.over(broker) and on_demand.failed == ["big"] * served and told[1] == line
 
 
 async def test_what_is_waited_for_is_said_and_not_for_ever(broker: Broker, monkeypatch: pytest.MonkeyPatch) -> None:

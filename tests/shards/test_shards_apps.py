@@ -75,7 +75,7 @@ class Lab:
         self.notes = Notes()
         self.notes.kept = {}
         self.nodes: dict[str, dict[str, float]] = {"n": {"CPU": 4.0}}
-        self.status = "RUNNING"
+        self.status, self.running = "RUNNING", 1
         self.deployed: list[str] = []
         monkeypatch.setattr(apps, "Notes", lambda: self.notes)
         monkeypatch.setattr(apps, "states", lambda: dict.fromkeys(self.notes.kept, self._state()))
@@ -87,7 +87,7 @@ class Lab:
     def _state(self) -> State:
         from interpose_server.shards.apps import State
 
-        return State(self.status, "", running=1, begun=1, held_back=None)
+        return State(self.status, "", self.running, self.running, held_back=None)
 
     def _run_many(self, targets: Sequence[Any], **_: object) -> None:
         self.deployed += [target.name for target in targets]
@@ -141,6 +141,7 @@ def test_what_cannot_be_replaces_nothing(
     assert lab.deployed == [app_name("b")] and applied.changed == ["b"] and not applied.refused
     told = lab.notes.kept["a"]["held_back"]
     assert told["reason"] == reason and words in told["detail"] and words in applied.held_back["a"].message
+    assert told["served"]
     assert lab.notes.kept["a"] == before | {"held_back": told}, "what is counted on is what is deployed"
     assert not lab.apply(spec(**change), spec("b")).held_back, "it is news once"
 
@@ -183,6 +184,21 @@ def test_while_gpus_are_away_nothing_moves_to_cores(
     lab.nodes |= there
     assert lab.apply(spec(devices=devices)).changed == []
     assert lab.notes.kept["a"] == before
+
+
+@SERVES_OWN
+@pytest.mark.parametrize("change", [{"devices": 5}, {"resources": {"fast": 1}}])
+def test_what_is_new_and_cannot_be_waits_for_nodes(lab: Lab, change: dict[str, Any]) -> None:
+    applied = lab.apply(spec(**change))
+    assert applied.changed == ["a"] and not applied.held_back, "it has copies as soon as there are nodes"
+    told = lab.notes.kept["a"]["held_back"]
+    assert told["detail"] and not told["served"]
+    lab.running, lab.nodes["m"] = 0, {"CPU": 5.0, "fast": 1.0}
+    assert not lab.apply(spec(**change)).changed and lab.notes.kept["a"]["held_back"] is None
+    del lab.nodes["m"]
+    assert not lab.apply(spec(**change)).changed and lab.notes.kept["a"]["held_back"] == told
+    lab.running = 1
+    assert not lab.apply(spec(**change)).changed and lab.notes.kept["a"]["held_back"] is None, "one runs"
 
 
 @SERVES_OWN

@@ -147,7 +147,8 @@ def _lines(model: Mapping[str, Any], kind: str) -> list[str]:
         lines.append(f"{model['pending']} more to come: there is no room yet, or it is being started")
     if (held := model["held_back"]) is not None:
         lines.append(f"its entry can't be ({held['reason']}): {held['detail']}")
-        lines.append("the version before is served until it can, or until the entry is another")
+        before = "the version before is served" if held["served"] else "it isn't loaded"
+        lines.append(f"{before} until it can, or until the entry is another")
     if (failure := model["failure"]) is not None:
         at = datetime.fromtimestamp(failure["retry_ms"] / 1000, UTC).strftime("%H:%M:%S")
         again = f"tried again from {at} UTC on if somebody asks, or by: interpose models load {model['id']}"

@@ -18,15 +18,17 @@ class Node:
 
 @dataclass(frozen=True, slots=True)
 class HeldBack:
-    """Why a model's entry, as it is now, can't be deployed, while the one before is served on.
+    """Why there can be no copy of a model as its entry is now, nor on the nodes there are.
 
     Attributes:
         reason: as of a failure to load.
         detail: for operators.
+        served: whether what was deployed before is served on.
     """
 
     reason: str
     detail: str
+    served: bool
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,7 +38,7 @@ class Inventory:
     takes: model -> devices of each part of one copy.
     holds: worker -> for each part of its copy, the node and how many devices of that.
     pending: model -> copies that wait for room, or for their processes to start.
-    held_back: model -> why its entry isn't what is deployed.
+    held_back: model -> why it can't have copies, or none as its entry says.
     """
 
     kind: str

@@ -48,7 +48,7 @@ class State:
     Attributes:
         running: copies that are loaded.
         begun: those on their way, too.
-        held_back: why the model's entry isn't what is deployed.
+        held_back: why there are no copies as the model's entry says, and can't be.
     """
 
     status: str
@@ -95,7 +95,8 @@ def apply(specs: Sequence[ModelSpec], settings: Settings) -> Applied:
                     check_possible(wanted, nodes, others, gpus=gpus)
                 copies = min(max(spec.replicas.min, state.running if state else 0), spec.replicas.max)
                 targets[spec.name] = _target(where.spec, settings, wanted, copies)
-            noted[spec.name] = {"mark": mark, "parts": parts, "gpus": gpus, "held_back": None}
+            waits = None if state and state.running else _waits(wanted, nodes, gpus)
+            noted[spec.name] = {"mark": mark, "parts": parts, "gpus": gpus, "held_back": waits}
         except InterposeError as error:
             refused[spec.name] = error
         except (ValueError, TypeError, ArithmeticError) as error:
@@ -103,7 +104,7 @@ def apply(specs: Sequence[ModelSpec], settings: Settings) -> Applied:
             refused[spec.name] = ConfigError(f"Ray doesn't take what a copy of {spec.name} asks for: {error}")
     held = {name: refused.pop(name) for name in [*refused] if _serves(deployed.get(name))}
     for name, why in held.items():
-        noted[name]["held_back"] = asdict(HeldBack(reason_of(why), why.message))
+        noted[name]["held_back"] = asdict(HeldBack(reason_of(why), why.message, served=True))
     if targets:
         # Of what Serve hasn't taken the old marks would say that it has.
         notes.write(MODELS_NOTE, noted | {name: noted[name] | {"mark": ""} for name in targets})
@@ -170,6 +171,15 @@ def _sound(state: State | None) -> bool:
 def _serves(state: State | None) -> bool:
     """Whether jobs are run by what is deployed, or would be. The new version may have failed beside it."""
     return _sound(state) or (state is not None and state.status == "DEPLOY_FAILED" and state.running > 0)
+
+
+def _waits(wanted: Needs, nodes: Sequence[Mapping[str, float]], gpus: bool) -> dict[str, Any] | None:
+    """Why a copy can only wait for other nodes."""
+    try:
+        check_possible(wanted, nodes, gpus=gpus)
+    except ConfigError as error:
+        return asdict(HeldBack(reason_of(error), error.message, served=False))
+    return None
 
 
 def _staying(

@@ -104,15 +104,16 @@ class Loading:
         return not self._waiting
 
     def _leave_out(self, states: Mapping[str, State]) -> None:
-        """Tell of models whose entry can't be, though what was before is served on; nothing comes of those."""
+        """Tell of models that can have no copies as their entry says; nothing comes of those."""
         held = {name: why for name, state in states.items() if (why := state.held_back)}
         for name in [model.spec.name for model in self._models if model.spec.name in held]:
             why = held[name]
-            self._tell(
-                f"{name}: failed ({why.reason}): {why.detail}. The version before is served on; this one takes its "
-                "place as soon as it can"
-            )
-            self._settle(name, Verdict.FAILED)
+            then = "It can be loaded once there are nodes for it"
+            if why.served:
+                then = "The version before is served on; this one takes its place as soon as it can"
+            self._tell(f"{name}: failed ({why.reason}): {why.detail}. {then}")
+            if why.served or name in self._waiting:
+                self._settle(name, Verdict.FAILED)
         self._models = [model for model in self._models if model.spec.name not in held]
 
     async def _seen(self, model: _Model, hosted: Hosted) -> tuple[Verdict | None, str]:
