@@ -262,6 +262,8 @@ def test_a_failure_inside_leaves_nothing_switched(raised: Exception, monkeypatch
         ({"r": 4}, "doesn't fit"),
         ({"target_modules": ["nowhere"]}, "doesn't fit"),
         ({"target_modules": ["q_proj"]}, "isn't of this model"),
+        ({"target_modules": "("}, "doesn't fit"),
+        ({"lora_alpha": 10**400}, "doesn't fit"),
     ],
 )
 def test_what_more_than_single_layers_is_refused(tmp_path: Path, settings: dict[str, Any], said: str) -> None:
@@ -300,6 +302,12 @@ def test_folders_that_hold_no_adapter(tmp_path: Path) -> None:
     shutil.copy(lora("llama") / CONFIG, tmp_path)
     (tmp_path / "adapter_model.bin").write_bytes(b"pickle")
     with pytest.raises(ConfigError, match=f"{WEIGHTS}; its weights are a pickle"):
+        with_adapters(loaded, {"c": tmp_path})
+    (tmp_path / WEIGHTS).write_bytes(b"x" * 100)
+    with pytest.raises(ConfigError, match=f"{WEIGHTS} can't be read"):
+        with_adapters(loaded, {"c": tmp_path})
+    (tmp_path / CONFIG).write_text('{"a":' * 100_000)
+    with pytest.raises(ConfigError, match=f"{CONFIG} can't be read"):
         with_adapters(loaded, {"c": tmp_path})
     with pytest.raises(ConfigError, match="named by letters"):
         with_adapters(loaded, {"../c": lora("llama")})

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import itertools
 from pathlib import Path
+from unittest.mock import AsyncMock
 
 import pytest
 from interpose.errors import ConfigError, InterposeError, ModelUnavailable, UnknownModel, from_wire
@@ -105,6 +106,14 @@ async def test_a_silent_copy_is_gone_and_a_beat_brings_it_back(broker: Broker) -
     await broker.models.announce("tiny", "w1", STOPPED)
     await broker.models.beat("tiny", "w1")
     assert (await broker.models.get("tiny")).count(READY) == 1, "its last word was said"
+
+
+async def test_a_model_that_goes_while_all_are_listed_is_left_out(
+    broker: Broker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    await publish(broker, "w1")
+    monkeypatch.setattr(broker.models, "names", AsyncMock(return_value=["gone", "tiny"]))
+    assert [hosted.name for hosted in await broker.models.list()] == ["tiny"]
 
 
 async def test_who_waits_for_a_model_that_cannot_be_loaded_is_told_why(broker: Broker) -> None:

@@ -100,6 +100,17 @@ def test_an_adapter_at_true_size_is_told_by_its_config(tmp_path: Path) -> None:
     assert found.adapters == found.weights - figures(base).weights == 4 * 41_943_040
 
 
+@pytest.mark.parametrize(
+    "odd",
+    [{"n_layer": "many"}, {"n_head": 0}, {"n_embd": 0}, {"quantization_config": []}, {"dtype": "float12"}],
+)
+def test_a_config_that_makes_no_sense_is_told_so(tmp_path: Path, odd: dict[str, Any]) -> None:
+    plain = json.loads((tiny("gpt2") / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(plain | odd))
+    with pytest.raises(ConfigError, match=r"can't be loaded|no model"):
+        sizes(tmp_path)
+
+
 def test_an_adapter_that_was_changed_counts_anew(tmp_path: Path) -> None:
     its = ModelSpec(name="its", source=str(tiny("llama")), adapters={"a": str(tmp_path)})
     found = []

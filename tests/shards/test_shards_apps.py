@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 from interpose.errors import ConfigError
+from interpose_server.broker.failures import reason_of
 from interpose_server.models.spec import ModelSpec
 from interpose_server.settings import Settings
 from interpose_server.shards.choosing import Chosen, chosen
@@ -119,6 +120,22 @@ def test_a_model_that_ray_does_not_take_holds_up_no_other(lab: Lab, odd: dict[st
     assert lab.notes.kept.keys() == {"a", "c"} and not applied.held_back
     (refused,) = applied.refused.values()
     assert isinstance(refused, ConfigError) and "b asks for" in refused.message
+
+
+@SERVES_OWN
+def test_a_model_that_cannot_be_planned_holds_up_no_other(lab: Lab, monkeypatch: pytest.MonkeyPatch) -> None:
+    from interpose_server.shards import apps
+
+    def odd(spec: ModelSpec, cards: Any) -> Chosen:
+        if spec.name == "b":
+            raise AttributeError("a library's\nown")
+        return chosen(spec, cards)
+
+    monkeypatch.setattr(apps, "chosen", odd)
+    applied = lab.apply(*map(spec, "abc"))
+    assert applied.changed == ["a", "c"]
+    assert reason_of(why := applied.refused["b"]) == "crashed"
+    assert why.message == "where b lies can't be planned: AttributeError: a library's"
 
 
 @SERVES_OWN

@@ -98,7 +98,7 @@ def config_of(name: str, folder: Path) -> Any:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # what it warns of is refused
             config = PeftConfig.from_pretrained(str(folder))
-    except (ValueError, TypeError, KeyError, OSError) as error:
+    except (ValueError, TypeError, KeyError, OSError, ImportError, RecursionError) as error:
         raise ConfigError(f"adapter {name!r}: {CONFIG} can't be read: {first_line(error)}") from error
     if type(config) is not LoraConfig:
         raise ConfigError(f"adapter {name!r} is {plain.get('peft_type')}; only LoRA can be chosen by a run")

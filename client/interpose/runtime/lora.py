@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import hashlib
+import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
@@ -117,7 +119,7 @@ def _fitting(name: str) -> Iterator[None]:
     """What the library says of an adapter that isn't of the model, as ConfigError."""
     try:
         yield
-    except (ValueError, KeyError, RuntimeError, TypeError) as error:
+    except (ValueError, KeyError, RuntimeError, TypeError, ArithmeticError, re.error) as error:
         raise ConfigError(f"adapter {name!r} doesn't fit the model: {first_line(error)}") from error
 
 
@@ -139,7 +141,10 @@ def _weights(name: str, folder: Path, model: nn.Module, keep: Keep) -> dict[str,
 
     What is saved with them of the model itself must be the model's; of what isn't kept, whoever has it looks.
     """
-    weights = load_file(folder / WEIGHTS)
+    try:
+        weights = load_file(folder / WEIGHTS)
+    except SafetensorError as error:
+        raise ConfigError(f"adapter {name!r}: {WEIGHTS} can't be read: {first_line(error)}") from error
     own = dict(model.named_parameters())
     for key in [key for key in weights if _MARK not in key]:
         value = weights.pop(key)

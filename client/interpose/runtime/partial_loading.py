@@ -22,7 +22,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 
 from ..errors import ConfigError, first_line
 from .quantized import scheme
-from .sources import Source, model_class, torch_device, torch_dtype
+from .sources import ODD, Source, model_class, torch_device, torch_dtype
 from .transformers_internals import (
     LIBRARY,
     Filling,
@@ -66,7 +66,7 @@ def outline(config: PretrainedConfig, dtype: torch.dtype | None = None) -> PreTr
     try:
         _set_dtype(config, dtype or _as_dtype(config.dtype) or torch.float32)
         return built(model_class(config), config)
-    except (ValueError, KeyError, AttributeError, TypeError, ImportError, RuntimeError) as error:
+    except (*ODD, ImportError) as error:
         raise ConfigError(f"no model can be made of this config: {first_line(error)}") from error
 
 

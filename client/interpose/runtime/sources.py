@@ -11,7 +11,12 @@ from urllib.parse import urlsplit
 import torch
 import transformers
 from huggingface_hub import HfApi, try_to_load_from_cache
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError, RepositoryNotFoundError
+from huggingface_hub.errors import (
+    HfHubHTTPError,
+    HFValidationError,
+    RepositoryNotFoundError,
+    StrictDataclassError,
+)
 from transformers import AutoConfig, PretrainedConfig
 
 from ..errors import ConfigError, ModelUnavailable, OutOfMemory, first_line
@@ -24,6 +29,9 @@ HUB_S = 10.0
 """How long the hub may take to say whether it has a model."""
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16, "float64": torch.float64}
+
+ODD = (ValueError, KeyError, TypeError, AttributeError, ArithmeticError, RuntimeError, StrictDataclassError)
+"""What the library raises of a config that makes no sense."""
 
 _KINDS = (
     transformers.AutoModelForCausalLM,
@@ -73,7 +81,10 @@ class Source:
 
     def config(self) -> PretrainedConfig:
         """Raises ConfigError, ModelUnavailable."""
-        config: PretrainedConfig = self.fetch(lambda: AutoConfig.from_pretrained(self.place, **self.hub))
+        try:
+            config: PretrainedConfig = self.fetch(lambda: AutoConfig.from_pretrained(self.place, **self.hub))
+        except ODD as error:
+            raise ConfigError(f"{self.place} can't be loaded: its config: {first_line(error)}") from error
         return config
 
     def fixed(self, config: PretrainedConfig) -> Source:

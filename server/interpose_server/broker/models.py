@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -401,7 +402,12 @@ class Models:
         return buried
 
     async def list(self) -> list[Hosted]:
-        return [await self.get(name) for name in await self.names()]
+        """All but those that are removed while they are looked at."""
+        found = []
+        for name in await self.names():
+            with suppress(UnknownModel):
+                found.append(await self.get(name))
+        return found
 
 
 def _unknown(name: str) -> UnknownModel:

@@ -103,7 +103,7 @@ def _source(source: str | Path, revision: str | None) -> tuple[Source, str]:
 
 def _saved_dtype(at: Source, config: PretrainedConfig) -> torch.dtype:
     """As the library finds it: what the config says, or the first of a folder's weights."""
-    told = getattr(torch, config.dtype) if isinstance(config.dtype, str) else config.dtype
+    told = getattr(torch, config.dtype, None) if isinstance(config.dtype, str) else config.dtype
     if isinstance(told, torch.dtype):
         return told
     try:

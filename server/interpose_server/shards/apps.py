@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from typing import Any
 
-from interpose.errors import ConfigError, InterposeError
+from interpose.errors import ConfigError, InternalError, InterposeError, first_line
 from ray import serve
+from ray.exceptions import RayError
 from ray.serve import RunTarget
 from ray.serve.config import AutoscalingConfig, AutoscalingPolicy
 
@@ -25,6 +27,8 @@ from .cluster import MODELS_NOTE, Cards, Notes, has_room, on_gpus, total
 from .naming import app_name
 from .placing import Needs, check_possible, needs
 from .replica import Replica
+
+log = logging.getLogger(__name__)
 
 DEPLOYMENT = "model"
 
@@ -102,6 +106,14 @@ def apply(specs: Sequence[ModelSpec], settings: Settings) -> Applied:
         except (ValueError, TypeError, ArithmeticError) as error:
             # What Ray doesn't take of one model is no reason to hold up the others.
             refused[spec.name] = ConfigError(f"Ray doesn't take what a copy of {spec.name} asks for: {error}")
+        except RayError:
+            raise  # the cluster's trouble, and no model's
+        except Exception as error:
+            # Such as a library raises of files that are as nobody foresaw.
+            log.warning("%s can't be placed", spec.name, exc_info=error)
+            refused[spec.name] = InternalError(
+                f"where {spec.name} lies can't be planned: {type(error).__name__}: {first_line(error)}"
+            )
     held = {name: refused.pop(name) for name in [*refused] if _serves(deployed.get(name))}
     for name, why in held.items():
         noted[name]["held_back"] = asdict(HeldBack(reason_of(why), why.message, served=True))
