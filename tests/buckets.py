@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import socket
 import subprocess
 import sys
 import time
@@ -14,6 +13,7 @@ from uuid import uuid4
 
 import httpx
 from interpose_server.processes import CHILD
+from ports import free_port
 
 
 @dataclass(frozen=True)
@@ -34,7 +34,7 @@ class S3:
     def bucket(self) -> str:
         """Make one. Returns a URL within it."""
         name = f"tests-{uuid4().hex[:12]}"
-        httpx.put(f"{self.endpoint}/{name}", trust_env=False).raise_for_status()
+        httpx.put(f"{self.endpoint}/{name}", trust_env=False, timeout=60).raise_for_status()
         return f"s3://{name}/some/folder"
 
     def list(self, url: str) -> list[str]:
@@ -46,14 +46,17 @@ class S3:
         return self._values(url, "uploads", "UploadId")
 
     def _values(self, url: str, query: str, tag: str) -> list[str]:
-        text = httpx.get(f"{self.endpoint}/{url.split('/')[2]}?{query}", trust_env=False).raise_for_status().text
+        text = (
+            httpx.get(f"{self.endpoint}/{url.split('/')[2]}?{query}", trust_env=False, timeout=60)
+            .raise_for_status()
+            .text
+        )
         return [part.split(f"</{tag}>")[0] for part in text.split(f"<{tag}>")[1:]]
 
 
 @contextmanager
 def run_s3() -> Iterator[S3]:
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        port = free.getsockname()[1]
+    port = free_port()
     moto = "from moto.server import main; main()"
     command = [sys.executable, "-c", moto, "-H", "127.0.0.1", "-p", str(port)]
     process = subprocess.Popen(
@@ -63,9 +66,9 @@ def run_s3() -> Iterator[S3]:
     )
     service = S3(f"http://127.0.0.1:{port}")
     try:
-        for _ in range(600):
+        for _ in range(2400):
             try:
-                httpx.get(service.endpoint, trust_env=False)
+                httpx.get(service.endpoint, trust_env=False, timeout=60)
                 break
             except httpx.TransportError:
                 time.sleep(0.05)

@@ -33,7 +33,7 @@ class Verb:
     def stop(self, number: signal.Signals = signal.SIGTERM) -> int:
         """Returns its exit status."""
         self.process.send_signal(number)
-        return self.process.wait(30)
+        return self.process.wait(90)
 
 
 @dataclass
@@ -67,7 +67,7 @@ class Cluster:
         """Returns it once it answers, and its address."""
         verb = self.start("gateway", "--port", "0", *options)
         address = ""
-        for _ in range(600):
+        for _ in range(2400):
             found = [line for line in verb.said().splitlines() if line.startswith("the gateway is at ")]
             address = found[0].rpartition(" ")[2] if found else ""
             if address and answers(address):
@@ -79,7 +79,7 @@ class Cluster:
     def worker(self, model: str) -> Verb:
         """Returns it once it runs jobs."""
         verb = self.start("worker", model)
-        for _ in range(1200):
+        for _ in range(2400):
             if "ready after" in verb.said():
                 return verb
             assert verb.process.poll() is None, verb.said()
@@ -102,7 +102,7 @@ class Cluster:
 
 def answers(address: str) -> bool:
     try:
-        return httpx.get(f"{address}/healthz", trust_env=False, verify=False).status_code == 200
+        return httpx.get(f"{address}/healthz", trust_env=False, verify=False, timeout=60).status_code == 200
     except httpx.TransportError:
         return False
 

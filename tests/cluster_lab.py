@@ -82,7 +82,7 @@ class ClusterLab:
 
     def client(self) -> httpx.Client:
         headers = {"Authorization": f"Bearer {self.key}", "Content-Type": "application/msgpack"}
-        return httpx.Client(base_url=self.host, headers=headers, timeout=30, trust_env=False)
+        return httpx.Client(base_url=self.host, headers=headers, timeout=60, trust_env=False)
 
     def copies(self, model: str) -> int:
         """That run jobs."""
@@ -101,7 +101,7 @@ class ClusterLab:
         before = self.ready(model)
         replicas = self.ray.processes(f"ServeReplica:{app_name(model)}")
         lost = [replica for replica in replicas if replica.ppid() == replicas[0].ppid()]
-        self._stop_at_work(lost)
+        self.stop_at_work(lost)
         self.ray.kill_node_of(lost[0])
         began = time.monotonic()
         if replaced:
@@ -111,7 +111,7 @@ class ClusterLab:
             time.sleep(0.1)
         return len(lost), time.monotonic() - began
 
-    def _stop_at_work(self, replicas: Sequence[psutil.Process], timeout_s: float = 60) -> None:
+    def stop_at_work(self, replicas: Sequence[psutil.Process], timeout_s: float = 60) -> None:
         """Stop them at a moment when they have a job, which then stays leased while those of others end."""
         ends = time.monotonic() + timeout_s
         with redis.Redis.from_url(self.valkey.url) as broker:
@@ -238,7 +238,7 @@ class Load:
     def submitted(self) -> int:
         return len(self._jobs)
 
-    def until_running(self, timeout_s: float = 30) -> None:
+    def until_running(self, timeout_s: float = 60) -> None:
         """Return when a copy has a job."""
         ends = time.monotonic() + timeout_s
         with redis.Redis.from_url(self._lab.valkey.url) as broker:
@@ -246,6 +246,14 @@ class Load:
                 if time.monotonic() > ends:
                     raise TimeoutError("no job runs")
                 time.sleep(0.005)
+
+    def until_submitted(self, number: int, timeout_s: float = 90) -> None:
+        """Return when there have been more jobs than this."""
+        ends = time.monotonic() + timeout_s
+        while self.submitted <= number:
+            if time.monotonic() > ends:
+                raise TimeoutError(f"{self.submitted} jobs were accepted")
+            time.sleep(0.05)
 
     def finish(self, timeout_s: float = 120) -> Tally:
         """Hand in no more, and account for every job."""

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 from buckets import S3, run_s3
+from hypothesis import settings
 from xdist.scheduler import LoadFileScheduling
 
 # Before anything imports torch, and inherited by every process a test starts: one thread a process, since several
@@ -19,6 +20,10 @@ os.environ |= {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "TOKENIZERS_PARAL
 os.environ |= {"HF_HUB_OFFLINE": "1", "HF_HUB_DISABLE_PROGRESS_BARS": "1"}
 for _name in ("INTERPOSE_HOST", "INTERPOSE_API_KEY", "NDIF_HOST", "NDIF_API_KEY"):
     os.environ.pop(_name, None)
+
+# What Hypothesis tries is the same in every run, and may take its time. For other draws:
+# --hypothesis-profile=default --hypothesis-seed=N.
+settings.load_profile("ci")
 
 FETCH = Path(__file__).parent.parent / "scripts" / "fetch_models.py"
 

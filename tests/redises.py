@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import hashlib
 import shutil
-import socket
 import subprocess
 from pathlib import Path
 from urllib.parse import quote
 
 from certificates import certificate
+from ports import free_port
 from rig import started
 
 BINARY = shutil.which("redis-server")
@@ -23,8 +23,7 @@ class OwnRedis:
     def __init__(self, folder: Path) -> None:
         assert BINARY is not None
         made = certificate(folder)
-        with socket.create_server(("127.0.0.1", 0)) as free:
-            port = free.getsockname()[1]
+        port = free_port()
         digest = hashlib.sha256(PASSWORD.encode()).hexdigest()
         self._config = folder / "redis.conf"
         self._config.write_text(

@@ -8,10 +8,12 @@ import signal
 import subprocess
 import sys
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+import psutil
 
 INTERPOSE = Path(sys.executable).with_name("interpose")
 
@@ -28,6 +30,24 @@ class Served:
     @property
     def env(self) -> dict[str, str]:
         return {"INTERPOSE_HOST": self.host, "INTERPOSE_API_KEY": self.key}
+
+
+def parts(served: Served, mark: str) -> list[psutil.Process]:
+    """The server's processes that run, and have `mark` in a word of their command."""
+    found = []
+    for process in psutil.Process(served.process.pid).children(recursive=True):
+        with suppress(psutil.Error):  # it has just ended
+            if any(mark in word for word in process.cmdline()) and runs(process):
+                found.append(process)
+    return found
+
+
+def runs(process: psutil.Process) -> bool:
+    """Whether it is there, and not only because nobody has asked yet how it ended."""
+    try:
+        return process.is_running() and bool(process.status() != psutil.STATUS_ZOMBIE)
+    except psutil.NoSuchProcess:
+        return False
 
 
 @contextmanager
@@ -68,7 +88,7 @@ def _running(command: Sequence[str | Path], data_dir: Path, env: dict[str, str] 
         yield Served(found["INTERPOSE_HOST"], found["INTERPOSE_API_KEY"], data_dir, process)
     finally:
         process.send_signal(signal.SIGTERM)
-        process.wait(30)
+        process.wait(90)
         log.close()
         assert process.stdout is not None
         process.stdout.close()

@@ -23,9 +23,9 @@ from interpose.wire.submission import Submission
 from interpose_server.broker import events, keys
 from interpose_server.broker.jobs import JobInfo
 from interpose_server.relay import SAVES
-from interpose_server.worker import loop
+from interpose_server.worker import loop, sink
 from interpose_server.worker.loop import Worker
-from rig import Gateway, Valkey, listening, make_settings, run_gateway, run_valkey, submission, tiny_manifest
+from rig import Clock, Gateway, Valkey, listening, make_settings, run_gateway, run_valkey, submission, tiny_manifest
 from websockets.asyncio.client import connect
 
 
@@ -62,11 +62,11 @@ async def working(gateway: Gateway, engine: Engine, **more: Any) -> AsyncIterato
         yield
     finally:
         stop.set()
-        await asyncio.wait_for(task, 10)
+        await asyncio.wait_for(task, 60)
 
 
 async def ended(gateway: Gateway, job: Submission) -> JobInfo:
-    for _ in range(1000):
+    for _ in range(6000):
         info = await gateway.broker.queue.info("ada", job.id)
         if info.status.terminal:
             return info
@@ -74,8 +74,11 @@ async def ended(gateway: Gateway, job: Submission) -> JobInfo:
     raise TimeoutError
 
 
-async def test_a_slow_job_takes_no_time_of_its_batch_mates(valkey: Valkey, tmp_path: Path) -> None:
-    slow: set[int] = set()
+async def test_a_slow_job_takes_no_time_of_its_batch_mates(
+    valkey: Valkey, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    slow, clock = set[int](), Clock()
+    monkeypatch.setattr(sink, "time", clock)
 
     def run(jobs: Sequence[EngineJob]) -> list[InterposeError | None]:
         if not slow:
@@ -84,7 +87,7 @@ async def test_a_slow_job_takes_no_time_of_its_batch_mates(valkey: Valkey, tmp_p
         for job in jobs:
             try:
                 if id(job.sink) in slow:
-                    time.sleep(0.4)
+                    clock.sleep(0.4)
                 job.sink.cancelled()
                 found.append(None)
             except InterposeError as error:
@@ -109,7 +112,7 @@ async def test_an_operation_without_end_costs_the_process_and_its_own_job(
     go_on, given_up = threading.Event(), asyncio.Event()
 
     def run(jobs: Sequence[EngineJob]) -> list[InterposeError | None]:
-        assert go_on.wait(20)
+        assert go_on.wait(60)
         return [None for _ in jobs]
 
     engine = Engine(run)
@@ -120,7 +123,7 @@ async def test_an_operation_without_end_costs_the_process_and_its_own_job(
         job = submission()
         await gateway.post(job)
         info = await ended(gateway, job)
-        await asyncio.wait_for(given_up.wait(), 10)
+        await asyncio.wait_for(given_up.wait(), 60)
         go_on.set()
     assert info.error and info.error["code"] == "job_timeout"
 
@@ -128,8 +131,8 @@ async def test_an_operation_without_end_costs_the_process_and_its_own_job(
 async def test_an_operation_without_end_isnt_laid_to_a_generation_that_others_joined(
     valkey: Valkey, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(loop, "STUCK_S", 0.2)
-    began, go_on, given_up = threading.Event(), threading.Event(), asyncio.Event()
+    began, all_there, go_on = threading.Event(), threading.Event(), threading.Event()
+    given_up = asyncio.Event()
 
     class Hosting(Engine):
         def host(self, jobs: Sequence[EngineJob], company: Any) -> None:
@@ -139,7 +142,8 @@ async def test_an_operation_without_end_isnt_laid_to_a_generation_that_others_jo
                 company.pause(joinable=True)
                 joined += company.arrivals()
                 time.sleep(0.005)
-            assert go_on.wait(20)
+            all_there.set()
+            assert go_on.wait(60)
             for job in [*jobs, *joined]:
                 company.ended(job, None)
 
@@ -152,9 +156,11 @@ async def test_an_operation_without_end_isnt_laid_to_a_generation_that_others_jo
     ):
         first, late = submission(graph), submission(graph)
         await gateway.post(first)
-        assert await asyncio.to_thread(began.wait, 10)
+        assert await asyncio.to_thread(began.wait, 60)
         await gateway.post(late)
-        await asyncio.wait_for(given_up.wait(), 10)
+        assert await asyncio.to_thread(all_there.wait, 60)
+        monkeypatch.setattr(loop, "STUCK_S", 0.2)
+        await asyncio.wait_for(given_up.wait(), 60)
         infos = [await gateway.broker.queue.info("ada", job.id) for job in (first, late)]
         go_on.set()
     assert not any(info.status.terminal for info in infos)
@@ -238,7 +244,7 @@ async def test_who_never_reads_holds_few_files(valkey: Valkey, tmp_path: Path) -
             assert 0 < most <= SAVES
             done: dict[str, int] = {}
             while sum(done.values()) < 30 << 21:
-                message = decode_server(await asyncio.wait_for(socket.recv(), 20))
+                message = decode_server(await asyncio.wait_for(socket.recv(), 60))
                 if isinstance(message, Chunk):
                     done[message.job] = done.get(message.job, 0) + message.data.nbytes
                 assert not isinstance(message, Save) or message.nbytes == 1 << 21

@@ -46,13 +46,13 @@ def test_ray_is_started_models_deployed_and_a_signal_ends_it(
     env = os.environ | settings | {"PATH": f"{tmp_path}:{os.environ['PATH']}", "LOG": str(log), "LASTS": lasts}
     process = subprocess.Popen([SCRIPT, "models.yaml"], env=env, start_new_session=True)
     try:
-        ends = time.monotonic() + 20
+        ends = time.monotonic() + 60
         while "interpose deploy up models.yaml" not in (log.read_text() if log.exists() else ""):
             assert time.monotonic() < ends and process.poll() is None
             time.sleep(0.05)
         time.sleep(0.3)
         process.send_signal(signal.SIGTERM)
-        assert process.wait(4) is not None, "no orderly end within what a container gets"
+        assert process.wait(9) is not None, "no orderly end within what a container gets"
         assert started in log.read_text()
         assert "ray ends" in log.read_text()
     finally:

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import psutil
 import pytest
+from serving import runs
 
 ROOT = Path(__file__).parents[2]
 CLIENT = ROOT / ".venv-client" / "bin" / "python"
@@ -47,10 +48,10 @@ def ctrl_c(process: subprocess.Popen[str]) -> str:
     """What it prints after Ctrl-C. It and everything it started is gone then."""
     family = [psutil.Process(process.pid), *psutil.Process(process.pid).children(recursive=True)]
     os.killpg(process.pid, signal.SIGINT)
-    rest, _ = process.communicate(timeout=30)
+    rest, _ = process.communicate(timeout=90)
     assert process.returncode == 0
-    _, alive = psutil.wait_procs(family, timeout=5)
-    assert not [member for member in alive if member.status() != psutil.STATUS_ZOMBIE]
+    _, alive = psutil.wait_procs(family, timeout=60)
+    assert not any(map(runs, alive))
     return rest
 
 

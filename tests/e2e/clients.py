@@ -8,17 +8,21 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 import httpx
 import numpy as np
 from interpose import LanguageModel
+from interpose.errors import JobCancelled
 from serving import Served
 from workloads import slow
 
 HERE = Path(__file__).parent
+
+LONG = 900
+"""Steps of `slow` that take a minute or more, of a job that is to be cancelled."""
 
 
 def next_token_logits(server: Served, model: str = "tiny-gpt2") -> Any:
@@ -31,7 +35,7 @@ def next_token_logits(server: Served, model: str = "tiny-gpt2") -> Any:
 
 def figures(server: Served) -> dict[str, float]:
     """What /metrics says."""
-    text = httpx.get(f"{server.host}/metrics", trust_env=False).text
+    text = httpx.get(f"{server.host}/metrics", trust_env=False, timeout=60).text
     lines = (line.rsplit(" ", 1) for line in text.splitlines() if not line.startswith("#"))
     return {name: float(value) for name, value in lines}
 
@@ -58,11 +62,17 @@ def client(
 
 
 @contextmanager
-def held_up(model: Any) -> Iterator[None]:
-    """Keep the model's worker busy for a second or two, so that what is submitted meanwhile waits together."""
-    tracer, _, _ = slow(model, 8, remote=True, blocking=False, batching="exclusive")
-    yield
-    tracer.job.result()
+def held_up(model: Any) -> Iterator[Callable[[], None]]:
+    """Keep the model's worker busy, so that what is submitted meanwhile waits together, until the block is left or
+    what it gives is called."""
+    tracer, _, _ = slow(model, LONG, remote=True, blocking=False, batching="exclusive")
+    until(lambda: tracer.job.status == "running")
+    try:
+        yield tracer.job.cancel
+    finally:
+        tracer.job.cancel()
+        with suppress(JobCancelled):
+            tracer.job.result(timeout=90)
 
 
 def told(process: Any) -> dict[str, Any]:
@@ -73,7 +83,7 @@ def told(process: Any) -> dict[str, Any]:
     return facts
 
 
-def until(found: Callable[[], Any], seconds: float = 30) -> Any:
+def until(found: Callable[[], Any], seconds: float = 90) -> Any:
     """What `found` gives, once it gives something."""
     ends = time.monotonic() + seconds
     while not (value := found()):

@@ -117,7 +117,9 @@ def test_ten_times_the_result(open_model: Callable[..., Any]) -> None:
 
 def test_ten_times_the_payload(lab: Served) -> None:
     headers = {"Authorization": f"Bearer {lab.key}", "Content-Type": "application/msgpack"}
-    answer = httpx.post(f"{lab.host}/v1/jobs", content=b"\xc4" * (40 << 20), headers=headers, trust_env=False)
+    answer = httpx.post(
+        f"{lab.host}/v1/jobs", content=b"\xc4" * (40 << 20), headers=headers, trust_env=False, timeout=60
+    )
     assert (answer.status_code, answer.json()["code"]) == (413, "limit_exceeded")
 
 

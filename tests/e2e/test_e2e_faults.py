@@ -17,10 +17,10 @@ from interpose.job import Job
 from interpose.wire.result import Saved
 from interpose.wire.stream import Changed, Received
 from models import tiny
-from serving import Served, serve
+from serving import Served, parts, serve
 from workloads import slow
 
-SETTINGS = {"INTERPOSE_SERVER_LEASE_S": "3", "INTERPOSE_SERVER_MAX_ATTEMPTS": "2"}
+SETTINGS = {"INTERPOSE_SERVER_LEASE_S": "8", "INTERPOSE_SERVER_MAX_ATTEMPTS": "2"}
 PROMPT = "The capital of France is"
 
 
@@ -37,24 +37,8 @@ def model(ward: Served) -> LanguageModel:
     return LanguageModel("tiny-gpt2", host=ward.host, api_key=ward.key)
 
 
-def part(server: Served, mark: str) -> psutil.Process:
-    """The server's process whose command holds `mark`."""
-    for process in psutil.Process(server.process.pid).children(recursive=True):
-        if any(mark in word for word in process.cmdline()):
-            return process
-    raise LookupError(mark)
-
-
 def kill(server: Served, mark: str) -> None:
-    until(lambda: found(server, mark))
-    part(server, mark).kill()
-
-
-def found(server: Served, mark: str) -> bool:
-    try:
-        return part(server, mark).status() != psutil.STATUS_ZOMBIE
-    except (LookupError, psutil.Error):
-        return False
+    until(lambda: parts(server, mark))[0].kill()
 
 
 def running(job: Any, attempt: int = 1) -> None:
@@ -107,7 +91,7 @@ def test_a_part_is_killed_while_a_large_save_is_on_its_way(ward: Served, model: 
     def kill_once(event: Any) -> None:
         if isinstance(event, Received) and event.received < event.nbytes and not killed:
             killed.append(event.received)
-            part(ward, mark).kill()
+            kill(ward, mark)
 
     tracer.job.wait(kill_once, 90)
     tracer.job.result()
@@ -120,7 +104,7 @@ def test_batch_mates_of_a_killed_worker(ward: Served, model: LanguageModel) -> N
     wanted = expected(model)
     first, _, _ = slow(model, 15, remote=True, blocking=False, batching="exclusive")
     mates = [slow(model, 15, remote=True, blocking=False) for _ in range(3)]
-    first.job.result(timeout=60)
+    first.job.result(timeout=90)
     for tracer, _, _ in mates:
         running(tracer.job)
     kill(ward, "interpose_server.worker")
@@ -136,7 +120,7 @@ def test_a_job_that_kills_every_worker(ward: Served, model: LanguageModel) -> No
         running(tracer.job, attempt)
         kill(ward, "interpose_server.worker")
     with pytest.raises(JobPoisoned) as caught:
-        tracer.job.result(timeout=60)
+        tracer.job.result(timeout=90)
     assert caught.value.details == {"attempts": 2}
     assert torch.isfinite(expected(model)).all()
 
@@ -156,8 +140,8 @@ def test_a_restarted_server_still_has_its_jobs(tmp_path: Path, number: int) -> N
         family = psutil.Process(server.process.pid).children(recursive=True)
         assert len(family) >= 3
         server.process.send_signal(number)
-        server.process.wait(30)
-        _, alive = psutil.wait_procs(family, timeout=10)
+        server.process.wait(90)
+        _, alive = psutil.wait_procs(family, timeout=90)
         assert not alive
     with serve(source, data_dir=tmp_path / "data", env=env) as server:
         (value,) = Job.attach(waiting.job.id, host=server.host, api_key=server.key).result(timeout=90).values()

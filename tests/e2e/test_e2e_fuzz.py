@@ -113,7 +113,7 @@ def send(http: httpx.Client, body: bytes) -> str | None:
 
 
 def ended(http: httpx.Client, job: str) -> dict[str, Any]:
-    for _ in range(1200):
+    for _ in range(2400):
         info: dict[str, Any] = http.get(f"/v1/jobs/{job}").json()
         if info["status"] in ("completed", "failed", "cancelled"):
             return info

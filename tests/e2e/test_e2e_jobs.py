@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from clients import client, held_up, told, until
+from clients import LONG, client, held_up, told, until
 from interpose import LanguageModel
 from interpose.client import jobs
 from interpose.errors import JobCancelled
@@ -33,7 +33,7 @@ def test_not_waiting(open_model: Callable[..., Any]) -> None:
         expected = model.output.save()
     with model.trace(PROMPT, remote=True, blocking=False) as tracer:
         logits = model.output.save()
-    values = tracer.job.result(timeout=60)
+    values = tracer.job.result(timeout=90)
     assert tracer.job.status == "completed" and len(values) == 1
     assert isinstance(logits, torch.Tensor) and torch.equal(logits, expected)
 
@@ -66,7 +66,7 @@ def test_a_client_killed_while_its_job_waits(lab: Served, open_model: Callable[.
             job = told(process)["job"]
             process.kill()
         found = attached(lab, job)
-    (value,) = found.result(timeout=60).values()
+    (value,) = found.result(timeout=90).values()
     assert torch.allclose(value, expected, rtol=1e-5, atol=1e-5)
 
 
@@ -77,21 +77,21 @@ def test_cancelling_what_waits(lab: Served, open_model: Callable[..., Any]) -> N
             model.output.save()
         tracer.job.cancel()
         with pytest.raises(JobCancelled):
-            tracer.job.result(timeout=10)
+            tracer.job.result(timeout=90)
     assert {str(info.status) for info in listed(lab) if info.id == tracer.job.id} == {"cancelled"}
 
 
 def test_cancelling_what_runs(open_model: Callable[..., Any]) -> None:
-    tracer, _, _ = slow(open_model(), 300, remote=True, blocking=False)
+    tracer, _, _ = slow(open_model(), LONG, remote=True, blocking=False)
     until(lambda: tracer.job.status == "running")
     tracer.job.cancel()
     with pytest.raises(JobCancelled):
-        tracer.job.result(timeout=10)
+        tracer.job.result(timeout=90)
     # The worker has given it up too: it takes the next job long before the old one could have ended.
     start, model = time.monotonic(), open_model()
     with model.trace(PROMPT, remote=True):
         model.output.save()
-    assert time.monotonic() - start < 5
+    assert time.monotonic() - start < 20
 
 
 def test_ctrl_c_cancels(lab: Served) -> None:

@@ -38,13 +38,16 @@ def test_each_gets_what_it_would_get_alone(
         for process in clients:
             assert told(process)["ready"]
         before = figures(lab)
-        with held_up(model):
+        with held_up(model) as let_go:
             for process in clients:
                 process.stdin.write("go\n")
                 process.stdin.flush()
+            accepted = f'interpose_jobs_total{{model="{name}"}}'
+            until(lambda: figures(lab)[accepted] == before[accepted] + len(clients) + 1)
+            let_go()
             answers = [told(process) for process in clients]
         for process in clients:
-            assert process.wait(30) == 0
+            assert process.wait(90) == 0
     for program, file, answer in zip(programs, files, answers, strict=True):
         if program in FAILING:
             error = answer["error"]

@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import httpx
-import psutil
 import pytest
 import redis
 from interpose.graph.model import Graph, Invoke, Node, Point, Run
@@ -19,9 +18,9 @@ from interpose.graph.values import Ref
 from interpose.wire.submission import Submission, encode_submission
 from models import tiny
 from safetensors.torch import load
-from serving import Served, serve
+from serving import Served, parts, serve
 
-SETTINGS = {"INTERPOSE_SERVER_LEASE_S": "3", "INTERPOSE_SERVER_MAX_ATTEMPTS": "2"}
+SETTINGS = {"INTERPOSE_SERVER_LEASE_S": "8", "INTERPOSE_SERVER_MAX_ATTEMPTS": "2"}
 SYNCED = {"INTERPOSE_SERVER_VALKEY_FSYNC": "always"}
 
 
@@ -36,7 +35,7 @@ def lab(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
 def client(lab: Served) -> Iterator[httpx.Client]:
     headers = {"Authorization": f"Bearer {lab.key}", "Content-Type": "application/msgpack"}
     transport = httpx.HTTPTransport(retries=20)
-    with httpx.Client(base_url=lab.host, headers=headers, transport=transport, timeout=30) as client:
+    with httpx.Client(base_url=lab.host, headers=headers, transport=transport, timeout=60) as client:
         yield client
 
 
@@ -57,7 +56,7 @@ def start(client: httpx.Client, job: Submission, attempt: int) -> None:
     until(client, job, lambda state: state["status"] == "running" and state["attempt"] == attempt)
 
 
-def until(client: httpx.Client, job: Submission | str, ready: Any, timeout_s: float = 60) -> dict[str, Any]:
+def until(client: httpx.Client, job: Submission | str, ready: Any, timeout_s: float = 120) -> dict[str, Any]:
     name = job if isinstance(job, str) else job.id
     ends = time.monotonic() + timeout_s
     while time.monotonic() < ends:
@@ -75,9 +74,8 @@ def finish(client: httpx.Client, job: Submission) -> dict[str, Any]:
 
 
 def kill(lab: Served, part: str) -> None:
-    for process in psutil.Process(lab.process.pid).children(recursive=True):
-        if part in " ".join(process.cmdline()):
-            process.kill()
+    for process in parts(lab, part):
+        process.kill()
 
 
 def test_a_killed_worker_costs_time_only(lab: Served, client: httpx.Client) -> None:
@@ -128,12 +126,14 @@ def test_queued_jobs_outlive_the_whole_server(tmp_path: Path) -> None:
     with serve(f"tiny={tiny('gpt2')}", **options) as lab:  # type: ignore[arg-type]
         auth = {"Authorization": f"Bearer {lab.key}", "Content-Type": "application/msgpack"}
         body = encode_submission(job)
-        httpx.post(f"{lab.host}/v1/jobs", content=body, headers=auth, trust_env=False).raise_for_status()
+        httpx.post(
+            f"{lab.host}/v1/jobs", content=body, headers=auth, trust_env=False, timeout=60
+        ).raise_for_status()
         lab.process.kill()
         lab.process.wait()
     with serve(f"tiny={tiny('gpt2')}", **options) as again:  # type: ignore[arg-type]
         assert again.key == lab.key
-        with httpx.Client(base_url=again.host, headers=auth, trust_env=False) as client:
+        with httpx.Client(base_url=again.host, headers=auth, trust_env=False, timeout=60) as client:
             assert finish(client, job)["status"] == "completed"
 
 
@@ -154,11 +154,11 @@ def test_what_a_stopped_server_had_claimed_waits_for_the_next(tmp_path: Path) ->
     jobs = [forwards(100 if index < 2 else 1) for index in range(30)]
     with serve(f"tiny={tiny('gpt2')}", **options) as lab:  # type: ignore[arg-type]
         auth = {"Authorization": f"Bearer {lab.key}", "Content-Type": "application/msgpack"}
-        with httpx.Client(base_url=lab.host, headers=auth, trust_env=False) as client:
+        with httpx.Client(base_url=lab.host, headers=auth, trust_env=False, timeout=60) as client:
             for job in jobs:
                 client.post("/v1/jobs", content=encode_submission(job)).raise_for_status()
     with (
         serve(f"tiny={tiny('gpt2')}", **options) as again,  # type: ignore[arg-type]
-        httpx.Client(base_url=again.host, headers=auth, trust_env=False) as client,
+        httpx.Client(base_url=again.host, headers=auth, trust_env=False, timeout=60) as client,
     ):
         assert {finish(client, job)["status"] for job in jobs} == {"completed"}

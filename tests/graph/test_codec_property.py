@@ -48,7 +48,7 @@ def test_the_order_of_fields_means_nothing(seed: int) -> None:
 
 def judged(plain: Any) -> Graph | None:
     """The graph, if it is one and can run; else the refusal has a code, can be sent, and came at once."""
-    start = time.perf_counter()
+    start = time.process_time()
     try:
         found = decode_graph(plain, LIMITS)
         validate(found, gpt2(), LIMITS)
@@ -57,7 +57,7 @@ def judged(plain: Any) -> Graph | None:
         refused(error)
         return None
     finally:
-        assert time.perf_counter() - start < 2
+        assert time.process_time() - start < 2
 
 
 def refused(error: InterposeError) -> None:

@@ -140,7 +140,7 @@ def test_a_name_that_is_nothing_here_is_told_at_once(monkeypatch: pytest.MonkeyP
     began = time.monotonic()
     with pytest.raises(ModelUnavailable, match=r"no folder 'SmolLM2-135M-Chat' here.*INTERPOSE_HOST.*remote=True"):
         LanguageModel("SmolLM2-135M-Chat").dispatch()
-    assert time.monotonic() - began < 12
+    assert time.monotonic() - began < 30
 
     def away(*args: Any, **kwargs: Any) -> Any:
         raise ConnectionError("no such host")

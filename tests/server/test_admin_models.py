@@ -248,7 +248,8 @@ def test_loading_waits_for_the_model_or_for_the_reason(lab: Lab) -> None:
 
     async def fail(broker: Broker) -> None:
         why = ModelUnavailable("org/gated: 403 Forbidden", details={"reason": "gated"})
-        await asyncio.sleep(0.5)
+        while not (await broker.models.get("gated")).wished:  # noqa: ASYNC110
+            await asyncio.sleep(0.05)
         await broker.models.announce("gated", "w1", ModelState.FAILED, why)
 
     async def both(broker: Broker) -> Result:

@@ -21,11 +21,12 @@ from interpose.runtime.loading import load
 from interpose.wire.status import JobStatus
 from interpose.wire.submission import Submission
 from interpose_server.broker import keys
+from interpose_server.worker import company
 from interpose_server.worker.cost import Cost
 from interpose_server.worker.loop import Worker
 from interpose_server.worker.scheduler import Budget
 from models import tiny
-from rig import Gateway, Valkey, make_settings, run_gateway, submission, tiny_graph
+from rig import Clock, Gateway, Valkey, make_settings, run_gateway, submission, tiny_graph
 from test_server_company import generation
 from test_server_worker import Obedient, ended, error_of, save_ones, working
 
@@ -42,7 +43,7 @@ class Held(Obedient):
     def run(self, jobs: Sequence[EngineJob], breaks: Any = None) -> list[InterposeError | None]:
         self.batches.append(jobs)
         self.began.set()
-        assert self.go_on.wait(20)
+        assert self.go_on.wait(60)
         errors: list[InterposeError | None] = []
         for job in jobs:
             try:
@@ -54,17 +55,29 @@ class Held(Obedient):
 
 
 async def reached(gateway: Gateway, job: Submission, status: JobStatus) -> None:
-    for _ in range(2000):
+    for _ in range(12_000):
         if (await gateway.broker.queue.info("ada", job.id)).status is status:
             return
         await asyncio.sleep(0.005)
     raise TimeoutError(f"never {status}")
 
 
+async def kept(gateway: Gateway, *jobs: Submission) -> None:
+    """Return once a heartbeat has kept the lease of each."""
+    redis = gateway.broker.redis
+    for job in jobs:
+        ref = keys.ref("ada", job.id)
+        before = await redis.zscore(keys.LEASES, ref)
+        assert before is not None
+        async with asyncio.timeout(60):
+            while (await redis.zscore(keys.LEASES, ref) or 0) <= before:  # noqa: ASYNC110
+                await asyncio.sleep(0.05)
+
+
 async def first_of(gateway: Gateway, engine: Held) -> Submission:
     job = submission()
     await gateway.post(job)
-    assert await asyncio.to_thread(engine.began.wait, 10)
+    assert await asyncio.to_thread(engine.began.wait, 60)
     return job
 
 
@@ -72,7 +85,7 @@ async def test_the_next_batch_is_claimed_while_one_runs_and_grows_until_it_begin
     valkey: Valkey, tmp_path: Path
 ) -> None:
     engine, prepared = Held(), list[EngineJob]()
-    settings = make_settings(valkey, tmp_path, lease_s=0.4)
+    settings = make_settings(valkey, tmp_path)
     async with run_gateway(settings) as gateway:
         worker = Worker(
             "tiny", "w1", engine, gateway.broker, gateway.blobs, settings,
@@ -86,15 +99,14 @@ async def test_the_next_batch_is_claimed_while_one_runs_and_grows_until_it_begin
                 await reached(gateway, job, JobStatus.RUNNING)
             unlike = submission(generation())
             await gateway.post(unlike)
-            await asyncio.sleep(1.0)
-            await gateway.broker.queue.reap()
+            await kept(gateway, first, *later)
             assert len(prepared) == 4, "ready before they begin"
             assert (await gateway.broker.queue.info("ada", unlike.id)).status is JobStatus.QUEUED
             engine.go_on.set()
             for job in (first, *later):
                 await ended(gateway, job)
                 info = await gateway.broker.queue.info("ada", job.id)
-                assert (info.status, info.attempt) == (JobStatus.COMPLETED, 1), "heartbeats kept the leases"
+                assert (info.status, info.attempt) == (JobStatus.COMPLETED, 1)
             assert [len(batch) for batch in engine.batches[:2]] == [1, 3]
             await gateway.broker.queue.cancel("ada", unlike.id)
 
@@ -136,7 +148,7 @@ async def test_a_broken_device_is_not_laid_to_those_who_were_next(valkey: Valkey
         await reached(gateway, later, JobStatus.RUNNING)
         engine.go_on.set()
         with pytest.raises(OSError):
-            await asyncio.wait_for(task, 10)
+            await asyncio.wait_for(task, 60)
         await gateway.broker.queue.reap("w1")
         waiting = {one.ref: one.alone for one in await gateway.broker.queue.peek("tiny")}
         assert waiting == {keys.ref("ada", first.id): True, keys.ref("ada", later.id): False}
@@ -144,7 +156,7 @@ async def test_a_broken_device_is_not_laid_to_those_who_were_next(valkey: Valkey
 
 async def test_a_job_cancelled_before_its_batch_begins_is_not_run(valkey: Valkey, tmp_path: Path) -> None:
     engine = Held()
-    settings = make_settings(valkey, tmp_path, lease_s=0.3)
+    settings = make_settings(valkey, tmp_path)
     async with run_gateway(settings) as gateway, working(gateway, engine):
         await first_of(gateway, engine)
         gone, other = submission(), submission()
@@ -152,7 +164,7 @@ async def test_a_job_cancelled_before_its_batch_begins_is_not_run(valkey: Valkey
             await gateway.post(job)
             await reached(gateway, job, JobStatus.RUNNING)
         await gateway.client.delete(f"/v1/jobs/{gone.id}")
-        await asyncio.sleep(0.3)
+        await kept(gateway, other)  # by the same heartbeat the worker hears of it
         engine.go_on.set()
         assert error_of(await ended(gateway, gone)) == "job_cancelled"
         assert (await ended(gateway, other))[-1].body["status"] == "completed"
@@ -183,22 +195,22 @@ async def test_a_job_that_cannot_be_prepared_fails_alone(valkey: Valkey, tmp_pat
 
 async def test_a_job_that_came_too_late_for_a_batch_counts_once(valkey: Valkey, tmp_path: Path) -> None:
     engine = Held()
-    async with run_gateway(make_settings(valkey, tmp_path, lease_s=0.4)) as gateway:
+    async with run_gateway(make_settings(valkey, tmp_path)) as gateway:
         budget = replace(BUDGET, seconds=0.06)
         worker = Worker("tiny", "w1", engine, gateway.broker, gateway.blobs, gateway.settings, budget=budget)
         async with driven(worker):
             large = submission(tiny_graph(tokens=(1,) * 60), batching="exclusive")
             await gateway.post(large)
-            assert await asyncio.to_thread(engine.began.wait, 10)
+            assert await asyncio.to_thread(engine.began.wait, 60)
             late = submission()
             await gateway.post(late)
-            company = worker._desk.company
-            assert company is not None
-            for _ in range(1000):
-                if company.busy:
+            batch = worker._desk.company
+            assert batch is not None
+            for _ in range(12_000):
+                if batch.busy:
                     break
                 await asyncio.sleep(0.005)
-            assert company.busy, "it was to come between two forwards"
+            assert batch.busy, "it was to come between two forwards"
             engine.go_on.set()
             await ended(gateway, late)
             assert await ran(gateway, 2) == (2, 2)
@@ -206,7 +218,7 @@ async def test_a_job_that_came_too_late_for_a_batch_counts_once(valkey: Valkey, 
 
 async def ran(gateway: Gateway, jobs: int) -> tuple[int, int]:
     """Batches and jobs that the worker has told of, once it's so many jobs or more."""
-    for _ in range(1000):
+    for _ in range(12_000):
         hosted = await gateway.broker.models.get("tiny")
         if hosted.jobs >= jobs:
             return hosted.batches, hosted.jobs
@@ -223,7 +235,7 @@ async def driven(worker: Worker) -> AsyncIterator[None]:
     finally:
         stop.set()
         with suppress(OSError):
-            await asyncio.wait_for(task, 10)
+            await asyncio.wait_for(task, 60)
 
 
 # -- the bound, on a real engine -------------------------------------------------------------------------------
@@ -290,12 +302,12 @@ async def test_a_small_job_waits_for_the_forward_under_way_and_no_other(
             seen.append("small" if MARK in kwargs["input_ids"] else "large")
             if seen[-1] == "large" and seen.count("large") in (5, 11, 29):
                 came.append(small())
-                asyncio.run_coroutine_threadsafe(gateway.post(came[-1]), loop).result(10)
-                company = worker._desk.company
-                assert company is not None
+                asyncio.run_coroutine_threadsafe(gateway.post(came[-1]), loop).result(60)
+                batch = worker._desk.company
+                assert batch is not None
                 # The forward takes long enough for the job to be claimed and made ready.
-                for _ in range(2000):
-                    if company.busy:
+                for _ in range(12_000):
+                    if batch.busy:
                         return
                     time.sleep(0.005)
                 raise TimeoutError
@@ -314,12 +326,15 @@ async def test_a_small_job_waits_for_the_forward_under_way_and_no_other(
     assert len(seen) == 43 and places == [5, 12, 31], "each right after the forward during which it came"
 
 
-async def test_small_jobs_of_a_crowd_leave_the_large_one_its_share(valkey: Valkey, tmp_path: Path) -> None:
+async def test_small_jobs_of_a_crowd_leave_the_large_one_its_share(
+    valkey: Valkey, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """A user that has one small job after the other gets half of the time of one that generates, not all of it."""
     engine = Engine(load(tiny("gpt2"), name="tiny"))
     settings = make_settings(valkey, tmp_path, aside_s=10.0)
     spent = {"small": 0.0, "large": 0.0}
-    meanwhile = 0.0
+    meanwhile, clock = 0.0, Clock()
+    monkeypatch.setattr(company, "time", clock)
 
     async with run_gateway(settings) as gateway:
         await gateway.broker.models.publish("tiny", "w1", engine.manifest, "")
@@ -329,6 +344,7 @@ async def test_small_jobs_of_a_crowd_leave_the_large_one_its_share(valkey: Valke
             kind = "small" if MARK in kwargs["input_ids"] else "large"
             took = 0.04 if kind == "small" else 0.01
             time.sleep(took)
+            clock.sleep(took)
             spent[kind] += took
             meanwhile = spent["small"] if kind == "large" else meanwhile
 

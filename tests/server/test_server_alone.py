@@ -29,13 +29,13 @@ def test_by_tls_with_a_certificate_of_ones_own(alone: Cluster, made: Certificate
     verb, address = alone.gateway("--tls-cert", made.file, "--tls-key", made.key)
     assert address.startswith("https://")
     trusted = ssl.create_default_context(cafile=made.file)
-    with httpx.Client(base_url=address, verify=trusted, trust_env=False) as client:
+    with httpx.Client(base_url=address, verify=trusted, trust_env=False, timeout=60) as client:
         answer = client.get("/v1/me", headers={"Authorization": f"Bearer {alone.key}"})
         assert (answer.status_code, answer.json()["user"]) == (200, "ada")
         ready = client.get("/readyz")
         assert (ready.status_code, ready.json()["status"]) == (503, "no model ready")
     with pytest.raises(httpx.TransportError):
-        httpx.get(address.replace("https", "http"), trust_env=False)
+        httpx.get(address.replace("https", "http"), trust_env=False, timeout=60)
     assert verb.stop() == 0 and "Traceback" not in verb.said()
 
 

@@ -68,7 +68,7 @@ async def test_one_that_is_cancelled_meanwhile_is_let_go_of(settings: Settings, 
         proxy.shut()
         job = submission()
         await gateway.post(job)
-        async with asyncio.timeout(10):
+        async with asyncio.timeout(60):
             while await status(gateway, job.id) is not JobStatus.RUNNING:  # noqa: ASYNC110
                 await asyncio.sleep(0.01)
         await gateway.client.delete(f"/v1/jobs/{job.id}")

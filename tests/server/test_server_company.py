@@ -180,27 +180,31 @@ def generation() -> Graph:
 
 async def running(gateway: Gateway, *jobs: Any) -> None:
     for job in jobs:
-        for _ in range(1000):
+        for _ in range(10_000):
             if (await gateway.broker.queue.info("ada", job.id)).status is JobStatus.RUNNING:
                 break
             await asyncio.sleep(0.005)
 
 
 async def test_generations_join_and_forwards_come_between_steps(settings: Settings) -> None:
-    go_on = threading.Event()
-    came = threading.Event()
-    engine = Stepping(
-        steps=200, each=lambda step: time.sleep(0.005) if go_on.is_set() else came.set() or go_on.wait(10)
-    )
+    go_on, came, over = threading.Event(), threading.Event(), threading.Event()
+
+    def each(step: int) -> None:
+        came.set()
+        go_on.wait(60)
+        over.wait(0.005)
+
+    engine = Stepping(steps=3000, each=each)
     async with run_gateway(settings) as gateway, working(gateway, engine):
         first, second, trace = submission(generation()), submission(generation()), submission(tiny_graph())
         await gateway.post(first)
-        await asyncio.to_thread(came.wait, 10)
+        await asyncio.to_thread(came.wait, 60)
         await gateway.post(second)
         await gateway.post(trace)
         go_on.set()
         await ended(gateway, trace)
         assert (await gateway.broker.queue.info("ada", first.id)).status is JobStatus.RUNNING
+        over.set()
         for job in (first, second):
             assert (await ended(gateway, job))[-1].body["status"] == "completed"
         assert engine.log[0] == "aside 1" or engine.log[0].startswith("joined")
@@ -234,20 +238,21 @@ async def test_a_generation_that_fails_ends_all_that_are_on_it(settings: Setting
 
 
 async def test_stopping_lets_a_generation_end_and_takes_nobody_more(settings: Settings, tmp_path: Path) -> None:
-    began = threading.Event()
+    began, over = threading.Event(), threading.Event()
 
     def each(step: int) -> None:
         began.set()
-        time.sleep(0.01)
+        over.wait(60 if step == 19 else 0.01)
 
     async with run_gateway(settings) as gateway:
         async with working(gateway, Stepping(steps=20, each=each)) as stop:
             first = submission(generation())
             await gateway.post(first)
-            await asyncio.to_thread(began.wait, 10)
+            await asyncio.to_thread(began.wait, 60)
             stop.set()
-            await asyncio.sleep(0.02)
+            await asyncio.sleep(0.1)
             late = submission(generation())
             await gateway.post(late)
+            over.set()
         assert (await ended(gateway, first))[-1].body["status"] == "completed"
         assert (await gateway.broker.queue.info("ada", late.id)).status is JobStatus.QUEUED

@@ -55,7 +55,8 @@ def cable(valkey: Valkey) -> Iterator[Cable]:
 
 @asynccontextmanager
 async def lab(settings: Settings, cable: Cable, **make: Any) -> AsyncIterator[tuple[Gateway, Host]]:
-    """A gateway, and a copy at the cable's end."""
+    """A gateway, and a copy at the cable's end. The sweeper looks only at first: tests see for themselves."""
+    settings = settings.model_copy(update={"sweep_s": 3600.0})
     async with run_gateway(settings) as gateway:
         host = Host(SPEC, "w1", settings.model_copy(update={"redis_url": cable.url}), **make)
         await gateway.broker.models.forget("tiny")
@@ -71,7 +72,7 @@ async def at_work(host: Host) -> AsyncIterator[None]:
     running = asyncio.create_task(host.run(stop))
     yield
     stop.set()
-    await asyncio.wait_for(running, 20)
+    await asyncio.wait_for(running, 60)
 
 
 async def silent_for_long(broker: Broker) -> None:
@@ -80,7 +81,7 @@ async def silent_for_long(broker: Broker) -> None:
 
 async def told(broker: Broker) -> None:
     """Return once the copy runs jobs, as far as the broker knows."""
-    async with asyncio.timeout(20):
+    async with asyncio.timeout(60):
         while (await broker.models.get("tiny")).copies != READY:  # noqa: ASYNC110
             await asyncio.sleep(0.05)
 
@@ -125,13 +126,13 @@ async def test_one_that_loads(settings: Settings, cable: Cable) -> None:
     go = threading.Event()
 
     def slowly(*args: Any) -> Ready:
-        go.wait(30)
+        go.wait(90)
         return engine_for(*args)
 
     async with lab(settings, cable, make=slowly) as (gateway, host):
         models = gateway.broker.models
         loading = asyncio.create_task(host.load())
-        async with asyncio.timeout(10):
+        async with asyncio.timeout(60):
             while not (await models.get("tiny")).copies:  # noqa: ASYNC110
                 await asyncio.sleep(0.05)
         await cable.cut(gateway.broker)
@@ -142,7 +143,7 @@ async def test_one_that_loads(settings: Settings, cable: Cable) -> None:
         await asyncio.sleep(4)
         assert not loading.done()
         cable.mend()
-        await asyncio.wait_for(loading, 20)
+        await asyncio.wait_for(loading, 60)
         hosted = await models.get("tiny")
         assert (dict(hosted.copies), hosted.failure) == (READY, None)
         async with at_work(host):

@@ -44,7 +44,7 @@ async def test_it_is_ready_once_told_of_and_stops_when_told(settings: Settings, 
     await asyncio.sleep(0.05)
     assert host.ill() is None
     stop.set()
-    await asyncio.wait_for(running, 10)
+    await asyncio.wait_for(running, 60)
     assert (await broker.models.get("tiny")).state is ModelState.STOPPED
     await host.close()
 
@@ -147,7 +147,7 @@ async def test_several_batches_are_under_way_at_once(settings: Settings) -> None
         workers = {worker._name for worker in host._workers}
         assert dict((await gateway.broker.models.get("tiny")).copies) == {"w1": ModelState.READY}
         stop.set()
-        await asyncio.wait_for(running, 20)
+        await asyncio.wait_for(running, 60)
     assert ends == ["completed"] * 9
     assert workers == {"w1", "w1+1", "w1+2"}
     await host.close()
@@ -164,7 +164,7 @@ async def test_a_lane_that_breaks_ends_the_host_and_its_jobs_wait_again(settings
         running = asyncio.create_task(host.run(asyncio.Event()))
         await gateway.post(job)
         with pytest.raises(ReplicaLost):
-            await asyncio.wait_for(running, 20)
+            await asyncio.wait_for(running, 60)
         assert (await gateway.broker.queue.info("ada", job.id)).status == "queued"
     await host.close()
 
@@ -183,7 +183,7 @@ async def test_a_copy_at_rest_that_lost_a_shard_ends(settings: Settings, broker:
     assert not running.done()
     gone.set()
     with pytest.raises(ReplicaLost):
-        await asyncio.wait_for(running, 5)
+        await asyncio.wait_for(running, 60)
     await host.close()
 
 
@@ -208,14 +208,14 @@ async def at_work(host: Host) -> AsyncIterator[None]:
     running = asyncio.create_task(host.run(stop))
     yield
     stop.set()
-    await asyncio.wait_for(running, 10)
+    await asyncio.wait_for(running, 60)
 
 
 async def told_to_go(*hosts: Host) -> None:
     """Run copies that are told to stop at once, to their end."""
     stop = asyncio.Event()
     stop.set()
-    await asyncio.wait_for(asyncio.gather(*(host.run(stop) for host in hosts)), 30)
+    await asyncio.wait_for(asyncio.gather(*(host.run(stop) for host in hosts)), 60)
 
 
 async def handed_in(gateway: Gateway, count: int = 3) -> list[Submission]:

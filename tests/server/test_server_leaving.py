@@ -36,7 +36,7 @@ class SlowWay:
         there = tensor.clone()
 
         def bring() -> torch.Tensor:
-            assert self.over.wait(10)
+            assert self.over.wait(60)
             if self.failed:
                 raise InternalError("the device failed before a value had left it")
             return there

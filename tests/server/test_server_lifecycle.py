@@ -66,7 +66,7 @@ async def test_a_model_that_cannot_be_loaded_says_why_until_it_is_asked_for_agai
 
 
 async def test_after_its_time_a_failed_model_is_tried_again_by_whoever_asks(settings: Settings) -> None:
-    async with run_gateway(settings.model_copy(update={"load_retry_s": 0.001})) as gateway:
+    async with run_gateway(settings.model_copy(update={"load_retry_s": 0.0001})) as gateway:
         await gateway.broker.specs.put(NEW)
         await gateway.broker.models.announce("org/new", "w1", ModelState.FAILED, GATED)
         answer = await gateway.client.get("/v1/models/org/new")

@@ -315,12 +315,12 @@ async def test_jobs_can_be_given_up_while_copies_are_there(broker: Broker) -> No
 
 
 async def test_wishes_end(valkey: Valkey, tmp_path: Path) -> None:
-    broker = connect(make_settings(valkey, tmp_path, wish_s=0.3))
+    broker = connect(make_settings(valkey, tmp_path, wish_s=60))
     try:
         await broker.specs.put(ModelSpec(name="tiny"))
         await broker.specs.wish("tiny")
         assert (await broker.models.get("tiny")).wished
-        await asyncio.sleep(0.4)
+        await broker.redis.hincrby(keys.MODEL.format(model="tiny"), "wish_ms", -60_001)
         assert not (await broker.models.get("tiny")).wished
         await broker.specs.load("tiny")
         await broker.specs.wish("tiny")

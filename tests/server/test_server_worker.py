@@ -59,12 +59,12 @@ async def working(gateway: Gateway, engine: Any, name: str = "w1") -> AsyncItera
         yield stop
     finally:
         stop.set()
-        await asyncio.wait_for(task, 10)
+        await asyncio.wait_for(task, 60)
 
 
 async def ended(gateway: Gateway, job: Submission) -> list[Stored]:
     """The job's events, once it is over."""
-    for _ in range(1000):
+    for _ in range(6000):
         info = await gateway.broker.queue.info("ada", job.id)
         if info.status.terminal:
             return await events.read(gateway.broker.redis, keys.ref("ada", job.id), 0, 1000)
@@ -96,13 +96,13 @@ async def test_a_save_leaves_while_the_engine_goes_on(settings: Settings) -> Non
 
     def step(job: EngineJob) -> None:
         job.sink.save(1, torch.zeros(100_000))
-        assert go_on.wait(10)
+        assert go_on.wait(60)
 
     async with run_gateway(settings) as gateway, working(gateway, Obedient(step)):
         job = submission()
         await gateway.post(job)
         ref = keys.ref("ada", job.id)
-        for _ in range(500):
+        for _ in range(6000):
             found = await events.read(gateway.broker.redis, ref, 2)
             if found:
                 break
@@ -252,12 +252,13 @@ async def test_wall_time(settings: Settings) -> None:
         assert error_of(await ended(gateway, job)) == "job_timeout"
 
 
-async def test_cancelling_stops_the_engine(valkey: Valkey, tmp_path: Path) -> None:
-    settings = make_settings(valkey, tmp_path, lease_s=0.3)
+async def test_cancelling_stops_the_engine(settings: Settings) -> None:
     async with run_gateway(settings) as gateway, working(gateway, Obedient(spin)):
         job, after = submission(), submission(timeout_s=0.05)
         await gateway.post(job)
-        await asyncio.sleep(0.2)
+        async with asyncio.timeout(60):
+            while (await gateway.broker.queue.info("ada", job.id)).status is JobStatus.QUEUED:  # noqa: ASYNC110
+                await asyncio.sleep(0.01)
         await gateway.client.delete(f"/v1/jobs/{job.id}")
         await gateway.post(after)
         assert error_of(await ended(gateway, after)) == "job_timeout"
@@ -313,7 +314,7 @@ async def test_stopping_finishes_the_running_batch(settings: Settings) -> None:
 
     def step(job: EngineJob) -> None:
         started.set()
-        assert go_on.wait(10)
+        assert go_on.wait(60)
         save_ones(job)
 
     async with run_gateway(settings) as gateway:
@@ -321,7 +322,7 @@ async def test_stopping_finishes_the_running_batch(settings: Settings) -> None:
         await gateway.post(job)
         await gateway.post(later)
         async with working(gateway, Obedient(step)) as stop:
-            await asyncio.to_thread(started.wait, 10)
+            await asyncio.to_thread(started.wait, 60)
             stop.set()
             asyncio.get_running_loop().call_later(0.1, go_on.set)
         assert (await gateway.broker.queue.info("ada", job.id)).status is JobStatus.COMPLETED
@@ -360,13 +361,12 @@ async def test_nests_and_dtypes(settings: Settings, dtype: torch.dtype) -> None:
 async def test_a_small_job_is_reported_in_one_trip_and_a_save_waits_only_a_moment(
     settings: Settings, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(publisher, "MOMENT_S", 0.5)  # this machine may be busy
     reports: list[list[str]] = []
     later = threading.Event()
 
     def save_and_stay(job: EngineJob) -> None:
         save_ones(job)
-        later.wait(5)
+        later.wait(60)
 
     async with run_gateway(settings) as gateway:
         queue = gateway.broker.queue
@@ -377,7 +377,8 @@ async def test_a_small_job_is_reported_in_one_trip_and_a_save_waits_only_a_momen
             return await report(given)
 
         queue.report = noted  # type: ignore[method-assign]
-        for step in (save_ones, save_and_stay):
+        for step, moment_s in ((save_ones, 60.0), (save_and_stay, 0.1)):  # this machine may be busy
+            monkeypatch.setattr(publisher, "MOMENT_S", moment_s)
             job = submission()
             async with working(gateway, Obedient(step)):
                 await gateway.post(job)
@@ -393,7 +394,7 @@ async def test_an_operation_that_does_not_end_is_told_of(settings: Settings) -> 
     goes_on = threading.Event()
 
     def step(job: EngineJob) -> None:
-        goes_on.wait(10)
+        goes_on.wait(60)
 
     short = settings.changed({"limits": {"wall_s": 0.05}})
     async with run_gateway(short) as gateway:
@@ -402,7 +403,7 @@ async def test_an_operation_that_does_not_end_is_told_of(settings: Settings) -> 
         task = asyncio.create_task(worker.run(stop))
         assert worker.stuck(0) is None
         await gateway.post(submission())
-        for _ in range(500):
+        for _ in range(6000):
             if worker.stuck(0):
                 break
             await asyncio.sleep(0.01)
@@ -410,5 +411,5 @@ async def test_an_operation_that_does_not_end_is_told_of(settings: Settings) -> 
         assert worker.stuck() is None
         goes_on.set()
         stop.set()
-        await asyncio.wait_for(task, 10)
+        await asyncio.wait_for(task, 60)
         assert worker.stuck(0) is None

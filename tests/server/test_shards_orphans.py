@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import time
 
 import pytest
@@ -14,7 +13,7 @@ from interpose_server.shards.naming import app_name
 from interpose_server.shards.orphans import Hanging
 from interpose_server.shards.ray_internals import Living, Stopping
 from redis.exceptions import ConnectionError as RedisConnectionError
-from rig import tiny_manifest
+from rig import Clock, tiny_manifest
 
 OF_TINY = ("well", "awaited", "draining", "spoke", "loading")
 ACTORS = {name: f"{number:032x}" for number, name in enumerate((*OF_TINY, "deleted"))}
@@ -24,8 +23,6 @@ WORKERS = {name: f"node#{actor}" for name, actor in ACTORS.items()}
 @pytest.fixture
 def killed(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     killed: list[str] = []
-    monkeypatch.setattr(orphans, "NOTICED_S", 0.3)
-    monkeypatch.setattr(orphans, "CUT_OFF_S", 1.0)
     monkeypatch.setattr(
         orphans, "_stopping", lambda: Stopping(frozenset({app_name("deleted")}), frozenset({ACTORS["awaited"]}))
     )
@@ -33,6 +30,14 @@ def killed(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     monkeypatch.setattr(orphans, "_living", living.get)
     monkeypatch.setattr(orphans, "_kill", killed.append)
     return killed
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
+    """By which it is told how long a silence has lasted."""
+    clock = Clock()
+    monkeypatch.setattr(orphans, "time", clock)
+    return clock
 
 
 async def silence(broker: Broker, *workers: str, model: str = "tiny") -> None:
@@ -43,7 +48,7 @@ async def silence(broker: Broker, *workers: str, model: str = "tiny") -> None:
 
 
 async def test_copies_that_serve_waits_for_are_ended_soon_and_those_it_finds_well_much_later(
-    broker: Broker, killed: list[str]
+    broker: Broker, killed: list[str], clock: Clock
 ) -> None:
     models, hanging = broker.models, Hanging()
     of_tiny = [WORKERS[name] for name in OF_TINY]
@@ -58,20 +63,20 @@ async def test_copies_that_serve_waits_for_are_ended_soon_and_those_it_finds_wel
     await hanging.end(broker)
     assert not killed, "the broker may just have come back"
     await models.beat("tiny", WORKERS["spoke"])
-    await asyncio.sleep(0.4)
+    clock.now += orphans.NOTICED_S
     await hanging.end(broker)
     assert sorted(killed) == ["awaited", "deleted", "draining"]
     states = await broker.redis.hkeys(keys.STATES.format(model="tiny"))
     left = {*(WORKERS[name] for name in ("well", "spoke", "loading")), alone}
     assert set(map(bytes.decode, states)) == left
-    await asyncio.sleep(0.8)
+    clock.now += orphans.CUT_OFF_S - orphans.NOTICED_S
     await hanging.end(broker)
     assert killed[3:] == ["well"]
     assert (await models.get("tiny")).copies == {WORKERS["spoke"]: ModelState.READY}
 
 
 async def test_while_the_broker_is_away_nobody_is_silent(
-    broker: Broker, killed: list[str], monkeypatch: pytest.MonkeyPatch
+    broker: Broker, killed: list[str], clock: Clock, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     hanging = Hanging()
     await broker.models.publish("tiny", WORKERS["awaited"], tiny_manifest(), "")
@@ -84,9 +89,9 @@ async def test_while_the_broker_is_away_nobody_is_silent(
     with monkeypatch.context() as patch, pytest.raises(RedisConnectionError):
         patch.setattr(broker.models, "lost", away)
         await hanging.end(broker)
-    await asyncio.sleep(0.4)
+    clock.now += 2 * orphans.NOTICED_S
     await hanging.end(broker)
     assert not killed
-    await asyncio.sleep(0.4)
+    clock.now += orphans.NOTICED_S
     await hanging.end(broker)
     assert killed == ["awaited"]

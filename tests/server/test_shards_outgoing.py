@@ -16,13 +16,14 @@ from interpose.graph.model import Graph, Invoke, Node, Point, Run
 from interpose.graph.values import Ref
 from interpose.runtime.engine import Engine, EngineJob
 from interpose.runtime.loading import load
+from interpose.wire.submission import Submission
 from interpose_server import blob_keys
 from interpose_server.blobs import LocalBlobs, whole
 from interpose_server.settings import Settings
 from interpose_server.shards.outgoing import Outgoing
 from interpose_server.worker.loop import Worker
 from models import tiny
-from rig import run_gateway, submission
+from rig import Gateway, run_gateway, submission
 from sharding import split
 from test_server_worker import Obedient, ended, working
 
@@ -30,7 +31,7 @@ ADDRESS = {"user": "ada", "id": "job", "attempt": 2}
 
 
 def outcome(outgoing: Outgoing, token: int) -> Any:
-    for _ in range(1000):
+    for _ in range(12_000):
         if told := outgoing.stored(token):
             return told["error"]
         time.sleep(0.005)
@@ -86,9 +87,9 @@ def test_a_store_that_is_away_holds_up_nobody_and_gets_all_once_it_is_back(setti
     values = [torch.randn(100_000) for _ in range(4)]
     began = time.monotonic()
     told = [outgoing.leave(ADDRESS, node, value) for node, value in enumerate(values)]
-    assert time.monotonic() - began < 1
+    assert time.monotonic() - began < 30, "it would wait for ever"
     assert ["value" in each for each in told] == [False, False, True, True], "what no more can wait goes home"
-    assert away.tried.wait(5)
+    assert away.tried.wait(60)
     assert outgoing.stored(told[0]["token"]) == {}
     away.back.set()
     for node, value in enumerate(values[:2]):
@@ -163,7 +164,7 @@ async def test_while_the_store_is_away_jobs_that_need_none_go_on(settings: Setti
         try:
             waiting, others = wide_job(0, 1, 1, 0), [narrow_job(block) for block in (0, 2, 1)]
             assert (await gateway.post(waiting)).status_code == 202
-            assert await asyncio.to_thread(away.tried.wait, 10)
+            assert await asyncio.to_thread(away.tried.wait, 60)
             for job in others:
                 await gateway.post(job)
                 assert (await ended(gateway, job))[-1].body["status"] == "completed"
@@ -198,6 +199,12 @@ def hidden(model: torch.nn.Module, block: int) -> torch.Tensor:
     return found
 
 
+async def claimed(gateway: Gateway, job: Submission) -> None:
+    async with asyncio.timeout(60):
+        while (await gateway.broker.queue.info("ada", job.id)).status == "queued":  # noqa: ASYNC110
+            await asyncio.sleep(0.01)
+
+
 async def test_jobs_of_a_replica_that_lost_a_shard_are_not_ended(settings: Settings) -> None:
     class Lost(Obedient):
         def run(self, jobs: Any, breaks: Any = None) -> list[InterposeError | None]:
@@ -208,7 +215,7 @@ async def test_jobs_of_a_replica_that_lost_a_shard_are_not_ended(settings: Setti
         await gateway.post(job)
         with pytest.raises(ReplicaLost):
             async with working(gateway, Lost(lambda job: None)):
-                await asyncio.sleep(0.5)
+                await claimed(gateway, job)
         info = await gateway.broker.queue.info("ada", job.id)
         assert info.status == "running"
         await gateway.broker.queue.reap("w1")
@@ -216,9 +223,10 @@ async def test_jobs_of_a_replica_that_lost_a_shard_are_not_ended(settings: Setti
 
 
 async def test_a_job_whose_save_was_on_its_way_from_a_lost_shard_is_run_again(settings: Settings) -> None:
-    gone = threading.Event()
+    asked, gone = threading.Event(), threading.Event()
 
     def stored(token: int) -> dict[str, Any]:
+        asked.set()
         if gone.is_set():
             raise ReplicaLost("shard 2 is gone")
         return {}
@@ -231,7 +239,7 @@ async def test_a_job_whose_save_was_on_its_way_from_a_lost_shard_is_run_again(se
         with pytest.raises(ReplicaLost):
             async with working(gateway, Obedient(step)) as stop:
                 await gateway.post(job)
-                await asyncio.sleep(0.5)
+                assert await asyncio.to_thread(asked.wait, 60)
                 stop.set()  # it would wait for this job
                 gone.set()
         assert (await gateway.broker.queue.info("ada", job.id)).status == "running"

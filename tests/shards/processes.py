@@ -72,7 +72,7 @@ def spread(
         finally:
             home.link.close()
         for shard in shards.values():
-            shard.wait(20)
+            shard.wait(60)
     finally:
         for shard in shards.values():
             if shard.poll() is None:

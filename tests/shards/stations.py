@@ -40,7 +40,7 @@ class Matrices:
         self, number: int, hidden: Tensor, visit: Visit, mail: Sequence[Mail]
     ) -> tuple[Tensor | None, Any, Sequence[Mail]]:
         self.calls.append(number)
-        assert self.go_on.wait(20)
+        assert self.go_on.wait(60)
         work = visit.work or {}
         _raise(work.get("fail"))
         self._ask(work)
@@ -116,7 +116,7 @@ def linked(count: int = 3, **options: Any) -> Iterator[tuple[Link, list[Matrices
                 station.go_on.set()
             link.close()
         for shard in standing:
-            assert shard.ended.wait(5), "a shard ends when home does"
+            assert shard.ended.wait(60), "a shard ends when home does"
     finally:
         for shard in standing:
             shard.close()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -13,6 +12,7 @@ from interpose_server.models.spec import ModelSpec
 from interpose_server.settings import Settings
 from interpose_server.shards.choosing import Chosen, chosen
 from interpose_server.shards.naming import app_name
+from rig import Clock
 
 if TYPE_CHECKING:
     from interpose_server.shards.apps import Applied, State
@@ -35,18 +35,19 @@ class Notes:
 class Serve:
     """A's copy goes in a moment, and B's hangs."""
 
-    def __init__(self) -> None:
+    def __init__(self, clock: Clock) -> None:
+        self.clock = clock
         self.applications = {app_name(model): None for model in "abc"}
         self.asked_at: dict[str, float] = {}
 
     def status(self) -> Serve:
-        if time.monotonic() > self.asked_at.get(app_name("a"), float("inf")) + 0.2:
+        if self.clock.now > self.asked_at.get(app_name("a"), float("inf")) + 0.2:
             self.applications.pop(app_name("a"), None)
         return self
 
     def delete(self, name: str, _blocking: bool = True) -> None:
         assert not _blocking, "it would raise after a minute"
-        self.asked_at[name] = time.monotonic()
+        self.asked_at[name] = self.clock.now
 
 
 @SERVES_OWN
@@ -56,13 +57,15 @@ def test_a_copy_that_hangs_is_waited_for_no_longer_than_said(
 ) -> None:
     from interpose_server.shards import apps
 
-    serve, notes = Serve(), Notes()
+    clock, notes = Clock(), Notes()
+    serve = Serve(clock)
+    monkeypatch.setattr(apps, "time", clock)
     monkeypatch.setattr(apps, "serve", serve)
     monkeypatch.setattr(apps, "Notes", lambda: notes)
     monkeypatch.setattr(apps, "states", lambda: {**notes.kept})
-    began = time.monotonic()
+    began = clock.now
     apps.remove([*models, "unknown"], wait_s)
-    assert expected_s <= time.monotonic() - began < expected_s + 1
+    assert expected_s <= clock.now - began < expected_s + 1
     assert {*serve.asked_at} == {app_name(model) for model in models}
     assert notes.kept.keys() == {*"abc"} - {*models}
 

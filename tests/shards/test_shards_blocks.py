@@ -63,7 +63,7 @@ def test_jobs_choose_an_adapter(lab: ClusterLab) -> None:
 
 
 def test_operators_see_on_which_devices_its_parts_lie(lab: ClusterLab) -> None:
-    ends = time.monotonic() + 10
+    ends = time.monotonic() + 60
     while not (model := json.loads(lab.interpose("models", "list", "--json"))["models"][0])["holds"]:
         assert time.monotonic() < ends
     devices = json.loads(lab.interpose("models", "list", "--json"))["devices"]
@@ -77,9 +77,10 @@ def test_operators_see_on_which_devices_its_parts_lie(lab: ClusterLab) -> None:
 def test_a_shard_that_dies_under_load_costs_time_only(lab: ClusterLab) -> None:
     with Load(lab, "org/split", tiny("gpt2")) as load:
         load.until_running()
-        time.sleep(1)
-        before = {shard.pid for shard in lab.ray.processes("ShardActor")}
-        lab.ray.processes("ShardActor")[1].kill()
+        shards = lab.ray.processes("ShardActor")
+        before = {shard.pid for shard in shards}
+        lab.stop_at_work(shards[1:])
+        shards[1].kill()
         began = time.monotonic()
         lab.until_copies("org/split", 0)
         lab.until_copies("org/split", 1, 150)
@@ -98,5 +99,5 @@ def test_shards_end_with_their_copy(lab: ClusterLab) -> None:
     lab.interpose("deploy", "down", lab.config(SPLIT), "org/split")
     began = time.monotonic()
     while lab.ray.processes("ShardActor"):
-        assert time.monotonic() - began < 30
+        assert time.monotonic() - began < 90
         time.sleep(0.1)

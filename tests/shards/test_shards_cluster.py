@@ -32,7 +32,8 @@ def test_what_dies_under_load_costs_time_only(lab: ClusterLab) -> None:
     """Both copies of a model, then Serve's controller while they are replaced by others with other settings."""
     with Load(lab, "org/tiny", tiny("gpt2")) as load:
         load.until_running()
-        for replica in lab.ray.processes("ServeReplica:interpose-org-tiny"):
+        lab.stop_at_work(replicas := lab.ray.processes("ServeReplica:interpose-org-tiny"))
+        for replica in replicas:
             replica.kill()
         lab.until_copies("org/tiny", 0)
         lab.until_copies("org/tiny", 1)
@@ -42,6 +43,7 @@ def test_what_dies_under_load_costs_time_only(lab: ClusterLab) -> None:
         controller.kill()
         while before & {replica.pid for replica in lab.ray.processes("ServeReplica:interpose-org-tiny")}:
             time.sleep(0.2)
+        load.until_submitted(100)
     tally = load.finish()
     print(tally)
     assert tally.sound and tally.accepted > 100 and tally.requeued
@@ -54,9 +56,7 @@ def test_a_node_that_dies_under_load_costs_time_only(lab: ClusterLab) -> None:
         load.until_running()
         copies, took_s = lab.lose_node("org/tiny", replaced=True)
         lab.until_copies("org/tiny", 2)
-        after = load.submitted
-        while load.submitted < after + 20:
-            time.sleep(0.1)
+        load.until_submitted(max(load.submitted + 20, 100))
     tally = load.finish()
     print(f"{copies} of 2 copies died with a node; both ran again after {took_s:.1f} s: {tally}")
     assert tally.sound and tally.accepted > 100 and tally.requeued
@@ -72,8 +72,7 @@ def test_a_model_comes_when_asked_for_and_goes_when_idle(lab: ClusterLab) -> Non
         while client.get("/v1/models/cold").status_code == 503:
             time.sleep(0.2)
     with Load(lab, "cold", tiny("gpt2"), most=8) as load:
-        while load.submitted < 8:
-            time.sleep(0.05)
+        load.until_submitted(7)
     assert load.finish().sound
     lab.until_copies("cold", 0)
     assert model(lab, "broken")["failure"]
@@ -83,8 +82,7 @@ def test_a_model_comes_when_asked_for_and_goes_when_idle(lab: ClusterLab) -> Non
 
 def test_a_model_taken_down_under_load_ends_the_jobs_it_has(lab: ClusterLab) -> None:
     with Load(lab, "org/tiny", tiny("gpt2"), most=60) as load:
-        while load.submitted < 60:
-            time.sleep(0.02)
+        load.until_submitted(59)
         lab.interpose("deploy", "down", lab.config(TINY), "org/tiny")
     assert load.finish().sound
     assert not lab.ray.processes("ServeReplica:interpose-org-tiny")

@@ -68,10 +68,10 @@ def listed(lab: ClusterLab) -> dict[str, dict[str, Any]]:
 def deployed(lab: ClusterLab, *models: dict[str, Any]) -> subprocess.CompletedProcess[str]:
     """`deploy up`, whatever comes of it."""
     command = [INTERPOSE, "deploy", "up", lab.config(*models)]
-    return subprocess.run(command, env=lab.env, capture_output=True, text=True, timeout=120)
+    return subprocess.run(command, env=lab.env, capture_output=True, text=True, timeout=180)
 
 
-def until(holds: Callable[[], bool], timeout_s: float = 30) -> None:
+def until(holds: Callable[[], bool], timeout_s: float = 90) -> None:
     ends = time.monotonic() + timeout_s
     while not holds():
         assert time.monotonic() < ends

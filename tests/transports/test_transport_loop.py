@@ -63,6 +63,6 @@ while {fetching} and not any(thread.name == "interpose-fetch" for thread in thre
         capture_output=True,
         text=True,
         cwd=here,
-        timeout=30,
+        timeout=120,
     )
     assert (done.stdout, done.stderr, done.returncode) == ("", "", 0)

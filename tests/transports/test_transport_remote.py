@@ -32,6 +32,7 @@ from interpose.wire.result import Saved
 from interpose.wire.status import JobStatus
 from interpose.wire.stream import Changed, Logged, Received
 from interpose.wire.tensors import encode_tensor
+from ports import free_port
 from scripted_lab import GRAPH, KEY, Lab, serving
 
 
@@ -42,7 +43,7 @@ def test_a_job_there_and_back(lab: Lab):
     assert rest == {"n": 3}
     (job,) = lab.jobs.values()
     assert (job.model, job.graph) == ("org/name", GRAPH)
-    deadline = time.monotonic() + 5
+    deadline = time.monotonic() + 60
     while lab.acked != [job.id] and time.monotonic() < deadline:
         time.sleep(0.01)
     assert lab.acked == [job.id]
@@ -60,7 +61,7 @@ def test_results_are_arrays_where_wanted(lab: Lab):
 def test_many_jobs_share_one_websocket(lab: Lab):
     lab.values = {1: torch.zeros(1000)}
     found = [submit_remote(GRAPH, "m", {}) for _ in range(20)]
-    assert all(job.result(timeout=20)[1].shape == (1000,) for job in found)
+    assert all(job.result(timeout=60)[1].shape == (1000,) for job in found)
     assert lab.calls.count("WS") == 1
     assert len(lab.jobs) == 20
 
@@ -164,7 +165,7 @@ def test_https_where_there_is_http_says_so_at_once(lab: Lab):
     for ask in (lambda: run_remote(GRAPH, "m", {}, host=there), lambda: jobs(host=there)):
         with pytest.raises(ConfigError, match=f"speaks plain HTTP; set INTERPOSE_HOST to {lab.url}"):
             ask()
-    assert time.monotonic() - began < 2
+    assert time.monotonic() - began < 30, "it isn't tried again"
 
 
 @pytest.mark.parametrize("path", ["/v1", "/v1/models", "/v1/models/m"])
@@ -177,7 +178,7 @@ def test_another_kind_of_server_is_named_at_once(lab: Lab):
     began = time.monotonic()
     with pytest.raises(ConfigError, match="isn't an Interpose server"):
         run_remote(GRAPH, "m", {}, host=f"{lab.url}/elsewhere")
-    assert time.monotonic() - began < 2
+    assert time.monotonic() - began < 30, "it isn't tried again"
 
 
 def test_no_host_says_what_to_set(monkeypatch):
@@ -242,21 +243,21 @@ def test_waiting_has_an_end_and_cancelling_works(lab: Lab):
     assert not job.status.terminal
     job.cancel()
     with pytest.raises(JobCancelled):
-        job.result(timeout=10)
+        job.result(timeout=60)
     assert job.status is JobStatus.CANCELLED
 
 
 def test_a_restarted_server_is_found_again(lab: Lab):
     other = Lab(values={1: 5})
     other.hold.set()
-    with serving(other):
+    with serving(other, free_port()):
         job = submit_remote(GRAPH, "m", {}, host=other.url)
         while not other.asked:
             time.sleep(0.01)
     other.hold.clear()
     time.sleep(0.2)
     with serving(other, other.port):
-        assert job.result(timeout=20) == {1: 5}
+        assert job.result(timeout=60) == {1: 5}
 
 
 def test_an_outage_beyond_patience_is_told():
@@ -271,7 +272,7 @@ def test_an_outage_beyond_patience_is_told():
         with pytest.raises(
             ConnectionFailed, match=rf"Job\.attach\('{job.id}'\)\.result\(\) waits for it"
         ) as raised:
-            job.result(timeout=20)
+            job.result(timeout=60)
         assert raised.value.details["job"] == job.id
     finally:
         CONFIG.reset()
@@ -316,11 +317,11 @@ def test_attaching_gives_what_happened_before(lab: Lab):
     lab.jobs[run] = type("Known", (), {"model": "m"})
     job = Job.attach(run)
     assert Job.attach(run) is job
-    assert job.result(timeout=10) == {1: 7}
+    assert job.result(timeout=60) == {1: 7}
     assert job.model == "m"
     (listed,) = jobs()
     assert (listed.id, listed.status, listed.created_ms) == (run, "running", 5)
-    assert listed.attach() is job and listed.result(timeout=10) == {1: 7}
+    assert listed.attach() is job and listed.result(timeout=60) == {1: 7}
     assert KEY not in repr(listed)
 
 
@@ -329,7 +330,7 @@ def test_attaching_to_ones_own_job_is_the_same_job(lab: Lab):
     job = submit_remote(GRAPH, "m", {})
     assert Job.attach(job.id) is job
     lab.hold.clear()
-    assert job.result(timeout=10) == {}
+    assert job.result(timeout=60) == {}
 
 
 def test_ctrl_c_cancels_the_job(lab: Lab):
@@ -367,5 +368,5 @@ def test_a_forked_child_has_a_connection_of_its_own(lab: Lab):
     time.sleep(0.3)
     lab.hold.clear()
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
-    assert before.result(timeout=10) == {1: 2}
+    assert before.result(timeout=60) == {1: 2}
     assert lab.calls.count("WS") == 2

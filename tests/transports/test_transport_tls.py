@@ -56,7 +56,7 @@ async def test_a_certificate_that_is_named_is_believed(
 ) -> None:
     monkeypatch.setenv("SSL_CERT_FILE", str(signed))
     http = Http(Endpoint(address))
-    assert (await http.request("GET", "/", patience=5)).content == b"{}"
+    assert (await http.request("GET", "/", patience=60)).content == b"{}"
     await http.close()
 
 
