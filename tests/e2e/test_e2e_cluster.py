@@ -13,7 +13,7 @@ import httpx
 import numpy as np
 import pytest
 from buckets import S3
-from clients import figures, until
+from clients import LONG, figures, until
 from cluster import Cluster, Verb, run_cluster
 from interpose import LanguageModel
 from interpose.errors import InterposeError, JobCancelled, Unauthorized
@@ -123,7 +123,7 @@ def test_attachments_are_uploaded_once_whoever_took_them(cluster_lab: Lab) -> No
 def test_cancelling_at_the_other_gateway(cluster_lab: Lab) -> None:
     one, other = cluster_lab.hosts
     model = cluster_lab.model(one)
-    tracer, _, _ = slow(model, 60, remote=True, blocking=False)
+    tracer, _, _ = slow(model, LONG, remote=True, blocking=False)
     until(lambda: tracer.job.status == "running")
     path = f"/v1/jobs/{tracer.job.id}"
     headers = {"Authorization": f"Bearer {cluster_lab.cluster.key}"}

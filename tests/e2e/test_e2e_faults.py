@@ -53,7 +53,7 @@ def expected(model: LanguageModel) -> torch.Tensor:
 @pytest.mark.parametrize("mark", ["interpose_server.worker", "interpose_server.gateway", "valkey-server"])
 def test_a_part_is_killed_while_a_job_runs(ward: Served, model: LanguageModel, mark: str) -> None:
     wanted = expected(model)
-    tracer, early, late = slow(model, 20, remote=True, blocking=False)
+    tracer, early, late = slow(model, 30, remote=True, blocking=False)
     running(tracer.job)
     kill(ward, mark)
     tracer.job.result(timeout=90)

@@ -164,7 +164,7 @@ def test_after_a_requeue_the_stream_begins_again(folder: Path, tmp_path: Path) -
 
         with model.generate(PROMPTS[0], max_new_tokens=12, eos_token_id=[-1], stream=take, remote=True) as t:
             with t.all():
-                t.loop(20, lambda turn, value: (value @ value).softmax(-1), torch.ones(600, 600)).sum().save()
+                t.loop(30, lambda turn, value: (value @ value).softmax(-1), torch.ones(600, 600)).sum().save()
             ids = t.result.save()
     first = [piece for piece in pieces if piece.attempt == 1]
     again = [piece for piece in pieces if piece.attempt == 2]
