@@ -258,11 +258,18 @@ class Lab:
                     await ws.send_bytes(frame)
 
 
-def part_of(data: bytes, start: int, drop: int | None = None, stall: bool = False) -> Response:
-    """The bytes from `start` on; after `drop` of them the connection breaks, or with `stall` nothing more comes."""
+def part_of(
+    data: bytes, start: int, drop: int | None = None, stall: bool = False, gone: threading.Event | None = None
+) -> Response:
+    """The bytes from `start` on; after `drop` of them the connection breaks, or with `stall` nothing more comes.
+
+    `gone` is set when all but the last few of them have left.
+    """
 
     async def body() -> AsyncIterator[bytes]:
         yield data[start : None if drop is None else start + drop]
+        if gone is not None:
+            gone.set()
         if stall:
             await asyncio.sleep(60)
         if drop is not None:

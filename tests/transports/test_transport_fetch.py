@@ -216,22 +216,22 @@ def test_an_attempt_that_was_given_up_leaves_nothing(apart: Lab) -> None:
 
 def test_a_restarted_server_goes_on_with_the_fetch(monkeypatch: pytest.MonkeyPatch) -> None:
     CONFIG.PROGRESS = False
-    came: list[int] = []
+    came, gone = list[int](), threading.Event()
     fill = Incoming.fill
 
     def noted(incoming: Incoming, size: int) -> None:
         fill(incoming, size)
-        came[:] = [incoming.received]
+        came.append(incoming.received)
 
     monkeypatch.setattr(Incoming, "fill", noted)
-    lab = Lab(apart=True, values={1: LARGE}, faults=[partial(part_of, drop=1 << 20, stall=True)])
+    lab = Lab(apart=True, values={1: LARGE}, faults=[partial(part_of, drop=1 << 20, stall=True, gone=gone)])
     try:
         with serving(lab, free_port()):
             job = submit_remote(GRAPH, "m", {}, host=lab.url, api_key="secret")
-            until(lambda: came == [1 << 20])
+            assert gone.wait(60)
         with serving(lab, lab.port):
             assert torch.equal(job.result(timeout=60)[1], LARGE)
-        assert [start for _, start in lab.fetched] == [0, 1 << 20]
+        assert [start for _, start in lab.fetched] == [0, came[0]] and 0 < came[0] <= 1 << 20
     finally:
         CONFIG.reset()
 
