@@ -143,15 +143,21 @@ def test_short_jobs_wait_for_one_step_of_a_long_generation(open_model: Callable[
     model = open_model("tiny-llama")
     prompt, short = list(range(5, 12)), list(range(9, 14))
 
-    def long() -> Any:
+    def long(busy: int = 0) -> Any:
+        """`busy`: products of large matrices at each step, so that it takes its time."""
         with model.generate(prompt, max_new_tokens=110, eos_token_id=-1, remote=True, blocking=False) as tracer:
             norms = [model.layers[1].resid_post[:, -1].norm().save() for _ in tracer.iter[:]]
+            with tracer.all():
+                value = model.layers[2].output[0].mean() + np.eye(600 if busy else 2, dtype=np.float32)
+                for _ in range(busy):
+                    value = (value @ value).clamp(-1, 1)
+                model.output[:] += value.mean() * 0
             tokens = tracer.result.save()
         return tracer.job, tokens, norms
 
     with model.generate(short, max_new_tokens=3, remote=True) as tracer:
         alone = tracer.result.save()
-    jobs = [long() for _ in range(3)]
+    jobs = [long(busy) for busy in (4, 0, 0)]
     with model.trace(short, remote=True):
         model.logits.save()
     with model.generate(short, max_new_tokens=3, remote=True) as tracer:
