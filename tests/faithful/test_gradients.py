@@ -108,7 +108,7 @@ def test_inside_the_block(place: Any, stock: Callable[..., Any], name: str) -> N
     close(two, expected[1], RELATIVE)
     close(part, expected[1][:, -1], RELATIVE)
     close(norm, (expected[0] * tape.seen[first].detach()).sum(-1), RELATIVE)
-    assert torch.allclose(kept, wanted.detach(), rtol=1e-5)
+    assert torch.allclose(kept, wanted.detach(), rtol=1e-4, atol=1e-5 * float(wanted.detach().abs().max()))
 
 
 def test_a_replaced_gradient_is_what_goes_on(place: Any, stock: Callable[..., Any], name: str) -> None:

@@ -87,14 +87,14 @@ def test_attached_values_are_those_of_this_job() -> None:
     on = engine()
     a, b = torch.randn(64), torch.randn(64)
     plain = value(on, scaled(1.0, at=slice(None)))
-    assert torch.allclose(value(on, steered("a" * 64), {"a" * 64: a}) - plain, a, atol=1e-5)
-    assert torch.allclose(value(on, steered("b" * 64), {"b" * 64: b}) - plain, b, atol=1e-5)
+    assert torch.allclose(value(on, steered("a" * 64), {"a" * 64: a}) - plain, a, atol=1e-4)
+    assert torch.allclose(value(on, steered("b" * 64), {"b" * 64: b}) - plain, b, atol=1e-4)
     # The same names the other way round are another order of the same places.
     for first, second, wanted in (("a", "b", a - b), ("b", "a", b - a)):
         graph = steered(first * 64, second * 64)
         found = value(on, graph, {"a" * 64: a, "b" * 64: b})
-        assert torch.allclose(found - plain, wanted, atol=1e-5)
-    assert torch.allclose(value(on, steered("a" * 64, "a" * 64), {"a" * 64: a}), plain, atol=1e-5)
+        assert torch.allclose(found - plain, wanted, atol=1e-4)
+    assert torch.allclose(value(on, steered("a" * 64, "a" * 64), {"a" * 64: a}), plain, atol=1e-4)
 
 
 def test_jobs_of_one_structure_in_one_batch_have_their_own_attachments() -> None:
@@ -106,7 +106,7 @@ def test_jobs_of_one_structure_in_one_batch_have_their_own_attachments() -> None
     plain = value(on, scaled(1.0, at=slice(None)))
     for sink, vector in zip(sinks, vectors.values(), strict=True):
         (found,) = sink.values.values()
-        assert torch.allclose(found - plain, vector.expand_as(plain), atol=1e-5)
+        assert torch.allclose(found - plain, vector.expand_as(plain), atol=1e-4)
 
 
 @pytest.mark.parametrize(

@@ -27,7 +27,7 @@ from torch import Tensor
 
 ROW = [5, 9, 33, 7, 8]
 OTHER = [81, 2, 14, 3, 4]
-EDGE = 1e-6
+EDGE = 1e-5
 
 
 @pytest.fixture(scope="module")
@@ -237,7 +237,7 @@ def test_barriers(model: Any) -> None:
             patched = model.lm_head.output.save()
     with model.trace(ROW):
         ours = model.lm_head.output.save()
-    assert torch.allclose(patched, ours, atol=1e-5)
+    assert torch.allclose(patched, ours, atol=1e-4)
 
 
 def test_stopping_and_skipping(model: Any, plain: dict[str, Tensor]) -> None:
@@ -317,7 +317,7 @@ def test_a_cache_of_some_modules(model: Any, plain: dict[str, Tensor]) -> None:
     assert torch.allclose(entry.output, plain["h1"], atol=EDGE)
     assert torch.allclose(entry.input, plain["h0"], atol=EDGE)
     assert torch.allclose(entry.inputs[0][0], plain["h0"], atol=EDGE)
-    assert torch.allclose(cache.lm_head.output, plain["logits"], atol=1e-5)
+    assert torch.allclose(cache.lm_head.output, plain["logits"], atol=1e-4)
     assert named.model.transformer.h[0].input.shape == (1, 5, 64)
 
 
@@ -475,7 +475,7 @@ def test_nnterp_figures_and_accessors(standard: Any, plain: dict[str, Tensor]) -
         seen = standard.project_on_vocab(standard.layers_output[2]).save()
         likely = standard.next_token_probs.save()
     assert torch.equal(hidden.value, plain["h1"]) and torch.equal(mlp, plain["mlp0"])
-    assert torch.allclose(seen, plain["logits"], atol=1e-5)
+    assert torch.allclose(seen, plain["logits"], atol=1e-4)
     assert torch.allclose(likely, plain["logits"][:, -1].softmax(-1), atol=EDGE)
 
 
@@ -488,7 +488,7 @@ def test_nnterp_steering(standard: Any, model: Any, plain: dict[str, Tensor]) ->
         for layer in (0, 1):
             model.transformer.h[layer].output[0][:, -1] += 2 * vector
         ours = model.output.save()
-    assert torch.allclose(steered, ours, atol=1e-5) and not torch.allclose(ours, plain["logits"], atol=0.1)
+    assert torch.allclose(steered, ours, atol=1e-4) and not torch.allclose(ours, plain["logits"], atol=0.1)
 
 
 def test_nnterp_skipping(standard: Any, plain: dict[str, Tensor]) -> None:
@@ -514,7 +514,7 @@ def hooked() -> Any:
 
 def test_run_with_cache(model: Any, plain: dict[str, Tensor]) -> None:
     logits, cache = model.run_with_cache(ROW)
-    close = {"atol": 1e-5}
+    close = {"atol": 1e-4}
     assert torch.allclose(logits, plain["logits"], **close)  # a look inside attention takes its eager form
     assert torch.allclose(cache["blocks.0.hook_resid_post"], plain["h0"], **close)
     assert torch.allclose(cache["resid_post", -1], plain["h2"], **close)
@@ -584,7 +584,7 @@ def test_losses(model: Any, plain: dict[str, Tensor]) -> None:
     logits, loss = model.run_with_hooks([ROW, OTHER], return_type="both")
     ids = torch.tensor([ROW, OTHER])
     wanted = torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten())
-    assert torch.allclose(loss, wanted, atol=1e-5)
+    assert torch.allclose(loss, wanted, atol=1e-4)
     with pytest.raises(BadArgument, match="one length"):
         model.run_with_hooks([ROW, OTHER[:3]], return_type="loss")
     with pytest.raises(BadArgument, match="return_type"):
@@ -616,7 +616,7 @@ def test_a_hooked_transformer(hooked: Any, model: Any) -> None:
     with model.trace(tokens):
         ours = model.output.save()
     assert torch.equal(hooked(text), ours) and torch.equal(hooked(tokens), ours)
-    assert torch.allclose(hooked.run_with_cache(text)[0], ours, atol=1e-5)
+    assert torch.allclose(hooked.run_with_cache(text)[0], ours, atol=1e-4)
 
 
 def test_hooks_that_stay(hooked: Any) -> None:
