@@ -87,6 +87,12 @@ def test_malformed_submissions_are_refused(change):
         decode_submission(msgpack.packb({**plain(), **change}))
 
 
+@pytest.mark.parametrize("change", [{"model": "\ud800"}, {"options": {"timeout_s": 10**400}}], ids=ascii)
+def test_what_only_json_can_say_is_refused(change):
+    with pytest.raises(InvalidPayload):
+        decode_submission(json.dumps({**plain(), "attachments": {}, **change}).encode(), None, JSON)
+
+
 def test_a_malformed_graph_is_refused():
     with pytest.raises(InvalidGraph):
         decode_submission(msgpack.packb({**plain(), "graph": {"version": 1, "nodes": [{"id": 1}]}}))

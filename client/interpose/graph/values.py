@@ -175,10 +175,14 @@ def text(value: Any, what: str, longest: int = 128) -> str:
     """`value` if it is a text that UTF-8 can carry. Raises InvalidGraph otherwise."""
     if not isinstance(value, str) or len(value) > longest:
         raise InvalidGraph(f"{what} is a text of at most {longest} characters")
-    if not value.isascii() and any("\ud800" <= letter <= "\udfff" for letter in value):
-        # JSON can spell half a character; nobody could send it on.
+    if not sendable(value):
         raise InvalidGraph(f"{what} holds half of a character")
     return value
+
+
+def sendable(value: str) -> bool:
+    """Whether UTF-8 can carry a text. JSON can spell half a character, which nobody could send on."""
+    return value.isascii() or not any("\ud800" <= letter <= "\udfff" for letter in value)
 
 
 def refs(value: Arg) -> list[int]:

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import math
+import sys
 from typing import Any
 
 import msgpack
 
 from ..errors import InvalidPayload
-from ..graph.values import INT_MAX
+from ..graph.values import INT_MAX, sendable
 
 HEX = frozenset("0123456789abcdef")
 
@@ -34,7 +34,7 @@ class Fields:
 
     def text(self, name: str, longest: int = 256) -> str:
         value = self.take(name)
-        if not isinstance(value, str) or len(value) > longest:
+        if not isinstance(value, str) or len(value) > longest or not sendable(value):
             raise self.wrong(name, f"a text of at most {longest} characters")
         return value
 
@@ -54,7 +54,7 @@ class Fields:
         value = self.maybe(name)
         if value is None:
             return None
-        if type(value) not in (int, float) or not math.isfinite(value) or value <= 0:
+        if type(value) not in (int, float) or not 0 < value <= sys.float_info.max:
             raise self.wrong(name, "a positive number of seconds")
         return float(value)
 
