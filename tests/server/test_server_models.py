@@ -134,17 +134,24 @@ async def test_who_waits_for_a_model_that_cannot_be_loaded_is_told_why(broker: B
 
 
 @pytest.mark.parametrize(
-    "reason, loaded, ends", [("too_large", True, False), ("too_large", False, True), ("gated", True, True)]
+    "reason, loaded, joining, ends",
+    [
+        ("too_large", True, False, False),
+        ("too_large", False, False, True),
+        ("too_large", False, True, False),
+        ("gated", True, True, True),
+    ],
 )
-async def test_jobs_of_what_was_loaded_before_wait_for_devices_that_may_be_away(
-    broker: Broker, reason: str, loaded: bool, ends: bool
+async def test_jobs_wait_for_devices_that_may_be_away_or_about_to_join(
+    broker: Broker, reason: str, loaded: bool, joining: bool, ends: bool
 ) -> None:
     await broker.specs.put(ModelSpec(name="tiny"))
     if loaded:
         await publish(broker, "w1")
         await broker.models.announce("tiny", "w1", STOPPED)
     user, job = await handed_in(broker)
-    await broker.models.refuse("tiny", ConfigError("it can't be placed", details={"reason": reason}))
+    why = ConfigError("it can't be placed", details={"reason": reason})
+    await broker.models.refuse("tiny", why, joining=joining)
     assert (await state(broker)) is FAILED
     assert (await broker.queue.info(user, job)).status is (JobStatus.FAILED if ends else JobStatus.QUEUED)
 

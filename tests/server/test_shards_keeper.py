@@ -1,4 +1,4 @@
-"""How `deploy up` waits for the keeper."""
+"""How `deploy up` waits for the keeper, and what that says of models for which nodes may be about to join."""
 
 from __future__ import annotations
 
@@ -6,12 +6,18 @@ import asyncio
 from typing import Any
 
 import pytest
+from interpose.errors import ConfigError
+from interpose.wire.status import JobStatus
 from interpose_server.broker.connect import Broker
 from interpose_server.models.spec import ModelSpec
 from interpose_server.settings import Settings
+from rig import Clock, new_job
+
+SERVES_OWN = pytest.mark.filterwarnings("ignore::DeprecationWarning")
+"""Warnings of Serve, as it is imported."""
 
 
-@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # Serve's own, as it is imported
+@SERVES_OWN
 async def test_a_removed_model_that_goes_meanwhile_is_nothing_to_wait_for(
     broker: Broker, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -28,3 +34,32 @@ async def test_a_removed_model_that_goes_meanwhile_is_nothing_to_wait_for(
     assert await broker.models.retire("a")
     applied[:] = [await broker.specs.revision(), apps.settings_mark(settings)]
     await asyncio.wait_for(waiting, 10)
+
+
+@SERVES_OWN
+async def test_jobs_of_a_model_that_is_too_large_wait_while_nodes_join(
+    broker: Broker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from interpose_server.shards import apps, keeper
+
+    nodes, clock = {"n"}, Clock()
+    refused = apps.Applied([], {"tiny": ConfigError("", details={"reason": "too_large"})}, {})
+    monkeypatch.setattr(keeper, "total", lambda: {node: {} for node in nodes})
+    monkeypatch.setattr(keeper, "time", clock)
+    monkeypatch.setattr(keeper, "end_unplaced", lambda: asyncio.sleep(0, frozenset()))
+    monkeypatch.setattr(keeper, "inventory", lambda *_: None)
+    monkeypatch.setattr(type(broker.specs), "show", lambda *_: asyncio.sleep(0))
+    monkeypatch.setattr(keeper.Notes, "write", lambda *_: None)
+    monkeypatch.setattr(apps, "apply", lambda *_: refused)
+    monkeypatch.setattr(apps, "states", dict)
+    await broker.specs.put(ModelSpec(name="tiny"))
+    job, found = new_job(), []
+    await broker.queue.submit(job)
+    rounds = keeper.Rounds(broker, Settings(), keeper.Hanging())
+    for seconds in (0, 30, keeper.AGAIN_S, 1):
+        clock.now += seconds
+        if seconds == 30:
+            nodes.add("m")
+        await rounds.go()
+        found.append((await broker.queue.info(job.user, job.id)).status)
+    assert found == [JobStatus.QUEUED] * 3 + [JobStatus.FAILED]

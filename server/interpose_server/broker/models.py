@@ -352,12 +352,15 @@ class Models:
         refs = await self._run("give_up", keys.check_model(name), problem, self._ttl_ms, 0)
         return [ref.decode() for ref in refs]
 
-    async def refuse(self, name: str, why: InterposeError) -> None:
+    async def refuse(self, name: str, why: InterposeError, *, joining: bool = False) -> None:
         """Note that a model can't be loaded, before any worker tried.
 
         What waits for it ends with that, but for one that is too large and was loaded before: nodes may be away.
+
+        Args:
+            joining: nodes may be about to come, too, so that for none that is too large anything ends.
         """
-        away = reason_of(why) == TOO_LARGE and bool(await self._redis.hget(_key(name), "ready_ms"))
+        away = reason_of(why) == TOO_LARGE and (joining or bool(await self._redis.hget(_key(name), "ready_ms")))
         await self.announce(name, PLANNED, ModelState.FAILED, why, waiting_end=not away)
         await self.announce(name, PLANNED, ModelState.STOPPED)
 

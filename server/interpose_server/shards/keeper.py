@@ -19,6 +19,7 @@ from redis.exceptions import RedisError
 from .. import logs
 from ..broker.connect import Broker, connect
 from ..broker.failures import TOO_LARGE
+from ..models.lifecycle import JOINING_S
 from ..settings import Settings
 from ..tasks import end
 from . import apps
@@ -131,6 +132,7 @@ class Rounds:
     hanging: Hanging
     _seen: int | None = field(default=None, init=False)
     _nodes: frozenset[str] = field(default=frozenset(), init=False)
+    _grown_at: float = field(default=float("-inf"), init=False)
     _applied_at: float = field(default=float("-inf"), init=False)
     _shown_at: float = field(default=float("-inf"), init=False)
 
@@ -152,9 +154,14 @@ class Rounds:
     async def _grown(self) -> bool:
         """Whether nodes have come, on which what was refused may fit."""
         before, self._nodes = self._nodes, frozenset(await asyncio.to_thread(total))
-        return not self._nodes <= before
+        if self._nodes <= before:
+            return False
+        self._grown_at = time.monotonic()
+        return True
 
     async def _apply(self, revision: int) -> None:
+        # Who is refused for its size is looked at again soon: as further nodes come, or in a while.
+        joining = time.monotonic() - self._grown_at < JOINING_S
         entries = await self.broker.specs.entries()
         specs = [entry.spec for entry in entries if not entry.removed]
         applied = await asyncio.to_thread(apps.apply, specs, self.settings)
@@ -165,7 +172,7 @@ class Rounds:
         for name in applied.changed:
             await self.broker.models.forgive(name, TOO_LARGE)
         for name, error in applied.refused.items():
-            await self.broker.models.refuse(name, error)
+            await self.broker.models.refuse(name, error, joining=joining)
         Notes().write(APPLIED_NOTE, [revision, apps.settings_mark(self.settings)])
         # One that was taken out of the catalogue finishes its jobs first; then it has no entry any more.
         known = {entry.spec.name for entry in entries}

@@ -140,5 +140,5 @@ async def deploy(specs: Sequence[ModelSpec], settings: Settings, broker: Broker)
         return
     applied = await asyncio.to_thread(apps.apply, specs, settings)
     for name, error in applied.refused.items():
-        await broker.models.refuse(name, error)
+        await broker.models.refuse(name, error, joining=True)
     await asyncio.to_thread(keeper.start)
