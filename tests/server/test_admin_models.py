@@ -213,6 +213,7 @@ def test_entries_from_a_file(lab: Lab, tmp_path: Path) -> None:
         (["add", "--source", "x"], "give the model a name"),
         (["add", "x", "--schedule", "daily"], "no time of the week"),
         (["add", "x", "--adapter", "nice"], "an adapter is NAME=SOURCE"),
+        (["add", "x", "--adapter", "a=./b", "--adapter", "a=./c"], "there is an adapter 'a' already"),
         (["add", "x", "--min", "3", "--max", "1"], "can't both be"),
         (
             ["add", "x", "--placement", "block"],

@@ -18,7 +18,7 @@ from interpose_server.models.overview import overview, take_out
 from interpose_server.models.spec import ModelSpec, read_specs
 
 from ..errors import ConfigError, ModelFailed
-from .common import name_and_source
+from .common import adapters_of
 from .server import open_broker
 
 T = TypeVar("T")
@@ -69,7 +69,7 @@ def add(
     if least is not None or most is not None:
         plain["replicas"] = {"min": least or 0, "max": most if most is not None else max(least or 0, 1)}
     if adapters:
-        plain["adapters"] = dict(map(name_and_source, adapters))
+        plain["adapters"] = adapters_of(adapters)
     if (file is None) == (not plain):
         raise ConfigError("give a name with its options, or --file")
     if file is None and "name" not in plain:

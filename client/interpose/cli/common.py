@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import wraps
 from pathlib import Path
 from typing import Annotated, ParamSpec, TypeVar
@@ -53,9 +53,14 @@ def plainly(verb: Callable[P, T]) -> Callable[P, T]:
     return run
 
 
-def name_and_source(text: str) -> tuple[str, str]:
-    """Of an adapter. Raises ConfigError."""
-    name, equals, source = text.partition("=")
-    if not (name and equals and source):
-        raise ConfigError(f"{text!r}: an adapter is NAME=SOURCE")
-    return name, source
+def adapters_of(texts: Sequence[str]) -> dict[str, str]:
+    """Name -> source of adapters, each NAME=SOURCE. Raises ConfigError."""
+    found: dict[str, str] = {}
+    for text in texts:
+        name, equals, source = text.partition("=")
+        if not (name and equals and source):
+            raise ConfigError(f"{text!r}: an adapter is NAME=SOURCE")
+        if name in found:
+            raise ConfigError(f"{text!r}: there is an adapter {name!r} already")
+        found[name] = source
+    return found

@@ -18,7 +18,7 @@ from interpose_server.valkey import EmbeddedValkey
 from interpose_server.wanted import Served, Wanted, with_adapters
 
 from ..errors import ConfigError
-from .common import name_and_source
+from .common import adapters_of
 
 
 def serve(
@@ -58,7 +58,7 @@ def plan(
         "dtype": dtype or "auto",
         "quantization": quantization,
         "revision": revision,
-        "adapters": dict(map(name_and_source, adapters)),
+        "adapters": adapters_of(adapters),
     }
     report(model, devices, rows=rows, context=context, shards=shards, placement=placement, **options)
 

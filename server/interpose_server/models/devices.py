@@ -15,7 +15,9 @@ CONTEXT = GIB
 LOST = 0.03
 """Of every device, the part that allocators lose between what they hold."""
 
-_GROUP = re.compile(r"\s*(?:(\d+)\s*[x×*]\s*)?(\d+(?:\.\d+)?)\s*(GB|GiB|G|TB|TiB|T|MB|MiB|M)\s*", re.IGNORECASE)
+_GROUP = re.compile(
+    r"\s*(?:(\d{1,4})\s*[x×*]\s*)?(\d{1,9}(?:\.\d+)?)\s*(GB|GiB|G|TB|TiB|T|MB|MiB|M)\s*", re.IGNORECASE
+)
 _UNITS = {"m": 1 << 20, "g": GIB, "t": 1 << 40}
 
 
@@ -76,7 +78,7 @@ def _node(text: str) -> list[int]:
     found: list[int] = []
     for part in text.split(","):
         match = _GROUP.fullmatch(part)
-        if match is None or match[1] == "0":
+        if match is None or int(match[1] or 1) == 0:
             raise ConfigError(
                 f"devices {part.strip()!r} aren't understood; state them as 8x80GB, as 2x24GB,1x48GB or, on two "
                 "machines, as 4x80GB+4x80GB"
