@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from interpose.errors import BadArgument, InternalError
+from interpose.errors import BadArgument, InternalError, JobTimeout
 from interpose.graph.model import Graph, Invoke, Node, Point, Run
 from interpose.graph.values import Ref, TensorSpec
 from interpose.runtime import generation
@@ -234,3 +234,29 @@ def test_no_memory_is_no_refusal() -> None:
     with pytest.raises(Refused), refusing():
         raise RuntimeError("sizes")
     assert generation.refusing is refusing
+
+
+class Full(Kept):
+    """A sink that has no room for the first value that it is given."""
+
+    def __init__(self, error: Exception) -> None:
+        super().__init__()
+        self._errors = [error]
+
+    def save(self, node: int, value: Any) -> None:
+        if self._errors:
+            raise self._errors.pop()
+        super().save(node, value)
+
+
+@pytest.mark.parametrize("error", [JobTimeout("late"), torch.OutOfMemoryError("full")], ids=["time", "memory"])
+def test_a_value_for_which_there_was_no_room_is_saved_by_the_next_attempt(error: Exception) -> None:
+    on, graph = engine("gpt2"), random_job(3, engine("gpt2").manifest)
+    sink = Full(error)
+    job = EngineJob(graph, {}, sink)
+    ends = on.run([job, EngineJob(graph, {}, Kept())])
+    if ends[0] is not None:  # as a worker does with one whose time others have taken
+        assert ends[0] is error
+        ends = on.run([job])
+    assert ends[0] is None
+    same(sink.values, alone(on, graph))

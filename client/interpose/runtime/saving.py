@@ -55,9 +55,9 @@ class Saves:
             self._limits.check("result_bytes", self.bytes)
             self._emit(node, saved["value"])
         elif node.id not in self.gone:
-            self.gone.add(node.id)
             assert isinstance(self._sink, Adopting), "a sink that gives its address takes what leaves by itself"
             self._sink.adopt(node.id, saved, stored)
+            self.gone.add(node.id)
 
     def missing(self, plan: Plan) -> list[Node]:
         """Saves of a whole plan that must have left and haven't.
@@ -99,5 +99,6 @@ class Saves:
 
     def _emit(self, node: Node, value: Any) -> None:
         if node.id not in self.gone:
-            self.gone.add(node.id)
             self._sink.save(node.id, value)
+            # Only now: what the sink didn't take, as it had no room or no memory, the next attempt saves.
+            self.gone.add(node.id)

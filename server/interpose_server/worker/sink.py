@@ -190,8 +190,7 @@ class JobSink:
     def save(self, node: int, value: Any) -> None:
         tree, tensors = flatten(value)
         size = total(map(tensor_spec, tensors))
-        self._bytes += size
-        self.limits.check("result_bytes", self._bytes)
+        self.limits.check("result_bytes", self._bytes + size)
         # Before it begins to leave: on its way it takes memory of this machine's.
         if not self._backlog.add(size, self._over):
             assert self.stopped is not None
@@ -201,6 +200,7 @@ class JobSink:
         except BaseException:
             self._backlog.remove(size)
             raise
+        self._bytes += size
         self._publish(self, saved)
 
     @property
