@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
 
-from interpose.errors import StorageUnavailable
+from interpose.errors import ConfigError, StorageUnavailable
 from redis.exceptions import RedisError
 
 from .blobs import Blobs
@@ -56,9 +56,16 @@ async def _known(broker: Broker) -> tuple[Sequence[Hosted], bool, bool]:
     """The models, whether any are loaded on demand, and whether whoever has no key may see their names."""
     return (
         await broker.models.list(),
-        bool(await broker.specs.list()),
+        await _on_demand(broker),
         not any(key.models for key in await broker.accounts.list()),
     )
+
+
+async def _on_demand(broker: Broker) -> bool:
+    try:
+        return bool(await broker.specs.list())
+    except ConfigError:
+        return False  # an entry is another version's: nothing is loaded until it is mended, what is loaded serves
 
 
 async def _in_time(stored: Callable[[], Awaitable[bool]]) -> bool:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
+import json
 import os
 import subprocess
 import sys
@@ -268,6 +269,16 @@ async def test_open_pages(settings: Settings, path: str) -> None:
     async with run_gateway(settings) as gateway:
         answer = await gateway.client.get(path, headers={"Authorization": ""})
         assert answer.status_code == 200
+
+
+async def test_an_entry_of_another_version_keeps_jobs_from_no_other_model(settings: Settings) -> None:
+    async with run_gateway(settings) as gateway:
+        entry = {"spec": {"name": "newer", "unheard_of": 1}, "removed": False}
+        await gateway.broker.redis.hset(keys.SPECS, "newer", json.dumps(entry))
+        await gateway.broker.redis.sadd(keys.MODELS, "newer")
+        for path in ("/", "/readyz"):
+            assert (await gateway.client.get(path, headers={"Authorization": ""})).status_code == 200
+        assert (await gateway.post(submission())).status_code == 202
 
 
 async def test_figures_need_an_admin(settings: Settings) -> None:
