@@ -68,8 +68,7 @@ async def _bury(broker: Broker) -> None:
 
 async def retire(broker: Broker) -> list[str]:
     """Drop from the catalogue what was removed and has nothing more to do. Returns the names."""
-    names = [entry.spec.name for entry in await broker.specs.entries() if entry.removed]
-    return [name for name in names if await broker.models.retire(name)]
+    return [name for name in await broker.specs.removed() if await broker.models.retire(name)]
 
 
 def _drop(blobs: Blobs, gone: Mapping[str, Sequence[str]]) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 
@@ -56,6 +56,11 @@ class Specs:
     async def list(self) -> list[ModelSpec]:
         """What is in the catalogue."""
         return [entry.spec for entry in await self.entries() if not entry.removed]
+
+    async def removed(self) -> Sequence[str]:
+        """Names of those that are to go, whatever version wrote the others."""
+        found = await self._redis.hgetall(keys.SPECS)
+        return [text(name) for name, raw in sorted(found.items()) if json.loads(raw)["removed"]]
 
     async def find(self, name: str) -> Entry | None:
         """Raises ConfigError if this version can't read it."""
