@@ -8,6 +8,9 @@ import pytest
 from interpose.errors import ConfigError
 from interpose_server.models.spec import ClusterConfig, Placement, read_specs
 
+BOMB = "a0: &a0 [x, x]\n" + "".join(f"a{n}: &a{n} [*a{n - 1}, *a{n - 1}]\n" for n in range(1, 40))
+"""Two to the fortieth values, in forty lines."""
+
 
 def read(folder: Path, text: str) -> ClusterConfig:
     (folder / "cluster.yaml").write_text(text)
@@ -71,6 +74,7 @@ def test_a_name_alone_is_a_model(tmp_path: Path) -> None:
         ("models: [!!python/object/apply:os.getcwd []]", "no YAML"),
         ("models: [{name: a, settings: {batch_s: .inf}}]", "JSON can't say"),
         ("models: [{name: a, settings: &all {limits: *all}}]", "JSON can't say"),
+        (BOMB, "its aliases stand for more than 1,000,000 values"),
         ("models: [{name: a, settings: {since: 2020-01-01}}]", "JSON can't say"),
     ],
 )

@@ -15,6 +15,9 @@ from ..mistakes import Mistake
 MOST = 10
 """Mistakes that are told at a time."""
 
+MOST_NODES = 1_000_000
+"""Values of a file; a short one can stand for billions, by aliases of aliases."""
+
 
 @dataclass(frozen=True, slots=True)
 class Document:
@@ -30,6 +33,8 @@ class Document:
         try:
             loader = yaml.SafeLoader(path.read_text("utf-8"))
             node = loader.get_single_node()
+            if node is not None and _size(node, {}) > MOST_NODES:
+                raise ConfigError(f"{path}: its aliases stand for more than {MOST_NODES:,} values")
             if node is not None and (twice := _twice(node, set())) is not None:
                 raise ConfigError(f"{path}:{_line(twice)}: the key {twice.value!r} stands there twice")
             return cls(path, None if node is None else loader.construct_document(node), node)
@@ -74,6 +79,19 @@ def _child(node: yaml.Node, part: str | int) -> tuple[yaml.Node | None, yaml.Nod
             if key.value == str(part):
                 return key, value
     return None, None
+
+
+def _size(node: yaml.Node, known: dict[int, int]) -> int:
+    """Of how many nodes one consists, what an alias stands for counted wherever it does."""
+    if id(node) not in known:
+        known[id(node)] = 1  # as it counts within itself
+        parts: list[yaml.Node] = []
+        if isinstance(node, yaml.SequenceNode):
+            parts = node.value
+        elif isinstance(node, yaml.MappingNode):
+            parts = [part for pair in node.value for part in pair]
+        known[id(node)] += sum(_size(part, known) for part in parts)
+    return known[id(node)]
 
 
 def _twice(node: yaml.Node, seen: set[int]) -> yaml.ScalarNode | None:
