@@ -78,11 +78,18 @@ def test_from_a_hub(tmp_path: Path) -> None:
     (tmp_path / "empty" / "README.md").write_text("nothing")
     repos = {"org/french": lora("gpt2"), "org/empty": tmp_path / "empty"}
     given = [("org/french", 2), ("org/french", 0), (f"org/french@{COMMIT}", 0)]
-    refused = [("org/french@v9", 0), ("org/gated", 0), ("org/gated", 2), ("org/none", 0)]
+    refused = [
+        ("org/french@v9", 0),
+        ("org/french@refs/pr/1", 0),
+        ("org/gated", 0),
+        ("org/gated", 2),
+        ("org/none", 0),
+    ]
     with serving_hub(Hub(repos, gated={"org/gated"})) as hub:
         found = ask(tmp_path / "home", *given, *refused, ("org/empty", 0), ("org/two words", 0), url=hub.url)
     assert found[:3] == 3 * [["loaded", revision()]]
     assert [(kind, why) for kind, why, _ in found[3:]] == [
+        ("ModelUnavailable", "missing"),
         ("ModelUnavailable", "missing"),
         ("ModelUnavailable", "gated"),
         ("ModelUnavailable", "gated"),

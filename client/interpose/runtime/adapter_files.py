@@ -43,7 +43,8 @@ def folder_of(
     """
     path, text = Path(source).expanduser(), str(source)
     if not path.is_dir():
-        if isinstance(source, Path) or text.startswith((".", "/", "~")) or text.count("/") != 1:
+        repository = text.partition("@")[0]
+        if isinstance(source, Path) or text.startswith((".", "/", "~")) or repository.count("/") != 1:
             raise ConfigError(
                 f"adapter {name!r}: there is no folder {text!r}; give one, or a hub id 'org/name'",
                 details={"reason": "missing"},

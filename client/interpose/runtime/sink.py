@@ -10,7 +10,10 @@ class Sink(Protocol):
     """Where a job's values go, and what stops it. Called on the engine's thread."""
 
     def save(self, node: int, value: Any) -> None:
-        """A saved value, final: a nest of tensors and plain scalars that nothing changes any more."""
+        """A saved value, final: a nest of tensors and plain scalars that nothing changes any more.
+
+        One that raises hasn't taken it: an attempt that follows brings it again.
+        """
 
     def log(self, node: int, text: str) -> None:
         """A line the user asked to see."""
