@@ -6,6 +6,8 @@ from pathlib import Path
 
 import pytest
 from interpose.errors import ConfigError
+from interpose.runtime import sources
+from interpose_server.models import spec
 from interpose_server.models.spec import ClusterConfig, Placement, read_specs
 
 BOMB = "a0: &a0 [x, x]\n" + "".join(f"a{n}: &a{n} [*a{n - 1}, *a{n - 1}]\n" for n in range(1, 40))
@@ -38,6 +40,11 @@ def test_a_name_alone_is_a_model(tmp_path: Path) -> None:
             "models:\n- name: a\n  placement: block",
             "auto, device, devices, blocks, not 'block'; did you mean blocks?",
         ),
+        (
+            "models:\n- name: a\n  dtype: bf16",
+            "3: models.0.dtype: has to be one of auto, float32, float16, bfloat16,",
+        ),
+        ("models:\n- name: a\n  dtype: bf16", "not 'bf16'; did you mean bfloat16?"),
         ("models:\n- name: a\n  devices: two", "3: models.0.devices: has to be a number, not 'two'"),
         ("models:\n- name: a\n  revision: 12", "has to be text, not 12; write it in quotes"),
         ("models:\n- name: a\n  replicas:\n    min: -1", "4: models.0.replicas.min: has to be at least 0, not -1"),
@@ -84,6 +91,10 @@ def test_what_is_wrong_is_named_with_its_line(tmp_path: Path, text: str, told: s
     assert told in str(caught.value)
 
 
+def test_the_dtypes_are_those_that_can_be_loaded() -> None:
+    assert ("auto", *sources.DTYPES) == spec.DTYPES
+
+
 def test_all_mistakes_are_told_in_their_order_and_nothing_twice(tmp_path: Path) -> None:
     with pytest.raises(ConfigError) as caught:
         read(tmp_path, "models:\n- name: a\n  device: 1\n- nam: b\nport: x")
@@ -123,6 +134,6 @@ def test_folders_are_taken_from_where_the_file_lies(
     monkeypatch.chdir(tmp_path)
     found = [*read_specs(Path("catalogue/models.yaml"))]
     found += ClusterConfig.read(file).models if "models" in text else ()
-    for spec in found:
-        assert spec.source == str(file.parent / "weights")
-        assert spec.adapters == {"fr": str(tmp_path / "lora"), "hub": "org/lora", "whole": "/lora"}
+    for one in found:
+        assert one.source == str(file.parent / "weights")
+        assert one.adapters == {"fr": str(tmp_path / "lora"), "hub": "org/lora", "whole": "/lora"}

@@ -630,6 +630,8 @@ def test_hooks_that_stay(hooked: Any) -> None:
     hooked.add_hook("blocks.0.hook_mlp_out", double)
     added = hooked(ROW)
     hooked.reset_hooks()
+    with pytest.raises(BadArgument, match=r"loss\.backward\(\)"):
+        hooked.add_hook("blocks.0.hook_mlp_out", double, "bwd")
     assert torch.equal(inside, once) and torch.equal(added, once) and not torch.equal(once, plain)
     assert torch.equal(hooked(ROW), plain)
 

@@ -163,8 +163,12 @@ class HookedTransformer(LanguageModel):
         finally:
             self.__dict__["_hooks"] = before
 
-    def add_hook(self, name: str | Callable[[str], bool], hook: Hook) -> None:
-        """A hook of every run that follows, until `reset_hooks()`."""
+    def add_hook(self, name: str | Callable[[str], bool], hook: Hook, dir: str = "fwd") -> None:
+        """A hook of every run that follows, until `reset_hooks()`. Raises BadArgument for one of the backward."""
+        if dir != "fwd":
+            raise BadArgument(
+                f"no {dir!r} hooks: gradients are read and written in a block, in with loss.backward():"
+            )
         self.__dict__["_hooks"] = (*self.__dict__.get("_hooks", ()), (name, hook))
 
     def reset_hooks(self) -> None:

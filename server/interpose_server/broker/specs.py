@@ -84,9 +84,9 @@ class Specs:
         """Add a model, or replace what is said of it; loading that failed may be tried again. Whether it is new.
 
         Raises:
-            ConfigError: its settings aren't settings, or its resources none that Ray takes.
+            ConfigError: its settings aren't settings, its dtype is none, or its resources none that Ray takes.
         """
-        for wrong in spec.wrong_resources():
+        for wrong in spec.wrong():
             raise ConfigError(str(wrong))
         self._settings.changed(spec.settings)
         raw = await self._redis.hget(keys.SPECS, spec.name)
@@ -141,7 +141,9 @@ class Specs:
         if spec.pinned:
             raise ConfigError(f"{name} is pinned; unpin it first")
         if spec.replicas.min:
-            raise ConfigError(f"at least {spec.replicas.min} of {name} stay loaded; replace its entry first")
+            raise ConfigError(
+                f"{name} stays loaded, as its replicas.min is {spec.replicas.min}; set that to 0 first"
+            )
         async with self._redis.pipeline(transaction=True) as pipe:
             pipe.hset(_key(name), "evict", "1")
             pipe.hdel(_key(name), "wish_ms")

@@ -13,7 +13,7 @@ from interpose.graph.adapters import check_name as check_adapter_name
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from ..broker.keys import check_model
-from ..mistakes import Mistake, mistakes
+from ..mistakes import Mistake, mistakes, suggestion
 from ..settings import Settings
 from .document import Document
 from .schedule import Window
@@ -43,6 +43,9 @@ LOAD_S = 1800.0
 
 MOST = 10_000
 """Copies of a model, and processes of a copy."""
+
+DTYPES = ("auto", "float32", "float16", "bfloat16", "float64")
+"""What weights can be loaded as: those of interpose.runtime.sources, which needs torch."""
 
 RAYS_OWN = {"CPU", "GPU", "memory", "object_store_memory"}
 """Resources that Ray takes by other ways only."""
@@ -146,8 +149,12 @@ class ModelSpec(Plain):
             raise ValueError("it holds something that JSON can't say, such as an endless number") from error
         return self
 
-    def wrong_resources(self) -> Iterator[Mistake]:
-        """What Ray doesn't take of them. Asked of what is written, not of what the broker has kept."""
+    def wrong(self) -> Iterator[Mistake]:
+        """A dtype there is none of, and resources that Ray doesn't take. Asked of what is written, not of what the
+        broker has kept."""
+        if self.dtype not in DTYPES:
+            close = suggestion(self.dtype, DTYPES, listed=False)
+            yield Mistake(("dtype",), f"has to be one of {', '.join(DTYPES)}, not {self.dtype[:60]!r}{close}")
         for name, amount in self.resources.items():
             if name in RAYS_OWN:
                 told = "is no resource of your own; devices says what a copy takes"
@@ -254,13 +261,13 @@ def _read(kind: type[P], document: Document, plain: Any, *place: int) -> P:
 
 
 def _settings(found: Plain) -> Iterator[Mistake]:
-    """What is wrong with settings and resources in an entry, or in a file.
+    """What is wrong with dtype, settings and resources in an entry, or in a file.
 
     Raises ConfigError where the environment's settings are wrong.
     """
     base = Settings.read()
     if isinstance(found, ModelSpec):
-        yield from found.wrong_resources()
+        yield from found.wrong()
         yield from (wrong.within("settings") for wrong in base.mistakes_in(found.settings))
     if isinstance(found, ClusterConfig):
         known = Settings.model_fields

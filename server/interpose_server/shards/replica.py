@@ -54,6 +54,8 @@ class Replica:
         name = worker_name(ray.get_runtime_context().get_actor_id() or "")
         make = split_engine if wanted.placement is Placement.BLOCKS else engine_for
         settings = await asyncio.to_thread(shared)
+        if self._stop.is_set():
+            return  # Ended before it began, as where its entry changed at once: no failure of the model.
         self._host: Host = Host(wanted, name, settings, make=make)
         prepare_process(self._host.settings)
         try:
@@ -79,6 +81,8 @@ class Replica:
         What takes longer than a job may, Serve ends; as does this, while the server is being stopped, its grace.
         """
         self._stop.set()
+        if not hasattr(self, "_host"):
+            return
         if self._host.ill():
             os._exit(BROKEN)  # it would never finish
         if self._running is not None:
