@@ -9,7 +9,7 @@ import pytest
 from interpose.errors import ConfigError
 from interpose.wire.status import JobStatus
 from interpose_server.broker.connect import Broker
-from interpose_server.models.spec import ModelSpec
+from interpose_server.models.spec import ModelSpec, Replicas
 from interpose_server.settings import Settings
 from rig import Clock, new_job
 
@@ -63,3 +63,22 @@ async def test_jobs_of_a_model_that_is_too_large_wait_while_nodes_join(
         await rounds.go()
         found.append((await broker.queue.info(job.user, job.id)).status)
     assert found == [JobStatus.QUEUED] * 3 + [JobStatus.FAILED]
+
+
+@SERVES_OWN
+async def test_what_a_file_changes_is_said(broker: Broker, monkeypatch: pytest.MonkeyPatch) -> None:
+    from interpose_server.shards import up
+
+    said: list[str] = []
+    monkeypatch.setattr(up, "say", said.append)
+    kept = ModelSpec(name="kept", replicas=Replicas(min=1))
+    await up.put([kept, ModelSpec(name="late", source="/nowhere/late"), ModelSpec(name="old")], broker)
+    asked = "a copy is loaded whenever somebody asks for it"
+    nowhere = "/nowhere/late isn't there as seen from this machine"
+    assert said == ["kept is new", f"late is new; {asked}; {nowhere}", f"old is new; {asked}"]
+    said.clear()
+    await up.put([kept, ModelSpec(name="late", dtype="bfloat16")], broker)
+    assert said == [
+        f"late is changed; {asked}",
+        "old isn't in the file any more; it is taken down once its jobs are over",
+    ]

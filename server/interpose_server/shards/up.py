@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import shutil
 import tempfile
 from collections.abc import Callable, Sequence
@@ -121,11 +122,23 @@ async def put(specs: Sequence[ModelSpec], broker: Broker, *, alone: bool = True)
         known = entries.pop(spec.name, None)
         if known is None or known.removed or known.spec != spec:
             await broker.specs.put(spec)
+            say(_put(spec, new=known is None or known.removed))
     if alone:
         for name, entry in entries.items():
             if not entry.removed:
                 say(f"{name} isn't in the file any more; it is taken down once its jobs are over")
                 await broker.specs.remove(name)
+
+
+def _put(spec: ModelSpec, *, new: bool) -> str:
+    """What is said of an entry that was written."""
+    said = f"{spec.name} is {'new' if new else 'changed'}"
+    if not (spec.replicas.min or spec.pinned):
+        said += "; a copy is loaded whenever somebody asks for it"
+    # `Path` raises where it may not look.
+    if spec.source.startswith("/") and not os.path.exists(spec.source):  # noqa: PTH110
+        said += f"; {spec.source} isn't there as seen from this machine"
+    return said
 
 
 async def deploy(specs: Sequence[ModelSpec], settings: Settings, broker: Broker) -> None:
