@@ -203,6 +203,7 @@ def test_a_gateway_that_stops_says_so_and_its_clients_go_on_at_the_other(cluster
 
 def test_without_its_broker_no_gateway_is_ready_and_no_job_is_lost(cluster_lab: Lab) -> None:
     one, other = cluster_lab.hosts
+    cluster_lab.valkey.sync()
     tracer, _, _ = slow(cluster_lab.model(one), 40, remote=True, blocking=False)
     until(lambda: tracer.job.status == "running")
     cluster_lab.valkey.kill()

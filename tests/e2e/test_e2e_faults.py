@@ -20,7 +20,11 @@ from models import tiny
 from serving import Served, parts, serve
 from workloads import slow
 
-SETTINGS = {"INTERPOSE_SERVER_LEASE_S": "8", "INTERPOSE_SERVER_MAX_ATTEMPTS": "2"}
+SETTINGS = {
+    "INTERPOSE_SERVER_LEASE_S": "8",
+    "INTERPOSE_SERVER_MAX_ATTEMPTS": "2",
+    "INTERPOSE_SERVER_VALKEY_FSYNC": "always",  # It is killed, too.
+}
 PROMPT = "The capital of France is"
 
 

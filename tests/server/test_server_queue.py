@@ -253,6 +253,7 @@ async def test_a_job_no_one_runs_fails_in_the_end(valkey: Valkey, tmp_path: Path
 
 async def test_a_killed_broker_loses_nothing(tmp_path: Path) -> None:
     for server in run_valkey():
+        server.sync()
         broker = connect(make_settings(server, tmp_path))
         waiting, running = new_job(), new_job()
         for job in (waiting, running):

@@ -216,6 +216,7 @@ async def test_an_acknowledged_result_goes_soon(valkey: Valkey, tmp_path: Path) 
 
 async def test_the_brokers_restart_is_ridden_out(tmp_path: Path, shared_valkey: Valkey) -> None:
     shared_valkey.clear()
+    shared_valkey.sync()
     async with run_gateway(make_settings(shared_valkey, tmp_path)) as gateway:
         job = submission()
         await gateway.post(job)
