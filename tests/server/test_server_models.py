@@ -235,7 +235,7 @@ async def test_the_catalogue(broker: Broker) -> None:
     assert await broker.specs.revision() > before
     assert await state(broker, "org/tiny") is COLD
     assert not await broker.specs.put(spec.model_copy(update={"replicas": Replicas(min=1, max=2)}))
-    with pytest.raises(ConfigError, match="stay loaded"):
+    with pytest.raises(ConfigError, match="stays loaded"):
         await broker.specs.evict("org/tiny")
     await broker.specs.put(spec)
     await broker.specs.pin("org/tiny", True)

@@ -257,10 +257,10 @@ async def test_who_waits_for_a_model_is_told_of_it_if_they_take_that(settings: S
             await gateway.broker.models.publish("tiny", "w1", tiny_manifest(), "")
             assert await receive(new) == Loading(job.id, "ready")
             await gateway.broker.models.announce("tiny", "w1", ModelState.STOPPED)
-            why = ModelUnavailable("", details={"reason": "too_large"})
+            why = ModelUnavailable("", details={"reason": "unsupported"})
             assert await receive(new) == Loading(job.id, "cold")
             await gateway.broker.models.refuse("tiny", why)
             for socket in (old, new):
                 ended = await receive(socket)
                 assert isinstance(ended, Status) and ended.error is not None
-                assert ended.error["code"] == "model_failed" and ended.error["details"]["reason"] == "too_large"
+                assert ended.error["code"] == "model_failed" and ended.error["details"]["reason"] == "unsupported"
