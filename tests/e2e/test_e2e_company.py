@@ -186,7 +186,7 @@ def chained(model: Any, runs: int) -> Any:
     with model.session(remote=True, blocking=False) as session:
         value = None
         for run in range(runs):
-            with model.trace([5, 6, 7 + run % 200]):
+            with model.trace([5, 6, 7 + run % 200] * 40):  # long, so that it takes its time
                 if value is not None:
                     model.model.layers[0].output[:, -1] += 0.001 * value
                 value = model.model.layers[BLOCK].output[0, -1]
@@ -196,7 +196,7 @@ def chained(model: Any, runs: int) -> Any:
 
 
 LARGE: dict[str, Callable[[Any], Any]] = {
-    "session": lambda model: chained(model, 900),
+    "session": lambda model: chained(model, 1000),
     "generation": lambda model: generated(model, 100, 100, busy=12),
 }
 
@@ -225,15 +225,18 @@ def test_small_jobs_of_another_user_end_while_a_large_one_runs(company: Served, 
     last(other, twin, rng)[0].result(timeout=90)
     expected = LARGE[kind](model)
     expected[0].result(timeout=90)
-    job, value = LARGE[kind](model)
-    _until(job, "running")
-    waits = []
-    while len(waits) < 5 and job.status == "running":
-        began = time.monotonic()
-        small, check = last(other, twin, rng)
-        small.result(timeout=90)
-        waits.append(time.monotonic() - began)
-        check(small)
+    for _ in range(3):  # once, unless the machine stops for as long as the large one takes
+        job, value = LARGE[kind](model)
+        _until(job, "running", "completed")
+        waits = []
+        while len(waits) < 5 and job.status == "running":
+            began = time.monotonic()
+            small, check = last(other, twin, rng)
+            small.result(timeout=90)
+            waits.append(time.monotonic() - began)
+            check(small)
+        if job.status == "running":
+            break
     assert job.status == "running", "the small ones didn't wait for its end"
     # A step or forward, a pause of a second, a batch: a bound for a machine that others use as well, or that stops
     # for a moment.
@@ -242,9 +245,9 @@ def test_small_jobs_of_another_user_end_while_a_large_one_runs(company: Served, 
     assert torch.equal(torch.as_tensor(value), torch.as_tensor(expected[1]))
 
 
-def _until(job: Any, status: str) -> None:
+def _until(job: Any, *statuses: str) -> None:
     for _ in range(18_000):
-        if job.status == status:
+        if job.status in statuses:
             return
         time.sleep(0.005)
     raise TimeoutError
