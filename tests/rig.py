@@ -14,7 +14,7 @@ from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import httpx
 import redis
@@ -111,6 +111,24 @@ def new_job(user: str = "ada", model: str = "tiny", **changes: Any) -> NewJob:
         "timeout_s": 60.0,
     }
     return NewJob(**{**values, **changes})
+
+
+class Runs(Protocol):
+    """A worker, or a host."""
+
+    async def run(self, stop: asyncio.Event) -> None: ...
+
+
+@asynccontextmanager
+async def at_work(runner: Runs) -> AsyncIterator[asyncio.Event]:
+    """It runs jobs until the block is left, or the event is set, and stops in order."""
+    stop = asyncio.Event()
+    task = asyncio.create_task(runner.run(stop))
+    try:
+        yield stop
+    finally:
+        stop.set()
+        await asyncio.wait_for(task, 60)
 
 
 def tiny_manifest(name: str = "tiny") -> Manifest:

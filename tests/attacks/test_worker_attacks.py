@@ -25,7 +25,18 @@ from interpose_server.broker.jobs import JobInfo
 from interpose_server.relay import SAVES
 from interpose_server.worker import loop, sink
 from interpose_server.worker.loop import Worker
-from rig import Clock, Gateway, Valkey, listening, make_settings, run_gateway, run_valkey, submission, tiny_manifest
+from rig import (
+    Clock,
+    Gateway,
+    Valkey,
+    at_work,
+    listening,
+    make_settings,
+    run_gateway,
+    run_valkey,
+    submission,
+    tiny_manifest,
+)
 from websockets.asyncio.client import connect
 
 
@@ -55,14 +66,8 @@ async def lab(valkey: Valkey, folder: Path, engine: Engine, **more: Any) -> Asyn
 
 @asynccontextmanager
 async def working(gateway: Gateway, engine: Engine, **more: Any) -> AsyncIterator[None]:
-    stop = asyncio.Event()
-    worker = Worker("tiny", "w", engine, gateway.broker, gateway.blobs, gateway.settings, **more)
-    task = asyncio.create_task(worker.run(stop))
-    try:
+    async with at_work(Worker("tiny", "w", engine, gateway.broker, gateway.blobs, gateway.settings, **more)):
         yield
-    finally:
-        stop.set()
-        await asyncio.wait_for(task, 60)
 
 
 async def ended(gateway: Gateway, job: Submission) -> JobInfo:

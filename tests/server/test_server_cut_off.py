@@ -21,7 +21,7 @@ from interpose_server.worker.engines import Ready, engine_for
 from interpose_server.worker.hosting import Host
 from models import tiny
 from redis.exceptions import ConnectionError as RedisConnectionError
-from rig import Gateway, Valkey, run_gateway, submission, tiny_graph
+from rig import Gateway, Valkey, at_work, run_gateway, submission, tiny_graph
 from test_server_worker import ended
 
 SPEC = ModelSpec(name="tiny", source=str(tiny("gpt2")), settings={"measure_s": 0})
@@ -64,15 +64,6 @@ async def lab(settings: Settings, cable: Cable, **make: Any) -> AsyncIterator[tu
         gateway.app.state.parts.catalogue.forget("tiny")
         yield gateway, host
         await host.close()
-
-
-@asynccontextmanager
-async def at_work(host: Host) -> AsyncIterator[None]:
-    stop = asyncio.Event()
-    running = asyncio.create_task(host.run(stop))
-    yield
-    stop.set()
-    await asyncio.wait_for(running, 60)
 
 
 async def silent_for_long(broker: Broker) -> None:

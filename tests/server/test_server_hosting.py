@@ -26,7 +26,7 @@ from interpose_server.worker.engines import Ready, engine_for, ready
 from interpose_server.worker.hosting import Host
 from models import tiny
 from redis.exceptions import ConnectionError as RedisConnectionError
-from rig import Gateway, run_gateway, submission, tiny_graph
+from rig import Gateway, at_work, run_gateway, submission, tiny_graph
 from test_server_worker import ended
 
 
@@ -199,16 +199,6 @@ async def serving(settings: Settings, name: str, dtype: str = "float32") -> Asyn
         yield host
     finally:
         await host.close()
-
-
-@asynccontextmanager
-async def at_work(host: Host) -> AsyncIterator[None]:
-    """A copy that runs jobs until the block is left, and stops in order."""
-    stop = asyncio.Event()
-    running = asyncio.create_task(host.run(stop))
-    yield
-    stop.set()
-    await asyncio.wait_for(running, 60)
 
 
 async def told_to_go(*hosts: Host) -> None:

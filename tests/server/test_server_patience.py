@@ -15,7 +15,7 @@ from interpose_server.worker.cost import Cost
 from interpose_server.worker.loop import Worker
 from interpose_server.worker.patience import Patience
 from interpose_server.worker.scheduler import Budget
-from rig import Gateway, run_gateway, submission, tiny_manifest
+from rig import Gateway, at_work, run_gateway, submission, tiny_manifest
 
 COST = Cost(forward_s=0.06, token_s=0.0001)
 ONE = Footprint(rows=1, longest=3)
@@ -81,17 +81,13 @@ async def client(gateway: Gateway, jobs: int, after_s: float) -> None:
 
 
 async def batches(settings: Settings, cost: Cost, clients: int, jobs: int) -> list[int]:
-    engine, stop = Slow(), asyncio.Event()
+    engine = Slow()
     async with run_gateway(settings) as gateway:
         worker = Worker(
             "tiny", "w1", engine, gateway.broker, gateway.blobs, settings, budget=budget(cost=cost, seconds=2.0)
         )
-        task = asyncio.create_task(worker.run(stop))
-        try:
+        async with at_work(worker):
             await asyncio.gather(*(client(gateway, jobs, 0.03 * place) for place in range(clients)))
-        finally:
-            stop.set()
-            await asyncio.wait_for(task, 60)
     return engine.sizes
 
 

@@ -28,7 +28,7 @@ from interpose_server.broker.states import ModelState
 from interpose_server.settings import Settings
 from interpose_server.worker import publisher
 from interpose_server.worker.loop import Worker
-from rig import Gateway, Valkey, make_settings, run_gateway, submission, tiny_graph, tiny_manifest
+from rig import Gateway, Valkey, at_work, make_settings, run_gateway, submission, tiny_graph, tiny_manifest
 
 Step = Callable[[EngineJob], InterposeError | None]
 
@@ -52,14 +52,8 @@ def save_ones(job: EngineJob) -> None:
 
 @asynccontextmanager
 async def working(gateway: Gateway, engine: Any, name: str = "w1") -> AsyncIterator[asyncio.Event]:
-    stop = asyncio.Event()
-    worker = Worker("tiny", name, engine, gateway.broker, gateway.blobs, gateway.settings)
-    task = asyncio.create_task(worker.run(stop))
-    try:
+    async with at_work(Worker("tiny", name, engine, gateway.broker, gateway.blobs, gateway.settings)) as stop:
         yield stop
-    finally:
-        stop.set()
-        await asyncio.wait_for(task, 60)
 
 
 async def ended(gateway: Gateway, job: Submission) -> list[Stored]:
